@@ -51,6 +51,7 @@ TILE_PADDING = 2  # pixels between the tiles of a sample grid, before enlargemen
 PREVIEW_STEPS = 50  # respaced sampling steps of the previews
 SAMPLE_BATCH = 16, 64  # least and most images of the final grid that are sampled together
 GIF_BYTES = 400_000
+EXACT_LAYERS = 5  # memory and time grow by 16 with every layer
 
 ARMS = {
     "classical": "no gate: the paper's classical model",
@@ -492,10 +493,36 @@ def check_simulation(arm: str) -> None:
 # ---------------------------------------------------------------------------- attention gates
 
 
-class QuantumAttention(nn.Module):
-    """Gate from a variational circuit: Linear(C, n) -> <Z_i> of the circuit -> Linear(n, C).
+class MatchedAttention(nn.Module):
+    """The control gate: Linear(C, n), a function per unit, Linear(n, C), and no circuit.
 
-    The output projection starts at zero, so that every arm starts as the classical model.
+    Each unit applies z <- cos(a z + b) once per layer, with weights (a, b) of its own: as many
+    weights as the circuit, the same range -1..1, and nothing that mixes the units. The output
+    projection starts at zero, so that every arm starts as the classical model.
+    """
+
+    def __init__(self, channels: int, n_qubits: int = 16, n_layers: int = 3):
+        super().__init__()
+        self.project_in = nn.Linear(channels, n_qubits)
+        self.project_out = nn.Linear(n_qubits, channels)
+        nn.init.zeros_(self.project_out.weight)
+        nn.init.zeros_(self.project_out.bias)
+        shift = torch.rand(n_layers, n_qubits) * 2 * math.pi
+        self.weights = nn.Parameter(torch.stack([torch.ones_like(shift), shift], -1))
+
+    def expectations(self, angles: Tensor) -> Tensor:
+        """What replaces the circuit. angles (B, n) -> (B, n) in -1..1."""
+        for scale, shift in self.weights.mT:  # (n,) each
+            angles = torch.cos(scale * angles + shift)
+        return angles
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features (B, C) -> gate (B, C)."""
+        return self.project_out(self.expectations(self.project_in(features)))
+
+
+class QuantumAttention(MatchedAttention):
+    """The gate of the paper: the same projections, with <Z_i> of the circuit between them.
 
     Args:
         channels: C.
@@ -511,12 +538,8 @@ class QuantumAttention(nn.Module):
         arm: str = "quantum",
         simulator: str = "exact",
     ):
-        super().__init__()
+        super().__init__(channels, n_qubits, n_layers)
         self.entangle = arm != "product"
-        self.project_in = nn.Linear(channels, n_qubits)
-        self.project_out = nn.Linear(n_qubits, channels)
-        nn.init.zeros_(self.project_out.weight)
-        nn.init.zeros_(self.project_out.bias)
         kinds = 1 if arm == "published" else 2
         weights = torch.rand(n_layers, n_qubits, kinds) * 2 * math.pi  # as PennyLane's TorchLayer
         self.weights = nn.Parameter(weights, requires_grad=arm != "frozen")
@@ -535,41 +558,13 @@ class QuantumAttention(nn.Module):
         return torch.stack(qnode(angles.cpu(), self.weights.cpu()), -1).to(angles)
 
     def _transfer(self) -> Tensor:
-        """The circuit's transfer matrices, computed once while its weights stay as they are."""
+        """The circuit's transfer matrices; without gradients, kept until the weights change."""
         if torch.is_grad_enabled():
             return transfer_matrices(self.weights, self.entangle)
         state = (self.weights._version, self.weights.data_ptr(), self.weights.dtype)
         if self.cache is None or self.cache[0] != state:
             self.cache = state, transfer_matrices(self.weights, self.entangle)
         return self.cache[1]
-
-    def forward(self, features: Tensor) -> Tensor:
-        """features (B, C) -> gate (B, C)."""
-        return self.project_out(self.expectations(self.project_in(features)))
-
-
-class MatchedAttention(nn.Module):
-    """The control: QuantumAttention's shape and weight count, without a circuit.
-
-    Each unit applies z <- cos(a z + b) once per layer, with weights (a, b) of its own: as many
-    weights as the circuit, the same range -1..1, and nothing that mixes the units.
-    """
-
-    def __init__(self, channels: int, n_qubits: int = 16, n_layers: int = 3):
-        super().__init__()
-        self.project_in = nn.Linear(channels, n_qubits)
-        self.project_out = nn.Linear(n_qubits, channels)
-        nn.init.zeros_(self.project_out.weight)
-        nn.init.zeros_(self.project_out.bias)
-        shift = torch.rand(n_layers, n_qubits) * 2 * math.pi
-        self.weights = nn.Parameter(torch.stack([torch.ones_like(shift), shift], -1))
-
-    def forward(self, features: Tensor) -> Tensor:
-        """features (B, C) -> gate (B, C)."""
-        z = self.project_in(features)
-        for scale, shift in self.weights.mT:  # (n,) each
-            z = torch.cos(scale * z + shift)
-        return self.project_out(z)
 
 
 # -------------------------------------------------------------------------------------- U-Net
@@ -801,9 +796,10 @@ def save_gif(path: Path, frames: Sequence[tuple[str, Tensor]]) -> None:
 
 
 def save_figure(path: Path, figure: Figure) -> None:
-    """Writes a matplotlib figure at 200 dpi."""
+    """Writes a matplotlib figure at 200 dpi, or fewer where that makes over 6,000 pixels."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=200, bbox_inches="tight")
+    dpi = min(200, 6000 / max(figure.get_size_inches()))
+    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight")
     write_atomic(path, buffer.getvalue())
 
 
@@ -1166,9 +1162,12 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def check_simulator(simulator: str, arms: Sequence[str]) -> None:
+def check_simulator(simulator: str, arms: Sequence[str], n_layers: int) -> None:
     """Makes sure that the simulator exists, and that the exact one agrees with the circuit."""
     if simulator == "exact":
+        if n_layers > EXACT_LAYERS and set(arms) & set(QUANTUM_ARMS):
+            limit = f"the exact simulation is made for up to {EXACT_LAYERS}"
+            raise UserError(f"--n_layers {n_layers}: {limit}; use --simulator default.qubit")
         for arm in set(arms) & set(QUANTUM_ARMS):
             check_simulation(arm)
         return
@@ -1218,7 +1217,7 @@ def run_grid(
     WORLD_SIZE-th run. A run whose loss diverges does not stop the others.
     """
     device = choose_device(args.device)
-    check_simulator(args.simulator, [settings.arm for settings, _, _ in grid])
+    check_simulator(args.simulator, [settings.arm for settings, _, _ in grid], args.n_layers)
     share = grid[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
     for settings, images, counts in share:
         config = run_config(settings, images, counts, argv)

@@ -2,24 +2,53 @@
 
 import re
 import sys
+from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 
 import quantum_diffusion_mnist as mnist
+import quantum_diffusion_pathmnist as pathmnist
 
-SCRIPTS = {"mnist": (mnist, "digits", ["--digits", "3"])}
+
+class Embedded(NamedTuple):
+    """How a script is run on the data that its libraries ship."""
+
+    data: str
+    classes: list[str]
+    named: str
+    channels: int
 
 
-@pytest.fixture(params=SCRIPTS)
-def script(request):
-    """A training script as a module; ``tiny`` gives a run of a second on its embedded data."""
-    module, data, classes = SCRIPTS[request.param]
-    module.tiny = lambda save_dir, *extra: [
-        *("--data", data, *classes, "--save_dir", str(save_dir), "--device", "cpu"),
-        *("--steps", "6", "--n_train", "8", "--batch_size", "4", "--timesteps", "8"),
-        *("--n_frames", "3", "--n_samples", "2", "--n_eval", "4", *extra),
-    ]
-    return module
+EMBEDDED = {
+    mnist: Embedded("digits", ["--digits", "3"], "digits3", 1),
+    pathmnist: Embedded("tissue", [], "tissue_immunohistochemistry", 3),
+}
+
+
+@pytest.fixture(params=EMBEDDED, ids=lambda module: module.__name__.rsplit("_")[-1])
+def script(request) -> ModuleType:
+    """A training script."""
+    return request.param
+
+
+@pytest.fixture
+def embedded(script) -> Embedded:
+    return EMBEDDED[script]
+
+
+@pytest.fixture
+def tiny(embedded):
+    """The command line of a run that takes a second: tiny(save_dir, *more)."""
+
+    def argv(save_dir, *more) -> list[str]:
+        return [
+            *("--data", embedded.data, *embedded.classes, "--save_dir", str(save_dir)),
+            *("--device", "cpu", "--steps", "6", "--n_train", "8", "--batch_size", "4"),
+            *("--timesteps", "8", "--n_frames", "3", "--n_samples", "2", "--n_eval", "4", *more),
+        ]
+
+    return argv
 
 
 @pytest.fixture
@@ -37,6 +66,16 @@ def fails(capsys):
         return lines[0]
 
     return check
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Every download fails, as on a machine that is offline."""
+
+    def refuse(*args, **kwargs):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
 
 
 @pytest.fixture(autouse=True)

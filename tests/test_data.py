@@ -60,14 +60,6 @@ def test_damaged_files_are_an_error_and_never_replaced(mnist_dir, tmp_path, fail
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.fixture
-def no_network(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise OSError("Network is unreachable")
-
-    monkeypatch.setattr("urllib.request.urlopen", refuse)
-
-
 def test_without_network_auto_takes_digits_loudly(no_network, tmp_path, capsys):
     source, images, labels = mnist.load_images("auto", tmp_path)
     assert source == "digits" and "NOTICE" in capsys.readouterr().err

@@ -105,7 +105,7 @@ def test_a_hundred_qubits_look_like_fewer_from_the_left(script):
     assert (wide[:, 6:8] - narrow[:, 6:]).abs().min() > 1e-3
 
 
-def test_self_check_catches_an_edited_circuit(script, monkeypatch, tmp_path, fails):
+def test_self_check_catches_an_edited_circuit(script, tiny, monkeypatch, tmp_path, fails):
     for arm in script.QUANTUM_ARMS:
         script.check_simulation(arm)
     original = script.quantum_circuit
@@ -115,7 +115,7 @@ def test_self_check_catches_an_edited_circuit(script, monkeypatch, tmp_path, fai
         qml.RX(0.1, wires=0)
 
     monkeypatch.setattr(script, "quantum_circuit", edited)
-    message = fails(script, script.tiny(tmp_path / "runs", "--use_quantum"))
+    message = fails(script, tiny(tmp_path / "runs", "--use_quantum"))
     assert "--simulator default.qubit" in message
     assert not (tmp_path / "runs").exists()
 

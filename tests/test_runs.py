@@ -15,6 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
+import quantum_diffusion_mnist as mnist
+import quantum_diffusion_pathmnist as pathmnist
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -49,10 +52,10 @@ def weights(folder):
     return tensors(torch.load(only(folder) / "model.pt", weights_only=True))
 
 
-def test_a_run_writes_its_folder(script, tmp_path):
-    script.main(script.tiny(tmp_path, "--use_quantum", "--n_qubits", "4"))
+def test_a_run_writes_its_folder(script, tiny, embedded, tmp_path):
+    script.main(tiny(tmp_path, "--use_quantum", "--n_qubits", "4"))
     run = only(tmp_path)
-    assert run.name.startswith("quantum_digits3_n8_seed0")
+    assert run.name == f"quantum_{embedded.named}_n8_seed0"
     names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     pictures = ["circuit.png", "loss_curve.png", "samples_final.png", "training_progress.gif"]
     samples = [f"samples/step_{step:06d}.png" for step in (2, 4, 6)]
@@ -61,52 +64,52 @@ def test_a_run_writes_its_folder(script, tmp_path):
     config = json.loads((run / "config.json").read_text())
     assert config["settings"]["arm"] == "quantum" and config["settings"]["lr"] == 0.002
     assert config["images"]["used"] == 8 and config["images"]["available"] > 100
-    unet = script.UNet(1, "quantum", n_qubits=4)
+    unet = script.UNet(embedded.channels, "quantum", n_qubits=4)
     assert config["parameters"]["model"] == sum(p.numel() for p in unet.parameters())
     assert config["parameters"]["gate_weights"] == 3 * 4 * 2
     assert {"command", "versions", "device", "git"} <= set(config)
     losses = (run / "loss.csv").read_text().splitlines()
     assert losses[0] == "step,loss" and len(losses) == 7
     assert 0.2 < float(losses[1].split(",")[1]) < 3  # v has variance about 1
-    assert script.load_grid(run / "samples_final.png").shape == (4, 1, 28, 28)
-    assert script.load_grid(run / "samples/step_000002.png").shape == (2, 1, 28, 28)
+    assert script.load_grid(run / "samples_final.png").shape == (4, embedded.channels, 28, 28)
+    assert script.load_grid(run / "samples/step_000002.png").shape == (2, embedded.channels, 28, 28)
     with Image.open(run / "training_progress.gif") as animation:
         assert animation.n_frames == 3
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    """One uninterrupted run per script."""
-    made = {}
-
-    def make(script):
-        if script not in made:
-            folder = tmp_path_factory.mktemp("reference")
-            script.main(script.tiny(folder, "--steps", "60", "--arm", "quantum"))
-            made[script] = only(folder)
-        return made[script]
-
-    return make
+def references():
+    return {}
 
 
-def test_same_seed_same_bits_and_another_seed_others(script, tmp_path, reference):
-    argv = script.tiny(tmp_path / "a", "--steps", "60", "--arm", "quantum")
+@pytest.fixture
+def reference(script, tiny, references, tmp_path_factory):
+    """The folder of an uninterrupted run, made once per script."""
+    if script not in references:
+        folder = tmp_path_factory.mktemp("reference")
+        script.main(tiny(folder, "--steps", "60", "--arm", "quantum"))
+        references[script] = only(folder)
+    return references[script]
+
+
+def test_same_seed_same_bits_and_another_seed_others(script, tiny, tmp_path, reference):
+    argv = tiny(tmp_path / "a", "--steps", "60", "--arm", "quantum")
     script.main(argv)
-    assert contents(only(tmp_path / "a")) == contents(reference(script))
+    assert contents(only(tmp_path / "a")) == contents(reference)
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     script.main(argv)  # finished runs are skipped
     assert finished == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    script.main(script.tiny(tmp_path / "b", "--seeds", "1"))
-    script.main(script.tiny(tmp_path / "c", "--seeds", "0"))
+    script.main(tiny(tmp_path / "b", "--seeds", "1"))
+    script.main(tiny(tmp_path / "c", "--seeds", "0"))
     assert weights(tmp_path / "b") != weights(tmp_path / "c")
 
 
 @pytest.mark.parametrize("kill_at", ["first checkpoint", "second checkpoint", "final grid"])
-def test_killed_and_continued_equals_uninterrupted(script, tmp_path, reference, kill_at):
-    argv = script.tiny(tmp_path, "--steps", "60", "--arm", "quantum")
+def test_killed_and_continued_equals_uninterrupted(script, tiny, tmp_path, reference, kill_at):
+    argv = tiny(tmp_path, "--steps", "60", "--arm", "quantum")
     command = [sys.executable, script.__file__, *argv]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    run = tmp_path / reference(script).name
+    run = tmp_path / reference.name
     marks = {
         "first checkpoint": run / "checkpoint.pt",
         "second checkpoint": run / "samples" / "step_000040.png",
@@ -118,15 +121,15 @@ def test_killed_and_continued_equals_uninterrupted(script, tmp_path, reference, 
     assert process.wait() == -signal.SIGKILL
     assert not (run / "samples_final.png").exists()
     script.main(argv)
-    assert contents(run) == contents(reference(script))
+    assert contents(run) == contents(reference)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(script, tmp_path, reference):
-    argv = script.tiny(tmp_path, "--steps", "60", "--arm", "quantum")
+def test_ctrl_c_saves_and_says_how_to_go_on(script, tiny, tmp_path, reference):
+    argv = tiny(tmp_path, "--steps", "60", "--arm", "quantum")
     process = subprocess.Popen(
         [sys.executable, script.__file__, *argv], stderr=subprocess.PIPE, text=True
     )
-    run = tmp_path / reference(script).name
+    run = tmp_path / reference.name
     while not (run / "checkpoint.pt").exists():
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
@@ -136,28 +139,28 @@ def test_ctrl_c_saves_and_says_how_to_go_on(script, tmp_path, reference):
     step = torch.load(run / "checkpoint.pt", weights_only=True)["step"]
     assert 20 <= step < 60
     script.main(argv)
-    assert contents(run) == contents(reference(script))
+    assert contents(run) == contents(reference)
 
 
-def test_looking_at_samples_does_not_change_the_weights(script, tmp_path):
+def test_looking_at_samples_does_not_change_the_weights(script, tiny, tmp_path):
     variants = [[], ["--n_frames", "6"], ["--n_samples", "5"], ["--n_eval", "1"]]
     for k, extra in enumerate(variants):
-        script.main(script.tiny(tmp_path / str(k), *extra))
+        script.main(tiny(tmp_path / str(k), *extra))
     assert all(weights(tmp_path / str(k)) == weights(tmp_path / "0") for k in range(1, 4))
 
 
-def test_a_larger_n_eval_only_samples_the_missing_images(script, tmp_path):
-    script.main(script.tiny(tmp_path / "a", "--n_eval", "20"))
-    script.main(script.tiny(tmp_path / "b", "--n_eval", "3"))
+def test_a_larger_n_eval_only_samples_the_missing_images(script, tiny, tmp_path):
+    script.main(tiny(tmp_path / "a", "--n_eval", "20"))
+    script.main(tiny(tmp_path / "b", "--n_eval", "3"))
     model = (only(tmp_path / "b") / "model.pt").stat().st_mtime_ns
-    script.main(script.tiny(tmp_path / "b", "--n_eval", "20"))
+    script.main(tiny(tmp_path / "b", "--n_eval", "20"))
     assert (only(tmp_path / "b") / "model.pt").stat().st_mtime_ns == model
     at_once, grown = (
         script.load_grid(only(tmp_path / name) / "samples_final.png") for name in "ab"
     )
     assert torch.equal(at_once, grown) and len(grown) == 20
     assert len({image.numpy().tobytes() for image in grown}) == 20
-    script.main(script.tiny(tmp_path / "b", "--n_eval", "5"))  # never fewer
+    script.main(tiny(tmp_path / "b", "--n_eval", "5"))  # never fewer
     assert len(script.load_grid(only(tmp_path / "b") / "samples_final.png")) == 20
 
 
@@ -173,48 +176,48 @@ CHANGES = [
 ]
 
 
-def test_every_training_flag_changes_the_weights(script, tmp_path):
+def test_every_training_flag_changes_the_weights(script, tiny, tmp_path):
     results = []
     for k, extra in enumerate([[], *CHANGES]):
-        script.main(script.tiny(tmp_path / str(k), *extra))
+        script.main(tiny(tmp_path / str(k), *extra))
         results.append(weights(tmp_path / str(k)))
     for (j, a), (k, b) in itertools.combinations(enumerate(results), 2):
         assert a != b, (j, k)
-    argv = script.tiny(tmp_path / "epochs", "--epochs", "5")  # of two steps each
+    argv = tiny(tmp_path / "epochs", "--epochs", "5")  # of two steps each
     argv = [*argv[: argv.index("--steps")], *argv[argv.index("--steps") + 2 :]]
     script.main(argv)
     assert len((only(tmp_path / "epochs") / "loss.csv").read_text().splitlines()) == 11
     for extra in (["--n_qubits", "3"], ["--n_layers", "1"]):
-        argv = script.tiny(tmp_path / extra[0], "--arm", "quantum", *extra)
+        argv = tiny(tmp_path / extra[0], "--arm", "quantum", *extra)
         script.main(argv)
         shape = torch.load(only(tmp_path / extra[0]) / "model.pt")["gate.weights"].shape
         assert int(extra[1]) in shape
 
 
-def test_sample_steps_changes_the_final_grid_only(script, tmp_path):
-    script.main(script.tiny(tmp_path / "a"))
-    script.main(script.tiny(tmp_path / "b", "--sample_steps", "4"))
+def test_sample_steps_changes_the_final_grid_only(script, tiny, tmp_path):
+    script.main(tiny(tmp_path / "a"))
+    script.main(tiny(tmp_path / "b", "--sample_steps", "4"))
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
     a, b = (script.load_grid(only(tmp_path / k) / "samples_final.png") for k in "ab")
     assert not torch.equal(a, b)
 
 
-def test_pennylane_simulator_trains_the_same_model(script, tmp_path):
+def test_pennylane_simulator_trains_the_same_model(script, tiny, tmp_path):
     for simulator in ("exact", "default.qubit"):
-        argv = script.tiny(tmp_path / simulator, "--use_quantum", "--n_qubits", "3")
+        argv = tiny(tmp_path / simulator, "--use_quantum", "--n_qubits", "3")
         script.main([*argv, "--simulator", simulator])
     a, b = (torch.load(only(tmp_path / s) / "model.pt") for s in ("exact", "default.qubit"))
     assert all(torch.allclose(a[name], b[name], atol=1e-3) for name in a)
 
 
-def test_grid_over_two_processes_covers_it_exactly_once(script, tmp_path, monkeypatch):
+def test_grid_over_two_processes_covers_it_exactly_once(script, tiny, tmp_path, monkeypatch):
     extra = ["--arm", "classical", "matched", "--seeds", "0", "1", "2", "--steps", "1"]
     shares = []
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setenv("LOCAL_RANK", rank)
-        script.main(script.tiny(tmp_path / rank, *extra))
+        script.main(tiny(tmp_path / rank, *extra))
         shares.append({run.name for run in (tmp_path / rank).iterdir()})
     assert len(shares[0]) == len(shares[1]) == 3 and not shares[0] & shares[1]
     wanted = itertools.product(("classical", "matched"), range(3))
@@ -228,6 +231,7 @@ ERRORS = {
     "words": (["--n_train", "many"], "number of images"),
     "arm": (["--arm", "quantom"], "invalid choice"),
     "simulator": (["--use_quantum", "--simulator", "no.device"], "nor a PennyLane device"),
+    "layers": (["--use_quantum", "--n_layers", "6"], "up to 5"),
     "device": (["--device", "abacus"], "expected auto, cpu"),
     "both": (["--arm", "quantum", "--use_quantum=False"], "--use_quantum=False means"),
     "bool": (["--use_quantum=maybe"], "invalid choice"),
@@ -242,54 +246,57 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("mistake", ERRORS)
-def test_mistakes_are_one_line_and_leave_nothing(script, tmp_path, fails, mistake):
+def test_mistakes_are_one_line_and_leave_nothing(script, tiny, tmp_path, fails, mistake):
     extra, words = ERRORS[mistake]
-    assert words in fails(script, script.tiny(tmp_path / "runs", *extra))
+    assert words in fails(script, tiny(tmp_path / "runs", *extra))
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_cuda_asked_for_and_absent(script, tmp_path, fails):
-    assert "use --device cpu" in fails(script, script.tiny(tmp_path, "--device", "cuda"))
+def test_cuda_asked_for_and_absent(script, tiny, tmp_path, fails):
+    assert "use --device cpu" in fails(script, tiny(tmp_path, "--device", "cuda"))
 
 
-def test_unknown_class(script, tmp_path, fails):
-    argv = script.tiny(tmp_path)
-    argv[argv.index("3")] = "11"
-    assert "11" in fails(script, argv)
+@pytest.mark.parametrize(
+    "script, flag", [(mnist, "--digits"), (pathmnist, "--labels")], indirect=["script"]
+)
+def test_unknown_class(script, flag, tmp_path, fails):
+    for word in ("11", "-1", "stromata"):
+        assert f"{flag} {word}" in fails(script, [flag, word, "--save_dir", tmp_path / "runs"])
+    assert not (tmp_path / "runs").exists()
 
 
-def test_other_settings_in_an_existing_folder(script, tmp_path, fails):
-    script.main(script.tiny(tmp_path))
+def test_other_settings_in_an_existing_folder(script, tiny, tmp_path, fails):
+    script.main(tiny(tmp_path))
     before = contents(only(tmp_path))
-    message = fails(script, script.tiny(tmp_path, "--lr", "0.5", "--n_frames", "2"))
+    message = fails(script, tiny(tmp_path, "--lr", "0.5", "--n_frames", "2"))
     assert "lr 0.002 (asked for: 0.5)" in message and "n_frames 3" in message
     assert "seed" not in message.split("settings: ")[1].split(";")[0]
     assert contents(only(tmp_path)) == before
 
 
-def test_foreign_and_unwritable_folders(script, tmp_path, fails):
-    script.main(script.tiny(tmp_path / "a"))
+def test_foreign_and_unwritable_folders(script, tiny, tmp_path, fails):
+    script.main(tiny(tmp_path / "a"))
     foreign = tmp_path / "b" / only(tmp_path / "a").name
     foreign.mkdir(parents=True)
     (foreign / "thesis.tex").write_text("all my work")
-    assert "not a run" in fails(script, script.tiny(tmp_path / "b"))
+    assert "not a run" in fails(script, tiny(tmp_path / "b"))
     (tmp_path / "file").write_text("")
-    assert "file" in fails(script, script.tiny(tmp_path / "file"))
+    assert "file" in fails(script, tiny(tmp_path / "file"))
     assert (foreign / "thesis.tex").read_text() == "all my work"
 
 
 @pytest.mark.parametrize("name", ["checkpoint.pt", "model.pt", "samples_final.png", "config.json"])
-def test_truncated_files_are_named(script, tmp_path, fails, name):
-    script.main(script.tiny(tmp_path))
+def test_truncated_files_are_named(script, tiny, tmp_path, fails, name):
+    script.main(tiny(tmp_path))
     path = only(tmp_path) / name
     if name == "checkpoint.pt":
         (only(tmp_path) / "model.pt").unlink()
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    assert name in fails(script, script.tiny(tmp_path, "--n_eval", "9"))
+    assert name in fails(script, tiny(tmp_path, "--n_eval", "9"))
 
 
-def test_full_disk_is_one_line_and_keeps_the_checkpoint(script, tmp_path, fails, monkeypatch):
+def test_full_disk_is_one_line_and_keeps_the_checkpoint(script, tiny, tmp_path, fails, monkeypatch):
     write, done = Path.write_bytes, []
 
     def until_full(self, data):
@@ -300,33 +307,33 @@ def test_full_disk_is_one_line_and_keeps_the_checkpoint(script, tmp_path, fails,
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", until_full)
-        assert "No space left" in fails(script, script.tiny(tmp_path / "a"))
+        assert "No space left" in fails(script, tiny(tmp_path / "a"))
     script.load_tensors(only(tmp_path / "a") / "checkpoint.pt", torch.device("cpu"))
-    script.main(script.tiny(tmp_path / "a"))
-    script.main(script.tiny(tmp_path / "b"))
+    script.main(tiny(tmp_path / "a"))
+    script.main(tiny(tmp_path / "b"))
     assert contents(only(tmp_path / "a")) == contents(only(tmp_path / "b"))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(script, tmp_path, fails, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run(script, tiny, tmp_path, fails, monkeypatch):
     rate = script.learning_rate
     monkeypatch.setattr(
         script, "learning_rate", lambda step, *rest: 1e30 if step == 3 else rate(step, *rest)
     )
-    assert "not finite at step 5" in fails(script, script.tiny(tmp_path))
+    assert "not finite at step 5" in fails(script, tiny(tmp_path))
     state = torch.load(only(tmp_path) / "checkpoint.pt", weights_only=True)
     assert state["step"] == 4 or state["step"] == 2
     assert not (only(tmp_path) / "model.pt").exists()
 
 
-def test_weights_file_that_would_execute_code_is_refused(script, tmp_path, fails):
-    script.main(script.tiny(tmp_path))
+def test_weights_file_that_would_execute_code_is_refused(script, tiny, tmp_path, fails):
+    script.main(tiny(tmp_path))
 
     class Payload:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/owned",)
 
     torch.save({"x": Payload()}, only(tmp_path) / "model.pt")
-    assert "model.pt" in fails(script, script.tiny(tmp_path, "--n_eval", "9"))
+    assert "model.pt" in fails(script, tiny(tmp_path, "--n_eval", "9"))
     assert not (tmp_path / "owned").exists()
 
 
