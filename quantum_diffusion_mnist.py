@@ -757,18 +757,17 @@ def load_grid(path: Path) -> Tensor:
         with Image.open(path) as picture:
             picture.load()
             grid = json.loads(picture.text["grid"])
-            canvas = np.asarray(picture)
-    except (OSError, SyntaxError, ValueError, AttributeError, KeyError) as error:
+            canvas = np.asarray(picture)[:: grid["scale"], :: grid["scale"]]
+        height, width, padding = grid["tile_height"], grid["tile_width"], grid["padding"]
+        canvas = canvas.reshape(*canvas.shape[:2], grid["channels"])
+        tiles = np.empty((grid["count"], height, width, grid["channels"]), np.uint8)
+        for k in range(grid["count"]):
+            row, column = divmod(k, grid["columns"])
+            top, left = padding + row * (height + padding), padding + column * (width + padding)
+            tiles[k] = canvas[top : top + height, left : left + width]
+    except (OSError, SyntaxError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"{path}: not a sample grid of this project ({error!r})") from None
-    scale, padding = grid["scale"], grid["padding"]
-    height, width = grid["tile_height"], grid["tile_width"]
-    canvas = canvas[::scale, ::scale].reshape(-1, canvas.shape[1] // scale, grid["channels"])
-    tiles = []
-    for k in range(grid["count"]):
-        row, column = divmod(k, grid["columns"])
-        top, left = padding + row * (height + padding), padding + column * (width + padding)
-        tiles.append(canvas[top : top + height, left : left + width])
-    return torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2)
+    return torch.from_numpy(tiles).permute(0, 3, 1, 2)
 
 
 def save_gif(path: Path, frames: Sequence[tuple[str, Tensor]]) -> None:
@@ -812,7 +811,9 @@ def save_loss_curve(path: Path, losses: Tensor, title: str) -> None:
     axes.plot(range(1, len(losses) + 1), losses, color="#bbbbbb", lw=0.5, label="each step")
     centres = (torch.arange(len(smooth)) + 0.5) * window + 0.5
     axes.plot(centres, smooth, color="#0072b2", lw=1.2, label=f"mean of {window}")
-    axes.set(xlabel="optimizer step", ylabel="mean squared error of v", title=title, yscale="log")
+    axes.set(
+        xlabel="optimizer step", ylabel="weighted squared error of v", title=title, yscale="log"
+    )
     axes.legend(frameon=False)
     save_figure(path, figure)
 
@@ -868,6 +869,8 @@ def open_run(folder: Path, config: dict) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(config, indent=2) + "\n")
         return
+    for left in folder.rglob(".*.tmp"):  # by a process that was killed while it wrote
+        left.unlink()
     try:
         known = json.loads(path.read_text())
         differences = [
@@ -902,7 +905,7 @@ def load_tensors(path: Path, device: torch.device) -> dict:
     """What ``save_tensors`` wrote; unpickles nothing. Raises UserError when damaged or foreign."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, ValueError, IndexError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} is damaged ({reason}); remove it to start from step 0") from None
 
@@ -1013,7 +1016,8 @@ def train(settings: Settings, images: Tensor, folder: Path) -> None:
         for step in range(start, settings.steps):
             x0, t, noise = training_batch(settings, images, step, settings.timesteps)
             output = model(diffusion.q_sample(x0, t, noise), t)
-            loss = F.mse_loss(output, diffusion.target(x0, t, noise))
+            errors = (output - diffusion.target(x0, t, noise)).square().mean((1, 2, 3))
+            loss = (diffusion.noise[t] * errors).mean()  # the noisy end decides the shape
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, settings.steps, settings.lr)
             optimizer.zero_grad()

@@ -70,7 +70,7 @@ def test_a_run_writes_its_folder(script, tiny, embedded, tmp_path):
     assert {"command", "versions", "device", "git"} <= set(config)
     losses = (run / "loss.csv").read_text().splitlines()
     assert losses[0] == "step,loss" and len(losses) == 7
-    assert 0.2 < float(losses[1].split(",")[1]) < 3  # v has variance about 1
+    assert 0.1 < float(losses[1].split(",")[1]) < 3  # v has variance about 1
     assert script.load_grid(run / "samples_final.png").shape == (4, embedded.channels, 28, 28)
     assert script.load_grid(run / "samples/step_000002.png").shape == (2, embedded.channels, 28, 28)
     with Image.open(run / "training_progress.gif") as animation:
@@ -120,6 +120,7 @@ def test_killed_and_continued_equals_uninterrupted(script, tiny, tmp_path, refer
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert not (run / "samples_final.png").exists()
+    (run / ".checkpoint.pt.1.tmp").write_text("what a kill in the middle of a write leaves")
     script.main(argv)
     assert contents(run) == contents(reference)
 

@@ -1,0 +1,375 @@
+"""Every figure of cal_fid_ssim.py against a closed form, another library or an invariant."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import linalg
+from skimage.metrics import structural_similarity
+from torchvision.models import inception_v3
+
+import cal_fid_ssim as metrics
+from quantum_diffusion_mnist import UserError, load_images
+
+
+def normal(n, d, seed, scale=1.0, shift=0.0):
+    return np.random.default_rng(seed).normal(size=(n, d)) * scale + shift
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return {split: load_images("digits", folder, split)[1:] for split in ("train", "test")}
+
+
+# ------------------------------------------------------------------------------------ Fréchet
+
+
+def test_frechet_of_shifted_set_is_squared_shift():
+    """Equal covariances: only the means' distance is left, whether n > d or n < d."""
+    shift = np.arange(8) / 4
+    for n in (5, 200):
+        a = normal(n, 8, 0)
+        assert metrics.frechet_distance(a, a + shift) == pytest.approx((shift**2).sum(), rel=1e-10)
+
+
+def test_frechet_in_one_dimension():
+    """(mean difference)^2 + (difference of the standard deviations)^2, with n - 1."""
+    a, b = normal(50, 1, 1, 2.0), normal(70, 1, 2, 0.5, 3.0)
+    expected = (a.mean() - b.mean()) ** 2 + (a.std(ddof=1) - b.std(ddof=1)) ** 2
+    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("n, d", [(2, 30), (20, 30), (31, 30), (400, 30)])
+def test_frechet_of_identical_sets_is_zero(n, d):
+    a = normal(n, d, 3)
+    assert metrics.frechet_distance(a, a.copy()) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("n, m", [(5, 5), (10, 400), (400, 10), (24, 24), (25, 400), (100, 300)])
+def test_frechet_equals_matrix_square_root(n, m):
+    """The singular values of the small matrix equal the textbook formula, full rank or not."""
+    d = 24
+    a, b = normal(n, d, 4), normal(m, d, 5, np.linspace(0.5, 2, d), 0.3)
+    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
+    cross = linalg.sqrtm(cov_a @ cov_b)
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a + cov_b - 2 * cross).real
+    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+    roots = [metrics.moments(x).root for x in (a, b)]
+    assert linalg.svdvals(roots[0] @ roots[1].T).sum() == pytest.approx(
+        np.trace(cross).real, rel=1e-6
+    )
+
+
+def test_frechet_survives_dead_and_nearly_dead_features():
+    """Covariances that commute have a closed form: the squared difference of their roots. Dead
+    directions, here not along the axes, make the textbook matrix root lose half of its digits."""
+    scale = np.array([1, 1e-3, 1e-7, 0, 0, 2])
+    basis = linalg.hadamard(8)[:, 1:7].astype(float)  # orthogonal columns of mean zero
+    rotation = linalg.qr(normal(6, 6, 9))[0]
+    a, b = basis * scale @ rotation, 1.001 * basis * scale @ rotation
+    expected = (0.001 * scale) @ (0.001 * scale) * 8 / 7
+    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
+
+
+def test_frechet_refuses_one_image_and_nan():
+    with pytest.raises(UserError, match="at least 2"):
+        metrics.frechet_distance(normal(1, 3, 0), normal(5, 3, 0))
+    bad = normal(5, 3, 0)
+    bad[2, 1] = np.nan
+    with pytest.raises(UserError, match="not finite"):
+        metrics.frechet_distance(bad, normal(5, 3, 0))
+    with pytest.raises(UserError, match="3 and 4 dimensions"):
+        metrics.frechet_distance(normal(5, 3, 0), normal(5, 4, 0))
+
+
+def test_frechet_infinity_removes_the_bias():
+    """d = 16 unit normals: the extrapolated value's mean is zero within its error, FID's is not."""
+    reference = metrics.moments(normal(20_000, 16, 6))
+    samples = [normal(200, 16, 100 + k) for k in range(20)]
+    plain = np.array([metrics.frechet_distance(x, reference) for x in samples])
+    extrapolated = np.array([metrics.frechet_infinity(x, reference, 0) for x in samples])
+    error = extrapolated.std(ddof=1) / np.sqrt(len(samples))
+    assert abs(extrapolated.mean()) < 3 * error
+    assert plain.mean() > 10 * error
+    shifted = metrics.frechet_infinity(normal(4000, 16, 7, shift=0.5), reference, 0)
+    assert shifted == pytest.approx(16 * 0.25, rel=0.05)
+    assert np.isnan(metrics.frechet_infinity(normal(31, 16, 8), reference, 0))
+
+
+# ---------------------------------------------------------------------------------------- KID
+
+
+def kernel_by_hand(a, b):
+    """The unbiased estimator, written as its double sums."""
+
+    def k(x, y):
+        return (x @ y / len(x) + 1) ** 3
+
+    n, m = len(a), len(b)
+    aa = sum(k(a[i], a[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    bb = sum(k(b[i], b[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    return aa + bb - 2 * sum(k(x, y) for x in a for y in b) / (n * m)
+
+
+def test_kernel_distance_equals_double_sums_and_jackknife(monkeypatch):
+    """Value and standard error against loops, with unequal n and more rows than a chunk holds."""
+    monkeypatch.setattr(metrics, "CHUNK", 4)
+    a, b = normal(9, 5, 0), normal(13, 5, 1, 1.2, 0.2)
+    value, error = metrics.kernel_distance(a, b)
+    assert value == pytest.approx(kernel_by_hand(a, b), rel=1e-10)
+    left_a = np.array([kernel_by_hand(np.delete(a, i, 0), b) for i in range(9)])
+    left_b = np.array([kernel_by_hand(a, np.delete(b, i, 0)) for i in range(13)])
+    variance = 8 / 9 * ((left_a - left_a.mean()) ** 2).sum()
+    variance += 12 / 13 * ((left_b - left_b.mean()) ** 2).sum()
+    assert error == pytest.approx(np.sqrt(variance), rel=1e-8)
+
+
+def test_kernel_distance_is_unbiased_and_its_error_is_right():
+    """Equal distributions: the mean over draws is zero within its error. Unequal ones: the
+    spread over draws is the standard error that each draw states."""
+    null = np.array([metrics.kernel_distance(normal(40, 6, k), normal(60, 6, 500 + k))[0]
+                     for k in range(200)])  # fmt: skip
+    assert abs(null.mean()) < 3 * null.std(ddof=1) / np.sqrt(len(null))
+    draws = np.array([metrics.kernel_distance(normal(80, 6, k), normal(80, 6, 500 + k, shift=0.7))
+                      for k in range(200)])  # fmt: skip
+    assert draws[:, 1].mean() == pytest.approx(draws[:, 0].std(ddof=1), rel=0.2)
+
+
+# ------------------------------------------------------------------------- precision and recall
+
+
+def test_precision_and_recall_by_hand(monkeypatch):
+    """On a line, k = 1: balls around 0, 1, 3 have radii 1, 1, 2; the edge is inside."""
+    monkeypatch.setattr(metrics, "CHUNK", 2)
+    real = np.array([[0.0], [1.0], [3.0]])
+    generated = np.array([[-1.0], [5.0], [5.5], [-1.25]])
+    precision, recall = metrics.precision_recall(real, generated, k=1)
+    # generated radii: -1: 0.25, 5: 0.5, 5.5: 0.5, -1.25: 0.25; no real point is that close
+    assert (precision, recall) == (0.5, 0.0)
+    assert metrics.precision_recall(real, real.copy(), k=1) == (1.0, 1.0)
+    assert metrics.precision_recall(real, np.full((4, 1), 1.0), k=1) == (1.0, 1 / 3)
+    assert np.isnan(metrics.precision_recall(real, generated, k=3)[0])
+
+
+def test_precision_of_collapsed_samples():
+    """Ten copies of one real image far from the origin: balls of radius 0, with that
+    image on their edge: exactly it is recalled."""
+    real = normal(30, 24, 0, shift=100.3)
+    assert metrics.precision_recall(real, real[7:8].repeat(10, axis=0)) == (1.0, 1 / 30)
+
+
+# --------------------------------------------------------------------------- other libraries
+
+
+def test_values_equal_torch_fidelity():
+    pytest.importorskip("torch_fidelity")
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    a, b = normal(300, 24, 0).astype(np.float32), normal(300, 24, 1, 1.1, 0.1).astype(np.float32)
+    tensors = torch.from_numpy(a), torch.from_numpy(b)
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    fid = fid_statistics_to_metric(*map(fid_features_to_statistics, tensors), verbose=False)
+    assert metrics.frechet_distance(a, b) == pytest.approx(
+        fid["frechet_inception_distance"], rel=1e-6
+    )
+    options = {"kid_subsets": 1, "kid_subset_size": 300, "verbose": False}
+    kid = kid_features_to_metric(*(x.double() for x in tensors), **options)
+    assert metrics.kernel_distance(a, b)[0] == pytest.approx(
+        kid["kernel_inception_distance_mean"], rel=1e-6
+    )
+    theirs = prc_features_to_metric(*tensors[::-1], prc_neighborhood=3, verbose=False)
+    ours = metrics.precision_recall(a, b)
+    assert ours == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
+    assert 0 < ours[0] < 1 and 0 < ours[1] < 1
+
+
+def test_frechet_equals_pytorch_fid():
+    fid_score = pytest.importorskip("pytorch_fid.fid_score")
+    a, b = normal(300, 24, 2), normal(500, 24, 3, 1.1, 0.1)
+    theirs = fid_score.calculate_frechet_distance(
+        a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False)
+    )
+    assert metrics.frechet_distance(a, b) == pytest.approx(theirs, rel=1e-6)
+
+
+def test_values_equal_torchmetrics():
+    fid = pytest.importorskip("torchmetrics.image.fid")
+    kid = pytest.importorskip("torchmetrics.image.kid")
+    a, b = normal(300, 24, 4), normal(300, 24, 5, 1.1, 0.1)
+    x, y = torch.from_numpy(a), torch.from_numpy(b)
+    theirs = fid._compute_fid(x.mean(0), x.T.cov(), y.mean(0), y.T.cov())
+    assert metrics.frechet_distance(a, b) == pytest.approx(theirs.item(), rel=1e-6)
+    theirs = kid.poly_mmd(x, y)
+    assert metrics.kernel_distance(a, b)[0] == pytest.approx(theirs.item(), rel=1e-6)
+
+
+# --------------------------------------------------------------------------------------- SSIM
+
+
+def test_ssim_equals_scikit_image(digits):
+    images, _ = digits["train"]
+    by_hand = [
+        structural_similarity(images[i, 0].numpy(), images[i + 5, 0].numpy(), data_range=255)
+        for i in range(5)
+    ]
+    assert metrics.ssim_paired(images[:5], images[5:10]) == pytest.approx(
+        np.mean(by_hand), abs=1e-9
+    )
+    rgb = torch.randint(0, 256, (8, 3, 28, 28), generator=torch.Generator().manual_seed(0)).byte()
+    by_hand = [
+        structural_similarity(x.numpy(), y.numpy(), data_range=255, channel_axis=0)
+        for x, y in zip(rgb[:4], rgb[4:], strict=True)
+    ]
+    assert metrics.ssim(rgb[:4], rgb[4:]) == pytest.approx(np.array(by_hand), abs=1e-9)
+
+
+def test_ssim_diversity(digits, monkeypatch):
+    images, _ = digits["train"]
+    few = images[:4]
+    pairs = [
+        metrics.ssim_paired(few[i : i + 1], few[j : j + 1]) for i in range(4) for j in range(i)
+    ]
+    assert metrics.ssim_diversity(few, 0) == pytest.approx(np.mean(pairs), abs=1e-9)
+    assert metrics.ssim_diversity(images[:1].expand(6, -1, -1, -1), 0) == pytest.approx(1)
+    every = metrics.ssim_diversity(images[:30], 0)
+    monkeypatch.setattr(metrics, "SSIM_PAIRS", 300)  # of 435
+    assert metrics.ssim_diversity(images[:30], 0) == pytest.approx(every, abs=0.03)
+    monkeypatch.setattr(metrics, "SSIM_PAIRS", 2)  # of 6: never an image with itself
+    assert all(metrics.ssim_diversity(few, seed) <= max(pairs) + 1e-9 for seed in range(20))
+
+
+# ------------------------------------------------------------------------------- memorisation
+
+
+def test_nearest_image_and_its_distance(digits):
+    """A copy is at 0 exactly; white against black is at 1; one grey level of 255 is 1 / 255."""
+    images, _ = digits["train"]
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
+    distance, index = metrics.nearest_images(images[:200][order], images[:200])
+    assert (distance == 0).all() and (index == order.numpy()).all()
+    black, white = torch.zeros(1, 3, 28, 28).byte(), torch.full((1, 3, 28, 28), 255).byte()
+    assert metrics.nearest_images(black, white)[0] == pytest.approx([1])
+    assert metrics.nearest_images(black, black + 1)[0] == pytest.approx([1 / 255])
+
+
+def test_copies_are_memorised_and_held_out_images_are_not(digits):
+    (train, labels), (test, test_labels) = digits["train"], digits["test"]
+    training, held_out = train[labels == 3], test[test_labels == 3]
+    seen, unseen = training[::2], training[1::2]
+    copies = metrics.memorisation(seen[:40], seen, held_out)
+    assert (copies.distance == 0).all() and copies.threshold > 0.03
+    noisy = metrics.memorisation((seen[:40].int() + 3).clamp(0, 255).byte(), seen, held_out)
+    assert (noisy.distance <= noisy.threshold).all()
+    real = metrics.memorisation(unseen, seen, held_out)
+    assert (real.distance <= real.threshold).mean() < 0.1
+    assert np.median(real.distance) == pytest.approx(np.median(real.usual_distance), rel=0.2)
+    assert real.threshold == np.percentile(metrics.nearest_images(held_out, seen)[0], 1)
+
+
+# -------------------------------------------------------------------------------- extractors
+
+
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory):
+    """Randomly initialised weights as torchvision would store them, with the auxiliary head."""
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.save(inception_v3(init_weights=False).state_dict(), path)
+    return path
+
+
+def test_inception_features(inception_file, digits):
+    """2,048 features; batch 1 equals batch 32; grey equals its three equal channels; equal to
+    torchvision's own model and preprocessing put together by hand."""
+    extractor = metrics.inception_extractor(inception_file, "cpu")
+    images = digits["train"][0][:4]
+    together = extractor(images, batch=32)
+    assert together.shape == (4, 2048) and together.dtype == np.float64
+    alone = extractor(images[:2], batch=1)
+    scale = np.abs(together).max()
+    assert np.abs(alone - together[:2]).max() < 1e-5 * scale
+    assert np.array_equal(extractor(images.expand(-1, 3, -1, -1)), together)
+    colour = torch.cat([images[:2], images[:2] // 2, 255 - images[:2]], dim=1)
+    model = inception_v3(init_weights=False, transform_input=True)
+    model.load_state_dict(torch.load(inception_file, weights_only=True))
+    model.fc = torch.nn.Identity()
+    pixels = torch.nn.functional.interpolate(
+        colour / 255, size=(342, 342), mode="bilinear", antialias=True
+    )
+    pixels = (pixels * 255).round() / 255  # torchvision resizes uint8 images to uint8
+    mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    with torch.inference_mode():
+        expected = model.eval()((pixels[..., 21:320, 21:320] - mean) / deviation).numpy()
+    assert np.abs(expected - extractor(colour)).max() < 0.02 * scale
+    assert np.abs(together[0] - together[1]).max() > 0.05 * scale
+
+
+def test_inception_weights_errors(tmp_path):
+    wrong = tmp_path / "wrong.pth"
+    torch.save({"fc.weight": torch.zeros(3)}, wrong)
+    text = tmp_path / "text.pth"
+    text.write_text("not weights")
+    for path in (wrong, text, tmp_path / "missing.pth"):
+        with pytest.raises(UserError, match="--inception_weights FILE.*--features classifier"):
+            metrics.inception_extractor(path, "cpu")
+
+
+def test_classifier_learns_and_is_reused_only_for_the_same_content(
+    digits, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(metrics, "CLASSIFIER_STEPS", 150)
+    arguments = ("digits", tmp_path, digits["train"], digits["test"])
+    model, record = metrics.load_classifier(*arguments, seed=0)
+    assert record["test_accuracy"] > 0.9
+    file = tmp_path / "classifier_digits_seed0.pt"
+    written = file.stat().st_mtime_ns
+    before = torch.random.get_rng_state()
+    again, same = metrics.load_classifier(*arguments, seed=0)
+    assert file.stat().st_mtime_ns == written and same == record
+    images = digits["test"][0][:20]
+    features = metrics.classifier_extractor(model, "cpu")
+    assert np.array_equal(features(images), metrics.classifier_extractor(again, "cpu")(images))
+    assert features(images).shape == (20, 64)
+    scale = np.sqrt((features(digits["train"][0][:128]) ** 2).mean())
+    assert scale == pytest.approx(1, abs=1e-4)  # KID's kernel expects features of about 1
+    assert np.abs(features(images, batch=1) - features(images)).max() < 1e-4
+    # another image, another number of steps, a broken file: trained again, and said
+    changed = digits["train"][0].clone()
+    changed[0, 0, 0, 0] += 1
+    monkeypatch.setattr(metrics, "CLASSIFIER_STEPS", 2)
+    metrics.load_classifier("digits", tmp_path, digits["train"], digits["test"], seed=0)
+    assert "trained again" in capsys.readouterr().out
+    metrics.load_classifier(
+        "digits", tmp_path, (changed, digits["train"][1]), digits["test"], seed=0
+    )
+    assert "trained again" in capsys.readouterr().out
+    file.write_bytes(b"broken")
+    metrics.load_classifier(*arguments, seed=0)
+    assert "damaged" in capsys.readouterr().out
+    assert torch.equal(torch.random.get_rng_state(), before)  # nobody else's randomness moved
+
+
+def test_classifier_needs_two_classes(tmp_path):
+    one = (torch.zeros(5, 3, 28, 28).byte(), torch.zeros(5).long())
+    with pytest.raises(UserError, match="single class"):
+        metrics.load_classifier("tissue", tmp_path, one, one, seed=0)
+
+
+def test_features_are_cached_by_content(digits, tmp_path):
+    """Same images, same weights: read from the file. One pixel or one weight more: computed."""
+    extractor = metrics.classifier_extractor(metrics.build_classifier(1, 10, 0).eval(), "cpu")
+    images = digits["train"][0][:6]
+    first = metrics.cached_features(extractor, images, tmp_path)
+    (file,) = tmp_path.glob("features_*.npz")
+    np.savez(file, features=np.full((6, 64), 7.0))
+    assert (metrics.cached_features(extractor, images.clone(), tmp_path) == 7).all()
+    changed = images.clone()
+    changed[3, 0, 14, 14] ^= 1
+    assert np.abs(metrics.cached_features(extractor, changed, tmp_path) - first).max() < 1
+    with torch.no_grad():
+        extractor.model[0].weight[0, 0, 0, 0] += 1e-3
+    assert (metrics.cached_features(extractor, images, tmp_path) != 7).any()
+    assert len(list(tmp_path.glob("features_*.npz"))) == 3

@@ -1,0 +1,327 @@
+"""split_grid and debug_img.py on synthetic figures: exact count, tile content within the resampling
+error, and a refusal where the layout is ambiguous."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, PngImagePlugin
+
+import debug_img
+from cal_fid_ssim import resample, split_grid
+from quantum_diffusion_mnist import UserError, load_images, save_gif, save_grid
+
+
+def digit_tiles(n, seed=0):
+    """White digits on black, the strokes touching the tiles' edges."""
+    images = load_images("digits", None)[1]
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:n]
+    return images[chosen]
+
+
+def tissue_tiles(n, seed=0):
+    """Smooth colours between 60 and 220, as in stained tissue."""
+    generator = torch.Generator().manual_seed(seed)
+    small = torch.rand(n, 3, 5, 5, generator=generator)
+    smooth = torch.nn.functional.interpolate(small, size=28, mode="bicubic").clamp(0, 1)
+    return (60 + 160 * smooth).round().byte()
+
+
+def noise_tiles(n, seed=0):
+    """An untrained model's samples: many pixels are as white as the ground."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(n, 1, 28, 28, generator=generator) * 110 + 127).clamp(0, 255).byte()
+
+
+def light_tiles(n, seed=0):
+    """Dark digits on light grey, on a white ground."""
+    return 230 - digit_tiles(n, seed) // 2
+
+
+TILES = {"digits": digit_tiles, "tissue": tissue_tiles, "noise": noise_tiles, "light": light_tiles}
+
+
+def matplotlib_figure(
+    images, rows=1, size=(10, 2), dpi=100, ground="white", titles=None, suptitle=None,
+    frame=False, fontsize=10, **margins,
+):  # fmt: skip
+    """What a script saves after plt.subplots, imshow and savefig."""
+    columns = -(-len(images) // rows)
+    figure = Figure(figsize=size, dpi=dpi, facecolor=ground)
+    ink = "white" if ground in ("black", "#202020") else "black"
+    for k, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+        axes.axis("off")
+        if k < len(images):
+            axes.imshow(images[k].expand(3, -1, -1).permute(1, 2, 0).numpy())
+            if titles:
+                axes.set_title(titles.format(k), color=ink, fontsize=fontsize)
+            if frame:
+                axes.axis("on")
+    if suptitle:
+        figure.suptitle(suptitle, color=ink)
+    if margins:
+        figure.subplots_adjust(**margins)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", facecolor=ground)
+    return Image.open(buffer).convert("RGB")
+
+
+def pasted(images, places, side, ground="white", size=(1000, 200)):
+    """Tiles enlarged to ``side`` pixels (nearest) at given places."""
+    picture = Image.new("RGB", size, ground)
+    for image, place in zip(images, places, strict=True):
+        tile = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).numpy())
+        picture.paste(tile.resize((side, side), Image.Resampling.NEAREST), place)
+    return picture
+
+
+FIVE = [(21 + 197 * k, 15) for k in range(5)]
+LAYOUTS = {
+    "published": lambda x: pasted(x(5), FIVE, 170),
+    "published_151": lambda x: pasted(x(5), [(30 + 190 * k, 24) for k in range(5)], 151),
+    "plain": lambda x: matplotlib_figure(x(5)),
+    "titles": lambda x: matplotlib_figure(x(5), titles="Sample {}"),
+    "large_title": lambda x: matplotlib_figure(x(5), size=(10, 3), titles="No. {}", fontsize=24),
+    "suptitle": lambda x: matplotlib_figure(
+        x(5), size=(10, 3), suptitle="Generated HIIIH, epoch 30"
+    ),
+    "framed": lambda x: matplotlib_figure(x(5), frame=True),
+    "black_ground": lambda x: matplotlib_figure(255 - x(5) // 2, ground="black", titles="{}"),
+    "grey_ground": lambda x: matplotlib_figure(x(5), ground="#9a9a9a", suptitle="Generated"),
+    "blue_ground": lambda x: matplotlib_figure(x(4), ground="#2030d0", size=(8, 2.2)),
+    "rows": lambda x: matplotlib_figure(x(15), 3, (9, 6), titles="{}", suptitle="Samples"),
+    "last_row_short": lambda x: matplotlib_figure(x(13), 3, (9, 6), suptitle="Samples"),
+    "column": lambda x: matplotlib_figure(x(3), 3, (2, 6), titles="sample {}"),
+    "uneven": lambda x: matplotlib_figure(x(5), left=0.02, right=0.8, top=0.95, bottom=0.3),
+    "no_margin": lambda x: pasted(x(5), [(140 * k, 0) for k in range(5)], 120, size=(680, 120)),
+    "small_gap": lambda x: pasted(x(8), [(2 + 58 * k, 2) for k in range(8)], 56, size=(466, 60)),
+    "high_dpi": lambda x: matplotlib_figure(x(4), size=(8, 2.4), dpi=230, titles="epoch {}"),
+    "single": lambda x: matplotlib_figure(x(1), size=(3, 3), titles="epoch 3"),
+}
+FIGURES = [
+    (layout, tiles)
+    for layout in LAYOUTS
+    for tiles in TILES
+    if not (layout == "grey_ground" and tiles != "digits")  # grey tiles melt into grey
+    if not (layout == "no_margin" and tiles in ("tissue", "noise", "light"))  # no ground at the rim
+]
+
+
+def expected_count(layout):
+    counts = {"rows": 15, "last_row_short": 13, "column": 3, "small_gap": 8, "single": 1}
+    return counts.get(layout, 4 if layout in ("blue_ground", "high_dpi") else 5)
+
+
+def expected_tiles(layout, kind):
+    tiles = TILES[kind](expected_count(layout))
+    return 255 - tiles // 2 if layout == "black_ground" else tiles
+
+
+def error(found, expected):
+    """Mean absolute difference in 8-bit levels."""
+    if found.shape[1] != expected.shape[1]:
+        expected = expected.expand(-1, 3, -1, -1)
+    return (found.float() - expected.float()).abs().mean(dim=(1, 2, 3)).max().item()
+
+
+@pytest.mark.parametrize("layout, kind", FIGURES)
+def test_figures_split_to_their_tiles(layout, kind, tmp_path):
+    path = tmp_path / "figure.png"
+    LAYOUTS[layout](TILES[kind]).save(path)
+    grid = split_grid(path)
+    expected = expected_tiles(layout, kind)
+    assert grid.images.shape == (len(expected), 3 if kind == "tissue" else 1, 28, 28)
+    # The frame's line hides up to half of the outermost pixels.
+    assert error(grid.images, expected) < (6 if layout == "framed" else 0.6)
+    assert grid.method == "detected" and 0.5 < grid.confidence <= 1
+    assert len(grid.boxes) == len(expected)
+
+
+@pytest.mark.parametrize("quality", [95, 75, 50])
+@pytest.mark.parametrize("layout", ["published", "titles", "rows"])
+@pytest.mark.parametrize("kind", ["digits", "tissue"])
+def test_compression_noise(layout, kind, quality, tmp_path):
+    path = tmp_path / "figure.jpg"
+    LAYOUTS[layout](TILES[kind]).save(path, quality=quality)
+    grid = split_grid(path)
+    expected = expected_tiles(layout, kind)
+    assert len(grid.images) == len(expected)
+    assert error(grid.images, expected) < 6
+
+
+@pytest.mark.parametrize("kind", ["digits", "tissue", "noise"])
+def test_last_frame_of_a_training_gif(kind, tmp_path):
+    path = tmp_path / "progress.gif"
+    tiles = TILES[kind](10)
+    save_gif(path, [("epoch 1", TILES[kind](10, seed=1)), ("epoch 30 of 30", tiles)])
+    grid = split_grid(path)
+    assert len(grid.images) == 10
+    assert error(grid.images, tiles) < (16 if kind == "tissue" else 4)  # 64 colours in the file
+
+
+@pytest.mark.parametrize("kind", TILES)
+@pytest.mark.parametrize("n", [1, 2, 5, 23, 64])
+def test_own_grids_split_to_the_bit(kind, n, tmp_path):
+    path = tmp_path / "samples_final.png"
+    tiles = TILES[kind](n)
+    save_grid(path, tiles)
+    grid = split_grid(path)
+    assert torch.equal(grid.images, tiles)
+    assert grid.method == "metadata" and grid.confidence == 1
+    picture = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+    x0, y0, x1, y1 = grid.boxes[-1]
+    scale = (x1 - x0) // 28
+    assert torch.equal(picture[: tiles.shape[1], y0:y1:scale, x0:x1:scale], tiles[-1])
+
+
+def test_own_grid_without_its_description(tmp_path):
+    """Saved again by another program: found by its look, with the same tiles."""
+    save_grid(tmp_path / "grid.png", digit_tiles(23))
+    Image.open(tmp_path / "grid.png").convert("RGB").save(tmp_path / "again.png")
+    grid = split_grid(tmp_path / "again.png")
+    assert grid.method == "detected"
+    assert torch.equal(grid.images, digit_tiles(23))
+
+
+def test_resample_undoes_enlargement_exactly():
+    """Nearest enlargement by any factor of 2 and more comes back to the bit."""
+    tile = digit_tiles(1)[0].expand(3, -1, -1).permute(1, 2, 0).numpy()
+    for side in (56, 71, 99, 142, 151, 170, 283):
+        large = np.array(Image.fromarray(tile).resize((side, side), Image.Resampling.NEAREST))
+        assert np.array_equal(resample(large, 28), tile)
+
+
+def test_nearly_white_tile_is_kept(tmp_path):
+    """A tile that melts into the ground but for a few pixels still has its place."""
+    tiles = digit_tiles(5)
+    tiles[2] = 255
+    tiles[2, 0, 8:20, 10:20] = 90
+    pasted(tiles, FIVE, 168).save(tmp_path / "figure.png")
+    grid = split_grid(tmp_path / "figure.png")
+    assert torch.equal(grid.images, tiles)
+    assert grid.confidence < 0.9
+
+
+def white_on_white():
+    return pasted(255 - digit_tiles(5), FIVE, 168)
+
+
+def touching():
+    return pasted(digit_tiles(5), [(20 + 168 * k, 15) for k in range(5)], 168)
+
+
+def two_touch():
+    return pasted(digit_tiles(4), [(20, 15), (188, 15), (420, 15), (640, 15)], 168)
+
+
+def hole():
+    return pasted(digit_tiles(4), [FIVE[k] for k in (0, 1, 3, 4)], 168)
+
+
+def white_tile_inside():
+    tiles = digit_tiles(5)
+    tiles[2] = 255
+    return pasted(tiles, FIVE, 168)
+
+
+def unequal():
+    picture = pasted(digit_tiles(4), FIVE[:4], 168)
+    picture.paste(pasted(digit_tiles(1), [(0, 0)], 120, size=(120, 120)), (820, 15))
+    return picture
+
+
+def loss_curve_beside():
+    picture = pasted(digit_tiles(3), FIVE[:3], 168)
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((640, 15, 980, 182), outline="black", width=2)
+    draw.line([(650, 30), (760, 150), (970, 170)], "black", 3)
+    return picture
+
+
+def too_small():
+    return pasted(digit_tiles(5), [(10 + 30 * k, 10) for k in range(5)], 20, size=(170, 40))
+
+
+def text_only():
+    picture = Image.new("RGB", (600, 200), "white")
+    ImageDraw.Draw(picture).text((20, 20), "IIII HHHH OOOO no tiles", "black", font_size=44)
+    return picture
+
+
+def nothing():
+    return Image.new("RGB", (600, 200), "white")
+
+
+def no_ground():
+    return Image.fromarray(noise_tiles(1)[0, 0].numpy()).resize(
+        (280, 280), Image.Resampling.NEAREST
+    )
+
+
+def centred_last_row():
+    places = [(20 + 120 * k, 10) for k in range(4)] + [(80 + 120 * k, 130) for k in range(3)]
+    return pasted(digit_tiles(7), places, 100, size=(520, 240))
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [white_on_white, touching, two_touch, hole, white_tile_inside, unequal, loss_curve_beside,
+     too_small, text_only, nothing, no_ground, centred_last_row],
+)  # fmt: skip
+def test_ambiguous_layouts_are_refused(figure, tmp_path):
+    path = tmp_path / "figure.png"
+    figure().save(path)
+    with pytest.raises(UserError, match="ambiguous layout"):
+        split_grid(path)
+
+
+def test_unreadable_files(tmp_path):
+    good = tmp_path / "good.png"
+    save_grid(good, digit_tiles(30))
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(good.read_bytes()[:-2000])
+    text = tmp_path / "text.png"
+    text.write_text("not a picture")
+    for path in (cut, text, tmp_path / "missing.png", tmp_path):
+        with pytest.raises(UserError, match=path.name):
+            split_grid(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"count": 99}, {"columns": 0}, {"tile_width": 400}, {"scale": "4"}, {"padding": None}],
+)
+def test_description_that_contradicts_the_picture(change, tmp_path):
+    path = tmp_path / "grid.png"
+    save_grid(path, digit_tiles(5))
+    with Image.open(path) as picture:
+        text = PngImagePlugin.PngInfo()
+        text.add_text("grid", json.dumps(json.loads(picture.text["grid"]) | change))
+        picture.save(tmp_path / "changed.png", pnginfo=text)
+    with pytest.raises(UserError, match="changed.png"):
+        split_grid(tmp_path / "changed.png")
+
+
+def test_debug_img_reports_and_checks_the_count(tmp_path, capsys):
+    path = tmp_path / "figure.png"
+    LAYOUTS["titles"](digit_tiles).save(path)
+    debug_img.main([str(path), "--expect", "5"])
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["images"] == "5" and lines["ground"] == "#ffffff" and lines["method"] == "detected"
+    assert lines["size"].startswith("28x28, 1 channel")
+    assert 0.8 < float(lines["confidence"]) <= 1
+    with Image.open(tmp_path / "figure_split.png") as drawn:
+        colours = np.asarray(drawn.convert("RGB")).reshape(-1, 3)
+    assert (np.abs(colours.astype(int) - (0xD5, 0x5E, 0x00)).max(axis=1) < 10).sum() > 500
+    with pytest.raises(SystemExit) as stop:
+        debug_img.main([str(path), "--expect", "4", "--out", str(tmp_path / "other.png")])
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and "5 images, --expect 4" in captured.err
+    with pytest.raises(SystemExit) as stop:
+        debug_img.main([str(tmp_path / "missing.png")])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: ")
