@@ -62,7 +62,7 @@ def test_a_run_writes_its_folder(script, tiny, embedded, tmp_path):
     files = ["config.json", "loss.csv", "checkpoint.pt", "model.pt"]
     assert names == {*pictures, *samples, *files}
     config = json.loads((run / "config.json").read_text())
-    assert config["settings"]["arm"] == "quantum" and config["settings"]["lr"] == 0.002
+    assert config["settings"]["arm"] == "quantum" and config["settings"]["lr"] == 0.003
     assert config["images"]["used"] == 8 and config["images"]["available"] > 100
     unet = script.UNet(embedded.channels, "quantum", n_qubits=4)
     assert config["parameters"]["model"] == sum(p.numel() for p in unet.parameters())
@@ -271,7 +271,7 @@ def test_other_settings_in_an_existing_folder(script, tiny, tmp_path, fails):
     script.main(tiny(tmp_path))
     before = contents(only(tmp_path))
     message = fails(script, tiny(tmp_path, "--lr", "0.5", "--n_frames", "2"))
-    assert "lr 0.002 (asked for: 0.5)" in message and "n_frames 3" in message
+    assert "lr 0.003 (asked for: 0.5)" in message and "n_frames 3" in message
     assert "seed" not in message.split("settings: ")[1].split(";")[0]
     assert contents(only(tmp_path)) == before
 
