@@ -680,7 +680,6 @@ class UNet(nn.Module):
         self.encode14 = ResBlock(width, embedding)
         self.down = nn.Conv2d(width, bottleneck, 2, stride=2)
         self.encode7 = ResBlock(bottleneck, embedding)
-        self.middle = ResBlock(bottleneck, embedding)
         self.attention = SelfAttention(bottleneck)
         self.merge7 = nn.Conv2d(2 * bottleneck, bottleneck, 1)
         self.decode7 = ResBlock(bottleneck, embedding)
@@ -705,7 +704,7 @@ class UNet(nn.Module):
         x = F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last)
         h14 = self.encode14(self.stem(x), embedding)
         h7 = self.encode7(self.down(h14), embedding)
-        h = self.attention(self.middle(h7, embedding))
+        h = self.attention(h7)
         if self.gate is not None:
             h = h * (1 + self.gate(h.mean(dim=(2, 3))))[:, :, None, None]
         h = self.decode7(self.merge7(torch.cat([h, h7], dim=1)), embedding)
@@ -1253,11 +1252,14 @@ def run_grid(
     WORLD_SIZE-th run. A run whose loss diverges does not stop the others.
     """
     device = choose_device(args.device)
+    hardware = f"cpu, {platform.machine()}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        hardware = f"{device}, {torch.cuda.get_device_name(device)}"
     check_simulator(args.simulator, [settings.arm for settings, _, _ in grid], args.n_layers)
     share = grid[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
     for settings, images, counts in share:
         config = run_config(settings, images, counts, argv)
-        config |= {"device": str(device), "n_eval": args.n_eval}
+        config |= {"device": hardware, "n_eval": args.n_eval}
         open_run(args.save_dir / settings.name, config)
     diverged = []
     for number, (settings, images, _) in enumerate(share, 1):
