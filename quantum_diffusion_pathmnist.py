@@ -422,29 +422,38 @@ def transfer_matrices(weights: Tensor, entangle: bool = True) -> Tensor:
     half = weights[..., 1] / 2 if kinds == 2 else torch.zeros_like(rz)
     cos, sin = half.cos(), half.sin()
     ry = torch.stack([cos, -sin, sin, cos], -1).view(n_layers, n, 2, 2)
-    # rho -> U rho U* on the four entries (00, 01, 10, 11) of a qubit's density matrix. RZ touches
-    # only 01 and 10, so a circuit of RZ alone is independent of its weights to the last bit.
-    phase = rz[..., None] * rz.new_tensor([0, -1, 1, 0])
-    layers = (ry[..., :, None, :, None] * ry[..., None, :, None, :]).reshape(n_layers, n, 4, 4)
-    layers = layers * torch.complex(phase.cos(), phase.sin())[:, :, None]
-    # The CNOT: the pair (s, s*) becomes b = s + c, so entry [b, c, b_before] is entry [b + c, .].
+    # RY as rho -> U rho U* on the entries (00, 01, 10, 11) of a qubit's density matrix, and the
+    # CNOT after it: the pair (s, s*) becomes b = s + c, so [b, c, b_before] is [b + c, b_before].
+    tables = (ry[..., :, None, :, None] * ry[..., None, :, None, :]).reshape(n_layers, n, 4, 4)
     pair = torch.arange(4, device=weights.device)
     source = pair[:, None] ^ pair if entangle else pair[:, None].expand(4, 4)
-    layers = layers.index_select(2, source.flatten()).view(n_layers, n, 4, 4, 4)
-    # RY(x)|0> has rho = (1 + cos x, sin x, sin x, 1 - cos x) / 2
+    tables = tables.index_select(2, source.flatten()).view(n_layers, n, 4, 4, 4)
+    # RZ before it touches only 01 and 10, so a circuit of RZ alone is independent of its weights
+    # to the last bit.
+    phase = rz[..., None] * rz.new_tensor([0, -1, 1, 0])
+    phase = torch.complex(phase.cos(), phase.sin())
+    # RY(x)|0> has rho = (1 + cos x, sin x, sin x, 1 - cos x) / 2.
     data = rz.new_tensor([[1, 0, 0, 1], [1, 0, 0, -1], [0, 1, 1, 0]]) / 2
-    # Measured: of the last layer's pairs only (0, 0) and (1, 1) survive.
-    tables = [*layers[:-1].unbind(0), layers[-1][:, ::3, ::3]]
-    site = torch.einsum("nbcp,kp->nkbc", tables[0], data.to(layers.dtype))
-    for table in tables[1:]:
-        d, pairs = site.shape[-1], table.shape[1]
-        grown = table.permute(0, 3, 1, 2)[:, None, None, :, :, None]  # (n, 1, 1, b_before, b, 1, c)
-        site = (site.view(n, 3, d // 4, 4, 1, d, 1) * grown).reshape(n, 3, d * pairs, d * pairs)
-    # E = S + iK with S symmetric, K antisymmetric: T E -> (Re T + Im T transpose)(S + K).
-    d, bits = site.shape[-1], 2 * (n_layers - 1)
-    exchange = [3 + (i ^ 1) for i in range(bits)]  # every c with its c*
-    imag = site.imag.reshape(n, 3, d, *[2] * bits, 2).permute(0, 1, 2, *exchange, 3 + bits)
-    return site.real + imag.reshape(n, 3, d, d)
+    site = data.view(1, 3, 1, 4, 1).expand(n, 3, 1, 4, 1)  # [qubit, k, older b, newest b, c]
+    for layer in range(n_layers):
+        d = site.shape[-1]
+        site = site * phase[layer, :, None, None, :, None]
+        table = tables[layer]
+        if layer == n_layers - 1:
+            # Measured: of the last pairs only (0, 0) and (1, 1) survive, so this layer keeps E
+            # Hermitian in the others. E = S + iK: T E -> (Re T + Im T transpose)(S + K).
+            table = table[:, ::3, ::3]
+            bits = 2 * layer
+            exchange = [4 + (i ^ 1) for i in range(bits)]  # every c with its c*
+            imag = site.imag.reshape(n, 3, -1, 4, *[2] * bits).permute(0, 1, 2, 3, *exchange)
+            site = site.real + imag.reshape(n, 3, -1, 4, d)
+        table = table.permute(0, 3, 1, 2)[:, None, None, :, :, None]  # (n, 1, 1, b_before, b, 1, c)
+        pairs = table.shape[4]
+        site = site.unsqueeze(4).unsqueeze(6) * table
+        if layer == 0:  # b_0 is the input's, no bond
+            site = site.sum(3)
+        site = site.reshape(n, 3, -1, pairs, d * pairs)
+    return site.reshape(n, 3, site.shape[-1], site.shape[-1])
 
 
 def sweep(angles: Tensor, transfer: Tensor, entangle: bool = True) -> Tensor:

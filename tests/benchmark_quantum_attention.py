@@ -36,17 +36,20 @@ def medians(functions: dict, repeats: int) -> dict:
 
 
 def training_step(arm: str):
-    """One training step of the script's own ingredients."""
+    """One training step as in the script's loop, drawing the batch included."""
     torch.manual_seed(0)
     model, diffusion = mnist.UNet(1, arm), mnist.GaussianDiffusion(1000)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer, ema = torch.optim.Adam(trainable, fused=True), mnist.EMA(model, 0.995)
-    x0, noise = torch.randn(2, BATCH, 1, 28, 28)
-    t = torch.randint(1000, (BATCH,))
+    images = torch.randint(256, (6131, 1, 28, 28), dtype=torch.uint8)
+    fields = dict.fromkeys(mnist.Settings.__annotations__)
+    settings = mnist.Settings(**fields | {"seed": 0, "batch_size": BATCH})
 
     def step():
+        x0, t, noise = mnist.training_batch(settings, images, 0, 1000)
         output = model(diffusion.q_sample(x0, t, noise), t)
-        loss = torch.nn.functional.mse_loss(output, diffusion.target(x0, t, noise))
+        errors = (output - diffusion.target(x0, t, noise)).square().mean((1, 2, 3))
+        loss = (diffusion.noise[t] * errors).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -128,7 +131,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
 
     arms = ("classical", "quantum", "matched")
-    times = medians({arm: training_step(arm) for arm in arms}, 30)
+    times = medians({arm: training_step(arm) for arm in arms}, 60)
     print("\n1. training step            ms   / classical")
     for arm, seconds in times.items():
         print(f"   {arm:20} {1e3 * seconds:8.1f}   {seconds / times['classical']:.3f}")
