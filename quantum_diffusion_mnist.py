@@ -726,8 +726,10 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     try:
         aside.write_bytes(data.encode() if isinstance(data, str) else data)
         os.replace(aside, path)
-    except BaseException:
+    except BaseException as error:
         aside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
 
@@ -1199,14 +1201,11 @@ def check_simulator(simulator: str, arms: Sequence[str], n_layers: int) -> None:
         ) from None
 
 
-def make_grid(
-    args: argparse.Namespace, classes: Sequence[int], source: str, images: Tensor, labels: Tensor
-) -> list[tuple[Settings, Tensor, dict]]:
-    """Every run that the flags ask for: settings, training images, and how many there were."""
-    arms = choose_arms(args.arm, args.use_quantum)
-    shared = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
-    shared["sample_steps"] = args.sample_steps or args.timesteps
-    if shared["sample_steps"] > args.timesteps:
+def check_flags(args: argparse.Namespace) -> None:
+    """Finds the mistakes that need no data, before any is read or downloaded."""
+    choose_arms(args.arm, args.use_quantum)
+    choose_device(args.device)
+    if (args.sample_steps or 0) > args.timesteps:
         raise UserError(
             f"--sample_steps {args.sample_steps}: more than --timesteps {args.timesteps}"
         )
@@ -1215,6 +1214,15 @@ def make_grid(
     for size in args.n_train:
         if size != "all" and not size.isdigit():
             raise UserError(f"--n_train {size}: expected a number of images, or all")
+
+
+def make_grid(
+    args: argparse.Namespace, classes: Sequence[int], source: str, images: Tensor, labels: Tensor
+) -> list[tuple[Settings, Tensor, dict]]:
+    """Every run that the flags ask for: settings, training images, and how many there were."""
+    arms = choose_arms(args.arm, args.use_quantum)
+    shared = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
+    shared["sample_steps"] = args.sample_steps or args.timesteps
     grid = []
     for label, size, arm, seed in itertools.product(classes, args.n_train, arms, args.seeds):
         n_train = None if size == "all" else int(size)
@@ -1267,6 +1275,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = build_parser().parse_args(argv)
     try:
+        check_flags(args)
         classes = parse_classes("--digits", args.digits, CLASS_NAMES)
         grid = make_grid(args, classes, *load_images(args.data, args.data_dir))
         run_grid(grid, args, argv)
