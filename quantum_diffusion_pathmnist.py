@@ -31,9 +31,10 @@ import tempfile
 import threading
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import medmnist
 import numpy as np
@@ -55,6 +56,7 @@ PREVIEW_STEPS = 50  # respaced sampling steps of the previews
 SAMPLE_BATCH = 16, 64  # least and most images of the final grid that are sampled together
 GIF_BYTES = 400_000
 EXACT_LAYERS = 5  # memory and time grow by 16 with every layer
+MIXED_QUBITS = 10  # of PennyLane's default.mixed: 16 MiB a sample, four times as much each qubit
 
 ARMS = {
     "classical": "no gate: the paper's classical model",
@@ -103,11 +105,17 @@ class Settings:
     ema_decay: float
     n_qubits: int
     n_layers: int
-    simulator: str
     timesteps: int
     n_frames: int
     n_samples: int
     sample_steps: int
+    # How a circuit is run: CONDITIONS. A finished run can be sampled under others.
+    simulator: str = "exact"
+    simulator_options: dict | None = None
+    shots: int | None = None
+    gate_noise: tuple[float, float] | None = None
+    readout_noise: float = 0.0
+    trajectories: int = 1
 
     @property
     def name(self) -> str:
@@ -115,6 +123,9 @@ class Settings:
         size = "all" if self.n_train is None else self.n_train
         label = CLASS_PREFIX + CLASS_NAMES[self.label]
         return f"{self.arm}_{self.data}{label}_n{size}_seed{self.seed}"
+
+
+CONDITIONS = {field.name: field.default for field in fields(Settings)[-6:]}
 
 
 def random_stream(seed: int, *name: object, device: str | torch.device = "cpu") -> torch.Generator:
@@ -125,6 +136,15 @@ def random_stream(seed: int, *name: object, device: str | torch.device = "cpu") 
     """
     digest = hashlib.sha256(repr((seed, *name)).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def draw(kind: Callable, generator: object, n: int, *size: int) -> Tensor:
+    """``kind`` (torch.rand or torch.randn) of n x size, from one generator for all n, or from a
+    sequence of n generators, one for each; None is torch's own."""
+    if isinstance(generator, Sequence):
+        return torch.stack([kind(size, generator=g, device=g.device) for g in generator])
+    device = None if generator is None else generator.device
+    return kind(n, *size, generator=generator, device=device)
 
 
 # -------------------------------------------------------------------------------------- data
@@ -327,15 +347,10 @@ class GaussianDiffusion:
         """
         process = self if steps is None else self.respaced(steps)
         size = (getattr(model, "channels", 1), IMAGE_SIZE, IMAGE_SIZE)
-
-        def draw() -> Tensor:
-            if isinstance(generator, torch.Generator):
-                return torch.randn(n, *size, generator=generator, device=generator.device)
-            return torch.stack([torch.randn(size, generator=g, device=g.device) for g in generator])
-
-        x = draw().to(self.device)
+        x = draw(torch.randn, generator, n, *size).to(self.device)
         for t in reversed(range(len(process.model_t))):
-            x = process.p_sample(model, x, t, draw().to(self.device))
+            noise = draw(torch.randn, generator, n, *size).to(self.device)
+            x = process.p_sample(model, x, t, noise)
             if progress is not None:
                 progress.update()
         return x.clamp(-1, 1)
@@ -348,7 +363,12 @@ class GaussianDiffusion:
 # --------------------------------------------------- quantum circuit and exact simulation
 
 
-def quantum_circuit(angles: Tensor, weights: Tensor, entangle: bool = True) -> None:
+def quantum_circuit(
+    angles: Tensor,
+    weights: Tensor,
+    entangle: bool = True,
+    gate_noise: Sequence[float] | None = None,
+) -> None:
     """The layer's definition in PennyLane operations, on wires 0 .. n-1.
 
     RY(angles[i]), then per layer RZ(weights[l, i, 0]), RY(weights[l, i, 1]) on every qubit and the
@@ -358,18 +378,31 @@ def quantum_circuit(angles: Tensor, weights: Tensor, entangle: bool = True) -> N
         angles: (n,) or (B, n), radians.
         weights: (L, n, 2) = (RZ, RY) radians; (L, n, 1) for the published circuit, RZ alone.
         entangle: False leaves the CNOTs out.
+        gate_noise: (p1, p2), probabilities of PennyLane's ``DepolarizingChannel``, which follows
+            every one-qubit gate (p1) and stands on both qubits after every CNOT (p2).
     """
     n_layers, n_qubits, kinds = weights.shape
+    p1, p2 = gate_noise or (0, 0)
+
+    def depolarise(p: float, *wires: int) -> None:
+        for wire in wires:
+            if p:
+                qml.DepolarizingChannel(p, wires=wire)
+
     for i in range(n_qubits):
         qml.RY(angles[..., i], wires=i)
+        depolarise(p1, i)
     for layer in range(n_layers):
         for i in range(n_qubits):
             qml.RZ(weights[layer, i, 0], wires=i)
+            depolarise(p1, i)
             if kinds == 2:
                 qml.RY(weights[layer, i, 1], wires=i)
+                depolarise(p1, i)
         if entangle:
             for i in range(n_qubits - 1):
                 qml.CNOT(wires=[i, i + 1])
+                depolarise(p2, i, i + 1)
 
 
 def make_qnode(
@@ -378,8 +411,18 @@ def make_qnode(
     device_name: str = "default.qubit",
     entangle: bool = True,
     diff_method: str | None = "best",
+    options: dict | None = None,
+    shots: int | None = None,
+    gate_noise: Sequence[float] | None = None,
+    readout_noise: float = 0.0,
 ) -> qml.QNode:
     """``quantum_circuit`` as a QNode on any PennyLane device.
+
+    Args:
+        diff_method: None for inference alone; with shots any other means parameter-shift.
+        options: keyword arguments of the device.
+        shots: measurements of all qubits together; None for exact expectation values.
+        gate_noise, readout_noise: on devices that take channels, such as ``default.mixed``.
 
     Returns:
         f(angles (B, n), weights (L, n, 2 or 1)) -> list of n tensors (B,), <Z_i>. Stack on dim -1.
@@ -388,19 +431,28 @@ def make_qnode(
         ValueError: on a call with weights of other than ``n_layers`` and ``n_qubits``.
         qml.exceptions.DeviceError: no such device.
     """
+    device = qml.device(device_name, wires=n_qubits, **options or {})
+    if shots and diff_method:
+        diff_method = "parameter-shift"
 
-    @qml.qnode(qml.device(device_name, wires=n_qubits), interface="torch", diff_method=diff_method)
+    @qml.qnode(device, interface="torch", diff_method=diff_method)
     def expectations(angles: Tensor, weights: Tensor):
         if tuple(weights.shape[:2]) != (n_layers, n_qubits):
             shape = tuple(weights.shape)
             raise ValueError(f"weights {shape}, expected ({n_layers}, {n_qubits}, .)")
-        quantum_circuit(angles, weights, entangle)
+        quantum_circuit(angles, weights, entangle, gate_noise)
+        for i in range(n_qubits if readout_noise else 0):
+            qml.BitFlip(readout_noise, wires=i)
         return [qml.expval(qml.PauliZ(i)) for i in range(n_qubits)]
 
+    if shots:
+        expectations = qml.set_shots(expectations, shots=shots)
+        if diff_method:  # the parameter-shift rule takes no batch of inputs
+            expectations = qml.transforms.broadcast_expand(expectations)
     return expectations
 
 
-def transfer_matrices(weights: Tensor, entangle: bool = True) -> Tensor:
+def transfer_matrices(weights: Tensor, gate_noise: Sequence[float] | None = None) -> Tensor:
     """The site tensors of the circuit's matrix product state, doubled, for all inputs at once.
 
     One CNOT chain per layer means: after layer l, qubit i holds b_l = s + c_l (mod 2), where s is
@@ -414,8 +466,12 @@ def transfer_matrices(weights: Tensor, entangle: bool = True) -> Tensor:
     Re E + Im E. The input enters through RY(x)|0>, whose density matrix is linear in
     (1, cos x, sin x), hence three matrices per qubit; all else is independent of the batch.
 
-    weights: (L, n, 2) or (L, n, 1), radians. Returns (n, 3, D, D) with D = 2 * 4**(L-1), indexed
-    [qubit, (1, cos, sin), bond b b*, bond c c*]; without entanglement all columns are alike.
+    Noise costs nothing: a channel maps the pair (b, b*) of one qubit, so it joins the gate before
+    it, and the bond does not grow. The result is the exact mean over all noise. (That behind the
+    last CNOT of a qubit, where it is the control, is ``sweep``'s.)
+
+    weights: (L, n, 2) or (L, n, 1), radians; gate_noise: as in ``quantum_circuit``. Returns
+    (n, 3, D, D) with D = 2 * 4**(L-1), indexed [qubit, (1, cos, sin), bond b b*, bond c c*].
     """
     n_layers, n, kinds = weights.shape
     rz = weights[..., 0]
@@ -425,9 +481,20 @@ def transfer_matrices(weights: Tensor, entangle: bool = True) -> Tensor:
     # RY as rho -> U rho U* on the entries (00, 01, 10, 11) of a qubit's density matrix, and the
     # CNOT after it: the pair (s, s*) becomes b = s + c, so [b, c, b_before] is [b + c, b_before].
     tables = (ry[..., :, None, :, None] * ry[..., None, :, None, :]).reshape(n_layers, n, 4, 4)
+    if gate_noise:
+        # Depolarising commutes with RZ. Before RY: the noise of what came before, and of RZ.
+        one, two = (1 - 4 * rz.new_tensor(gate_noise) / 3).unbind()
+        before = one * torch.where(torch.arange(n, device=rz.device) == n - 1, 1, two)
+        before = torch.stack([(one * one).expand(n), *[before] * (n_layers - 1)])
+        tables = tables @ depolarising(before)
+        if kinds == 2:
+            tables = depolarising(one) @ tables
     pair = torch.arange(4, device=weights.device)
-    source = pair[:, None] ^ pair if entangle else pair[:, None].expand(4, 4)
+    source = pair[:, None] ^ pair
     tables = tables.index_select(2, source.flatten()).view(n_layers, n, 4, 4, 4)
+    if gate_noise:  # on the target of the CNOT, which qubit 0 never is
+        after = torch.where(torch.arange(n, device=rz.device) == 0, 1, two)
+        tables = torch.einsum("nab,lnbcd->lnacd", depolarising(after), tables)
     # RZ before it touches only 01 and 10, so a circuit of RZ alone is independent of its weights
     # to the last bit.
     phase = rz[..., None] * rz.new_tensor([0, -1, 1, 0])
@@ -456,52 +523,272 @@ def transfer_matrices(weights: Tensor, entangle: bool = True) -> Tensor:
     return site.reshape(n, 3, site.shape[-1], site.shape[-1])
 
 
-def sweep(angles: Tensor, transfer: Tensor, entangle: bool = True) -> Tensor:
-    """<Z_i> from ``transfer_matrices``: one sweep from each end, both in one stacked batch.
+def depolarising(factor: Tensor) -> Tensor:
+    """rho -> factor rho + (1 - factor) / 2 on rho's entries (00, 01, 10, 11), (..., 4, 4)."""
+    mixed = factor.new_tensor([1, 0, 0, 1]) / 2
+    mixed = mixed[:, None] * mixed.sign()  # the trace times the maximally mixed state
+    return mixed + factor[..., None, None] * (torch.eye(4).to(mixed) - mixed)
+
+
+class Paulis(NamedTuple):
+    """What one noise trajectory per sample does to a circuit; see ``insert_paulis``."""
+
+    flips: Tensor  # (n + 1, B, L) int64, of the bond before each site and behind the last one
+    signs: Tensor  # (n + 1, B, L) int64
+    output: Tensor  # (B, n), 1 or -1, times the measured value
+
+
+def draw_paulis(probabilities: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Pauli errors from uniform numbers: each of X, Y, Z with a third of the probability.
+
+    Returns (x, z), bool, shaped like uniform: the error is X^x Z^z up to a phase.
+    """
+    x = uniform < probabilities * 2 / 3
+    return x, (uniform >= probabilities / 3) & (uniform < probabilities)
+
+
+def error_probabilities(
+    weights: Tensor, gate_noise: Sequence[float], entangle: bool = True
+) -> Tensor:
+    """Where errors can be: (n, 1 + 4 L), after the data's RY and, per layer, after RZ, RY, the CNOT
+    whose target the qubit is, and the one whose control it is. weights: as in the circuit."""
+    n_layers, n, kinds = weights.shape
+    p1, p2 = gate_noise
+    p2 = p2 if entangle else 0
+    layer = [p1, p1 if kinds == 2 else 0, p2, p2]
+    table = weights.new_tensor([p1] + layer * n_layers).repeat(n, 1)
+    table[0, 3::4] = 0
+    table[-1, 4::4] = 0
+    return table
+
+
+def insert_paulis(angles: Tensor, x: Tensor, z: Tensor) -> tuple[Tensor, Paulis]:
+    """Turns Pauli errors inside the circuit into changes at the bonds between its sites.
+
+    X behind RZ is Z before it and Y behind RY; X on a CNOT's target may stand before that CNOT, Z
+    behind the next one. So errors are left before and behind each U_l only. There X flips an index
+    of the site's matrix, U_l[b_l + c_l + x', b_{l-1} + x], which is A with c and b flipped, and Z
+    is a sign (-1)^b or (-1)^(b + c). A trajectory costs what the ideal circuit does.
+
+    angles: (B, n); x, z: (B, n, 1 + 4 L) bool, placed as in ``error_probabilities``.
+    Returns the angles that include the errors of the data's RY, and the rest.
+    """
+    rz_x, ry_x, target_x, control_x = x[..., 1:].unflatten(-1, (-1, 4)).unbind(-1)  # (B, n, L)
+    rz_z, ry_z, target_z, control_z = z[..., 1:].unflatten(-1, (-1, 4)).unbind(-1)
+    before_x = torch.cat([x[..., :1], control_x], -1)  # (B, n, L + 1); the last: before measuring
+    before_z = torch.cat([z[..., :1], control_z ^ target_z], -1)
+    before_z[..., :-1] ^= rz_x ^ rz_z
+    behind_x, behind_z = rz_x ^ ry_x ^ target_x, rz_x ^ ry_z
+    angles = torch.where(before_z[..., 0], -angles, angles)  # Z RY(a)|0> = RY(-a)|0>
+    angles = torch.where(before_x[..., 0], math.pi - angles, angles)  # X RY(a)|0> = RY(pi-a)|0>
+    last = torch.zeros_like(before_x[..., :1])
+    right_flips = torch.cat([before_x[..., 1:-1], last], -1)
+    right_signs = torch.cat([before_z[..., 1:-1], last], -1) ^ behind_z
+    edge = torch.zeros_like(right_flips[:, :1])
+    flips = torch.cat([right_flips ^ behind_x, edge], 1) ^ torch.cat([edge, right_flips], 1)
+    signs = torch.cat([behind_z, edge], 1) ^ torch.cat([edge, right_signs], 1)
+    output = 1 - 2 * before_x[..., -1].to(angles.dtype)
+    return angles, Paulis(flips.transpose(0, 1).long(), signs.transpose(0, 1).long(), output)
+
+
+def environments(
+    angles: Tensor, transfer: Tensor, paulis: Paulis | None = None
+) -> tuple[Tensor, Tensor]:
+    """Everything left and everything right of each bond: one sweep from each end, in one batch.
 
     left_i = T_i(x_i) left_{i-1} starts at the left edge, where c = 0; right_{i-1} =
-    T_i(x_i)^T right_i starts from all ones (the qubits further right are summed over); and
-    <Z_i> = sum_b (-1)^{b_L} left_i[b] right_i[b].
+    T_i(x_i)^T right_i starts from all ones (the qubits further right are summed over).
 
-    angles: (B, n), radians; transfer: (n, 3, D, D). Returns (B, n) in -1..1.
+    angles: (B, n), radians; transfer: (n, 3, D, D). Returns left, right, each (n, B, D).
     """
     batch, n = angles.shape
     d = transfer.shape[-1]
-    sign = angles.new_tensor([1, -1]).repeat(d // 2)
     inputs = torch.stack([torch.ones_like(angles), angles.cos(), angles.sin()], -1)  # (B, n, 3)
-    if not entangle:  # every qubit is a chain of its own
-        return torch.einsum("bnk,nkd,d->bn", inputs, transfer[..., 0], sign)
     inputs = inputs.transpose(0, 1)[..., None]
     inputs = torch.stack([inputs, inputs.flip(0)], 1)  # (n, 2, B, 3, 1)
     maps = torch.stack([transfer.mT, transfer.flip(0)], 1).view(n, 2, 3 * d, d)
     edge = angles.new_ones(2, batch, d)
     edge[0, :, 1:] = 0
-    environments = [edge]
-    for x, site in zip(inputs.unbind(0), maps.unbind(0), strict=True):
-        stacked = (x * environments[-1].unsqueeze(2)).view(2, batch, 3 * d)
-        environments.append(torch.bmm(stacked, site))
-    left, right = torch.stack(environments).unbind(1)
-    return ((left[1:] * right[:-1].flip(0)) @ sign).T
+    arriving, leaving = [], [edge]
+    for i in range(n):
+        arriving.append(leaving[-1])
+        if paulis is not None:  # before site i from the left, behind site n-1-i from the right
+            flips = torch.stack([paulis.flips[i], paulis.flips[n - i]])
+            signs = torch.stack([paulis.signs[i], paulis.signs[n - i]])
+            arriving[-1] = move_bond(arriving[-1], flips, signs)
+        stacked = (inputs[i] * arriving[-1].unsqueeze(2)).view(2, batch, 3 * d)
+        leaving.append(torch.bmm(stacked, maps[i]))
+    return torch.stack(leaving[1:])[:, 0], torch.stack(arriving).flip(0)[:, 1]
 
 
-def staircase_expectations(angles: Tensor, weights: Tensor, entangle: bool = True) -> Tensor:
+def move_bond(vector: Tensor, flips: Tensor, signs: Tensor) -> Tensor:
+    """Flips and signs the bits of a doubled bond: vector (..., D); flips, signs (..., L) int64.
+
+    The index counts (b_1 b_1* b_2 b_2* .. b_L) with the last bit fastest, D = 2 * 4**(L-1).
+    """
+    n_layers = flips.shape[-1]
+    shift = 2 * torch.arange(n_layers - 1, -1, -1, device=flips.device) - 1  # of b*, b is above it
+    index = torch.arange(vector.shape[-1], device=flips.device)
+    odd = (index[:, None] >> shift[:-1]) + (index[:, None] >> shift[:-1] + 1)  # b + b*
+    parity = signs[..., :-1].to(vector) @ (odd % 2).T.to(vector)
+    mask = (flips[..., :-1] * 3 << shift[:-1]).sum(-1) + flips[..., -1]
+    moved = vector.gather(-1, index ^ mask[..., None])
+    return moved * (1 - 2 * (parity % 2))
+
+
+def sweep(angles: Tensor, transfer: Tensor, gate_noise: Sequence[float] | None = None) -> Tensor:
+    """<Z_i> of every qubit, from the ``transfer_matrices`` of that noise.
+
+    angles: (B, n), radians; transfer: (n, 3, D, D). Returns (B, n) in -1..1.
+    """
+    values = contract(*environments(angles, transfer))
+    if gate_noise:  # on the control of its last CNOT, behind which no site comes
+        factors = values.new_full((values.shape[1],), 1 - 4 * gate_noise[1] / 3)
+        factors[-1] = 1
+        values = values * factors
+    return values
+
+
+def contract(left: Tensor, right: Tensor) -> Tensor:
+    """<Z_i> = sum_b (-1)^{b_L} left_i[b] right_i[b]. left, right: (n, B, D). Returns (B, n)."""
+    sign = left.new_tensor([1, -1]).repeat(left.shape[-1] // 2)
+    return ((left * right) @ sign).T
+
+
+def product_expectations(angles: Tensor, weights: Tensor, noise: Tensor | None = None) -> Tensor:
+    """<Z_i> without CNOTs: every qubit's Bloch vector (x, y, z), turned gate by gate.
+
+    angles: (B, n), weights: (L, n, 2) as in ``quantum_circuit``; noise: (B or 1, n, 1 + 2 L, 3),
+    factors of x, y, z after the data's RY and after each RZ and RY. Returns (B, n).
+    """
+    if noise is None:
+        noise = angles.new_ones(1, 1, 1 + 2 * len(weights), 3)
+    factors = iter(noise.unbind(2))
+    x, y, z = (torch.stack([angles.sin(), 0 * angles, angles.cos()], -1) * next(factors)).unbind(-1)
+    for rz, ry in weights.mT:  # (n,) each
+        x, y = x * rz.cos() - y * rz.sin(), x * rz.sin() + y * rz.cos()
+        x, y, z = (torch.stack([x, y, z], -1) * next(factors)).unbind(-1)
+        x, z = x * ry.cos() + z * ry.sin(), z * ry.cos() - x * ry.sin()
+        x, y, z = (torch.stack([x, y, z], -1) * next(factors)).unbind(-1)
+    return z
+
+
+def site_matrices(weights: Tensor) -> Tensor:
+    """A_i[c, b] of ``transfer_matrices`` itself, for either value of b_0, which the data sets.
+
+    weights: (L, n, 2 or 1). Returns (n, 2, 2**L, 2**L) complex, indexed [qubit, b_0, c, b], the
+    bits of a bond in the order (b_1 .. b_L), the last one fastest.
+    """
+    n_layers, _, kinds = weights.shape
+    rz = weights[..., 0] / 2
+    half = weights[..., 1] / 2 if kinds == 2 else torch.zeros_like(rz)
+    ry = torch.stack([half.cos(), -half.sin(), half.sin(), half.cos()], -1).unflatten(-1, (2, 2))
+    unitary = (
+        ry
+        * torch.stack([torch.polar(torch.ones_like(rz), k * rz) for k in (-1, 1)], -1)[..., None, :]
+    )
+    index = torch.arange(2**n_layers, device=weights.device)
+    bits = index[:, None] >> torch.arange(n_layers, device=weights.device).flip(0) & 1
+    before = torch.arange(2, device=weights.device)[:, None, None]  # b_0
+    site = 1
+    for layer, bit in zip(unitary, bits.T, strict=True):
+        site = site * layer[:, bit[:, None] ^ bit, before]
+        before = bit[None, None]
+    return site
+
+
+def sample_outcomes(
+    angles: Tensor, sites: Tensor, right: Tensor, uniform: Tensor, paulis: Paulis | None = None
+) -> Tensor:
+    """Measures all qubits together, from left to right: 1 or -1 of every qubit and shot.
+
+    The amplitude over the bond behind the qubits measured so far, with what is right of it, gives
+    the next qubit's probabilities. These are the joint distribution; nothing is approximated.
+
+    Args:
+        angles: (B, n), radians.
+        sites: of ``site_matrices``.
+        right: (n, B, D), of ``environments``.
+        uniform: (B, S, n) random numbers in 0..1, one for each measurement.
+        paulis: the errors in the circuit, for which ``right`` was made too.
+
+    Returns:
+        (B, S, n), 1 or -1.
+    """
+    batch, shots, n = uniform.shape
+    dim = sites.shape[-1]
+    n_layers = dim.bit_length() - 1
+    # right = S + K holds the Hermitian matrix S - iK for either value of b_L.
+    pairs = range(2, 2 * n_layers, 2)  # where the bits b stand, each before its b*
+    right = right.view(n, batch, *[2] * (2 * n_layers - 1))
+    right = right.permute(0, 1, -1, *pairs, *(k + 1 for k in pairs))
+    right = right.reshape(n, batch, 2, dim // 2, dim // 2)
+    right = torch.complex(right + right.mT, right.mT - right) / 2
+    data = torch.stack([(angles / 2).cos(), (angles / 2).sin()], -1).to(sites)
+    index = torch.arange(dim, device=angles.device)
+    places = torch.arange(n_layers, device=angles.device).flip(0)
+    amplitude = sites.new_zeros(batch, shots, dim)
+    amplitude[..., 0] = 1
+    outcomes = []
+    for i in range(n):
+        site = torch.einsum("bk,kcd->bcd", data[:, i], sites[i])
+        if paulis is not None:
+            bits = (index >> places[:, None] & 1).to(data)  # no integer products on a GPU
+            parity = (paulis.signs[i].to(data) @ bits).real % 2  # (B, dim)
+            rows = index ^ (paulis.flips[i] << places).sum(-1, keepdim=True)
+            site = (site * (1 - 2 * parity)[..., None]).take_along_dim(rows[..., None], 1)
+        amplitude = (amplitude @ site).view(batch, shots, dim // 2, 2)
+        halves = amplitude.permute(0, 3, 1, 2)  # (B, 2, S, dim / 2)
+        weight = ((halves @ right[i]) * halves.conj()).sum(-1).real.clamp(min=0)
+        zero, one = weight.unbind(1)  # (B, S), up to a common factor the two probabilities
+        bit = uniform[..., i] * (zero + one) >= zero
+        kept = torch.stack([~bit, bit], -1) / torch.where(bit, one, zero).sqrt()[..., None]
+        amplitude = (amplitude * kept[:, :, None]).flatten(2)
+        outcomes.append(1 - 2 * bit.to(angles.dtype))
+    outcomes = torch.stack(outcomes, -1)
+    return outcomes if paulis is None else outcomes * paulis.output[:, None]
+
+
+def bloch_signs(x: Tensor, z: Tensor) -> Tensor:
+    """What errors X^x Z^z do to a Bloch vector, for ``product_expectations``.
+
+    x, z: (B, n, 1 + 4 L) bool, placed as in ``error_probabilities``. Returns (B, n, 1 + 2 L, 3).
+    """
+    odd = torch.stack([z, x ^ z, x], -1)
+    gates = odd[:, :, 1:].unflatten(2, (-1, 4))[:, :, :, :2].flatten(2, 3)  # no CNOTs
+    return 1 - 2 * torch.cat([odd[:, :, :1], gates], 2).to(torch.get_default_dtype())
+
+
+def staircase_expectations(
+    angles: Tensor,
+    weights: Tensor,
+    entangle: bool = True,
+    gate_noise: Sequence[float] | None = None,
+) -> Tensor:
     """``quantum_circuit`` simulated exactly: <Z_i> of every qubit.
 
     A matrix product state of bond dimension 2**L holds the circuit's state without truncation, so
-    time and memory grow linearly with the number of qubits (exponentially with layers only).
+    time and memory grow linearly with the number of qubits (exponentially with layers only). With
+    noise the same holds for its density matrix: the result is the exact mean over all errors.
 
     Args:
         angles: (B, n), radians, float32 or float64.
-        weights: (L, n, 2) = (RZ, RY) radians, or (L, n, 1) for RZ alone.
+        weights: (L, n, 2) = (RZ, RY) radians, or (L, n, 1) for RZ alone, with entanglement.
         entangle: False leaves the CNOTs out.
+        gate_noise: (p1, p2), depolarising probabilities, see ``quantum_circuit``.
 
     Returns:
         (B, n) in -1..1, differentiable in both arguments.
     """
-    return sweep(angles, transfer_matrices(weights, entangle), entangle)
+    if entangle:
+        return sweep(angles, transfer_matrices(weights, gate_noise), gate_noise)
+    if not gate_noise:
+        return product_expectations(angles, weights)
+    factors = angles.new_full((1, 1, 1 + 2 * len(weights), 3), 1 - 4 * gate_noise[0] / 3)
+    return product_expectations(angles, weights, factors)
 
 
-def check_simulation(arm: str) -> None:
+def check_simulation(arm: str, gate_noise: Sequence[float] | None = None) -> None:
     """Compares the exact simulation with PennyLane's, on a small random circuit of this arm.
 
     Raises UserError when values or gradients differ: one was edited without the other.
@@ -511,14 +798,16 @@ def check_simulation(arm: str) -> None:
     angles = torch.randn(2, 4, dtype=torch.float64, generator=generator).requires_grad_()
     weights = torch.randn(2, 4, kinds, dtype=torch.float64, generator=generator).requires_grad_()
     probe = torch.randn(2, 4, dtype=torch.float64, generator=generator)
-    reference = torch.stack(make_qnode(4, 2, "default.qubit", entangle)(angles, weights), -1)
-    exact = staircase_expectations(angles, weights, entangle)
+    device = "default.mixed" if gate_noise else "default.qubit"
+    qnode = make_qnode(4, 2, device, entangle, gate_noise=gate_noise)
+    reference = torch.stack(qnode(angles, weights), -1)
+    exact = staircase_expectations(angles, weights, entangle, gate_noise)
     ours, theirs = (
         [values, *torch.autograd.grad((values * probe).sum(), (angles, weights))]
         for values in (exact, reference)
     )
     errors = [(a - b).abs().max() for a, b in zip(ours, theirs, strict=True)]
-    if not max(errors) < 1e-9:
+    if not max(errors) < (1e-6 if gate_noise else 1e-9):  # PennyLane's channels are float32
         raise UserError(
             f"the exact simulation differs from quantum_circuit by {max(errors):.1e}: one was "
             "edited without the other. Use --simulator default.qubit, or mend transfer_matrices"
@@ -563,6 +852,17 @@ class QuantumAttention(MatchedAttention):
         channels: C.
         arm: which circuit, one of ``QUANTUM_ARMS``.
         simulator: ``exact`` or the name of a PennyLane device.
+        simulator_options: keyword arguments of that device.
+        shots: <Z_i> is the mean of so many measurements of all qubits together (None: exact). The
+            gradient is that of the exact <Z_i> (straight-through), or on a PennyLane device the
+            parameter-shift rule's, measured as well.
+        gate_noise: (p1, p2), depolarising probabilities, see ``quantum_circuit``.
+        readout_noise: probability that a measured bit is flipped.
+        trajectories: each sample's <Z_i> is the mean over so many draws of its errors, which share
+            the shots; 0: over all that can be, exactly, and each shot has errors of its own.
+
+    Attributes:
+        generator: of shots and errors: one for the batch, or a sequence, one for each sample.
     """
 
     def __init__(
@@ -572,33 +872,83 @@ class QuantumAttention(MatchedAttention):
         n_layers: int = 3,
         arm: str = "quantum",
         simulator: str = "exact",
+        simulator_options: dict | None = None,
+        shots: int | None = None,
+        gate_noise: Sequence[float] | None = None,
+        readout_noise: float = 0.0,
+        trajectories: int = 1,
     ):
         super().__init__(channels, n_qubits, n_layers)
         self.entangle = arm != "product"
         kinds = 1 if arm == "published" else 2
         weights = torch.rand(n_layers, n_qubits, kinds) * 2 * math.pi  # as PennyLane's TorchLayer
         self.weights = nn.Parameter(weights, requires_grad=arm != "frozen")
+        self.shots, self.gate_noise, self.readout_noise = shots, gate_noise, readout_noise
+        self.trajectories = trajectories
+        self.generator: torch.Generator | Sequence[torch.Generator] | None = None
         self.qnode = self.inference_qnode = None
         self.cache: tuple[object, Tensor] | None = None
         if simulator != "exact":
             circuit = (n_qubits, n_layers, simulator, self.entangle)
-            self.qnode = make_qnode(*circuit)
-            self.inference_qnode = make_qnode(*circuit, diff_method=None)
+            how = (simulator_options, shots, gate_noise, readout_noise)
+            self.qnode = make_qnode(*circuit, "best", *how)
+            self.inference_qnode = make_qnode(*circuit, None, *how)
 
     def expectations(self, angles: Tensor) -> Tensor:
         """<Z_i> in -1..1. angles: (B, n), radians. Returns (B, n)."""
-        if self.qnode is None:
-            return sweep(angles, self._transfer(), self.entangle)
-        qnode = self.qnode if torch.is_grad_enabled() else self.inference_qnode
-        return torch.stack(qnode(angles.cpu(), self.weights.cpu()), -1).to(angles)
+        if self.qnode is not None:
+            qnode = self.qnode if torch.is_grad_enabled() else self.inference_qnode
+            return torch.stack(qnode(angles.cpu(), self.weights.cpu()), -1).to(angles)
+        if not self.gate_noise or self.trajectories:
+            return self._run(angles, self.trajectories if self.gate_noise else 1)
+        if self.entangle:
+            mean = sweep(angles, self._transfer(self.gate_noise), self.gate_noise)
+        else:
+            mean = staircase_expectations(angles, self.weights, False, self.gate_noise)
+        mean = mean * (1 - 2 * self.readout_noise)
+        if self.shots:
+            mean = mean + (self._run(angles, self.shots) - mean).detach()
+        return mean
 
-    def _transfer(self) -> Tensor:
+    def _run(self, angles: Tensor, copies: int) -> Tensor:
+        """The mean over ``copies`` of each sample, each with errors of its own. (B, n) -> (B, n)"""
+        batch, n = angles.shape
+        angles, paulis, factors = angles.repeat_interleave(copies, 0), None, None
+        if self.gate_noise:
+            table = error_probabilities(self.weights, self.gate_noise, self.entangle)
+            uniform = draw(torch.rand, self.generator, batch, copies, *table.shape)
+            x, z = draw_paulis(table, uniform.to(angles).flatten(0, 1))
+            if self.entangle:
+                angles, paulis = insert_paulis(angles, x, z)
+            else:
+                factors = bloch_signs(x, z)
+        if self.entangle:
+            left, right = environments(angles, self._transfer(), paulis)
+            values = contract(left, right)
+            values = values if paulis is None else values * paulis.output
+        else:
+            values = product_expectations(angles, self.weights, factors)
+        mean = values * (1 - 2 * self.readout_noise)
+        if self.shots:
+            with torch.no_grad():
+                size = copies, 1 + (self.readout_noise > 0), self.shots // copies, n
+                uniform = draw(torch.rand, self.generator, batch, *size).to(angles).flatten(0, 1)
+                if self.entangle:
+                    sites = site_matrices(self.weights)
+                    bits = sample_outcomes(angles, sites, right, uniform[:, 0], paulis)
+                else:
+                    bits = (1 + values[:, None] - 2 * uniform[:, 0]).sign()
+                bits = torch.where(uniform[:, -1] < self.readout_noise, -bits, bits)
+            mean = mean + (bits.mean(1) - mean).detach()
+        return mean.view(batch, copies, n).mean(1)
+
+    def _transfer(self, gate_noise: Sequence[float] | None = None) -> Tensor:
         """The circuit's transfer matrices; without gradients, kept until the weights change."""
         if torch.is_grad_enabled():
-            return transfer_matrices(self.weights, self.entangle)
-        state = (self.weights._version, self.weights.data_ptr(), self.weights.dtype)
+            return transfer_matrices(self.weights, gate_noise)
+        state = (self.weights._version, self.weights.data_ptr(), self.weights.dtype, gate_noise)
         if self.cache is None or self.cache[0] != state:
-            self.cache = state, transfer_matrices(self.weights, self.entangle)
+            self.cache = state, transfer_matrices(self.weights, gate_noise)
         return self.cache[1]
 
 
@@ -659,9 +1009,9 @@ class UNet(nn.Module):
     Args:
         channels: of the images, 1 or 3.
         arm: one of ``ARMS``.
-        simulator: ``exact`` or the name of a PennyLane device.
         width: feature channels at 14x14.
         bottleneck: feature channels at 7x7 (C of the gate).
+        conditions: how the circuit is run, see ``QuantumAttention``.
 
     Raises:
         ValueError: unknown arm.
@@ -673,9 +1023,9 @@ class UNet(nn.Module):
         arm: str = "classical",
         n_qubits: int = 16,
         n_layers: int = 3,
-        simulator: str = "exact",
         width: int = 48,
         bottleneck: int = 128,
+        **conditions: object,
     ):
         super().__init__()
         if arm not in ARMS:
@@ -704,8 +1054,13 @@ class UNet(nn.Module):
         if arm == "matched":
             self.gate = MatchedAttention(bottleneck, n_qubits, n_layers)
         elif arm != "classical":
-            self.gate = QuantumAttention(bottleneck, n_qubits, n_layers, arm, simulator)
+            self.gate = QuantumAttention(bottleneck, n_qubits, n_layers, arm, **conditions)
         self.to(memory_format=torch.channels_last)
+
+    def seed_circuit(self, generator: torch.Generator | Sequence[torch.Generator]) -> None:
+        """Where the circuit's shots and errors come from: one for the batch, or one a sample."""
+        if isinstance(self.gate, QuantumAttention):
+            self.gate.generator = generator
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x (B, channels, H, W), H and W multiples of 4; t (B,) int64 -> v, shaped like x."""
@@ -893,41 +1248,73 @@ def run_config(settings: Settings, images: Tensor, counts: dict, argv: Sequence[
     }
 
 
-def open_run(folder: Path, config: dict) -> None:
+def open_run(folder: Path, config: dict) -> Path:
     """Creates the run folder, or makes sure that the existing one belongs to this very run.
 
-    Raises UserError when the folder holds something else, and names the settings that differ.
+    A finished run may be sampled under other CONDITIONS than it was trained under; the grid is then
+    named after them, and config.json says so. Returns the path of the grid. Raises UserError when
+    the folder holds something else, and names the settings that differ.
     """
-    path = folder / "config.json"
+    path, grid = folder / "config.json", folder / "samples_final.png"
+    config = json.loads(json.dumps(config))
     if not path.exists():
         if folder.exists() and any(not f.name.endswith(".tmp") for f in folder.iterdir()):
             raise UserError(f"{folder} has no config.json: not a run; use another --save_dir")
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(config, indent=2) + "\n")
-        return
+        return grid
     for left in folder.rglob(".*.tmp"):  # by a process that was killed while it wrote
         left.unlink()
     try:
         known = json.loads(path.read_text())
-        differences = [
-            f"{key} {known[part].get(key)!r} (asked for: {value!r})"
+        differences = {
+            key: f"{key} {known[part].get(key)!r} (asked for: {value!r})"
             for part in ("settings", "images")
             for key, value in config[part].items()
             if known[part].get(key) != value
-        ]
+        }
+        if (
+            differences
+            and differences.keys() <= CONDITIONS.keys()
+            and (folder / "model.pt").exists()
+        ):
+            conditions = {name: config["settings"][name] for name in CONDITIONS}
+            grid = folder / f"samples_final_{conditions_name(conditions)}.png"
+            entry = {"conditions": conditions, "command": config["command"]}
+            entry = known.setdefault("other_grids", {}).setdefault(grid.name, entry)
+            differences = {
+                name: f"{grid.name} made with {name} {entry['conditions'][name]!r} (now {value!r})"
+                for name, value in conditions.items()
+                if entry["conditions"][name] != value
+            }
+        else:
+            entry = known
+        if not differences and config["n_eval"] > entry.get("n_eval", 0):
+            entry["n_eval"] = config["n_eval"]
+            write_atomic(path, json.dumps(known, indent=2) + "\n")
     except (ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error!r}); use another --save_dir") from None
-    if not differences and config["n_eval"] > known.get("n_eval", 0):
-        write_atomic(path, json.dumps(known | {"n_eval": config["n_eval"]}, indent=2) + "\n")
     if differences:
-        found = f"a run with other settings: {', '.join(differences)}"
+        found = f"a run with other settings: {', '.join(differences.values())}"
         raise UserError(f"{folder} holds {found}; use another --save_dir or remove that folder")
+    return grid
 
 
-def n_finished(folder: Path) -> int:
+def conditions_name(conditions: dict) -> str:
+    """The conditions in a file's name, for example ``exact_shots1000_gate0.001-0.01``."""
+    short = {"shots": "shots", "gate_noise": "gate", "readout_noise": "readout"}
+    short["trajectories"] = "trajectories"
+    words = [
+        short[name] + ("-".join(map(str, value)) if name == "gate_noise" else str(value))
+        for name, value in conditions.items()
+        if name in short and value != CONDITIONS[name]
+    ]
+    return "_".join([conditions["simulator"], *words])
+
+
+def n_finished(path: Path) -> int:
     """How many images a finished run has in its final grid; 0 when it is not finished."""
-    path = folder / "samples_final.png"
-    return len(load_grid(path)) if path.exists() and (folder / "model.pt").exists() else 0
+    return len(load_grid(path)) if path.exists() and path.with_name("model.pt").exists() else 0
 
 
 def save_tensors(path: Path, tensors: dict) -> None:
@@ -954,7 +1341,8 @@ def build_model(settings: Settings, channels: int) -> UNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         size = settings.n_qubits, settings.n_layers
-        return UNet(channels, settings.arm, *size, settings.simulator)
+        conditions = {name: getattr(settings, name) for name in CONDITIONS}
+        return UNet(channels, settings.arm, *size, **conditions)
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -1034,8 +1422,14 @@ def train(settings: Settings, images: Tensor, folder: Path) -> None:
             raise DivergedError(f"{what}; {way_out} with another --save_dir")
         if step in frames:
             average.load_state_dict(ema.shadow)
-            seeds = range(settings.n_samples)
-            generators = [random_stream(settings.seed, "preview", k, device=device) for k in seeds]
+            generators, circuits = (
+                [
+                    random_stream(settings.seed, name, k, device=device)
+                    for k in range(settings.n_samples)
+                ]
+                for name in ("preview", "circuit preview")
+            )
+            average.seed_circuit(circuits)
             steps = min(PREVIEW_STEPS, settings.sample_steps)
             preview = diffusion.sample(average, settings.n_samples, generators, steps)
             save_grid(folder / "samples" / f"step_{step:06d}.png", to_uint8(preview))
@@ -1051,6 +1445,7 @@ def train(settings: Settings, images: Tensor, folder: Path) -> None:
     with deferred_interrupt() as interrupted, bar:
         for step in range(start, settings.steps):
             x0, t, noise = training_batch(settings, images, step, settings.timesteps)
+            model.seed_circuit(random_stream(settings.seed, "circuit", step, device=device))
             output = model(diffusion.q_sample(x0, t, noise), t)
             errors = (output - diffusion.target(x0, t, noise)).square().mean((1, 2, 3))
             loss = (diffusion.noise[t] * errors).mean()  # the noisy end decides the shape
@@ -1076,15 +1471,16 @@ def train(settings: Settings, images: Tensor, folder: Path) -> None:
     save_tensors(folder / "model.pt", ema.shadow)
 
 
-def sample_final(settings: Settings, folder: Path, n_eval: int, channels: int, device: str) -> None:
-    """Brings ``samples_final.png`` to ``n_eval`` images with the EMA weights of ``model.pt``.
+def sample_final(
+    settings: Settings, path: Path, n_eval: int, channels: int, device: torch.device
+) -> None:
+    """Brings the grid at ``path`` to ``n_eval`` images with the EMA weights of its run's model.pt.
 
     Image k has its own random stream, so images that are already there are kept.
     """
-    path = folder / "samples_final.png"
     images = load_grid(path) if path.exists() else torch.empty(0, channels, IMAGE_SIZE, IMAGE_SIZE)
     model = build_model(settings, channels).to(device)
-    model.load_state_dict(load_tensors(folder / "model.pt", torch.device(device)))
+    model.load_state_dict(load_tensors(path.with_name("model.pt"), device))
     diffusion = GaussianDiffusion(settings.timesteps, device)
     # The CPU's kernels round differently below eight images, so a small rest is drawn in company.
     least, most = SAMPLE_BATCH
@@ -1093,7 +1489,11 @@ def sample_final(settings: Settings, folder: Path, n_eval: int, channels: int, d
         for first in chunks:
             n = min(most, n_eval - first)
             numbers = range(first, first + max(n, least))
-            generators = [random_stream(settings.seed, "image", k, device=device) for k in numbers]
+            generators, circuits = (
+                [random_stream(settings.seed, name, k, device=device) for k in numbers]
+                for name in ("image", "circuit image")
+            )
+            model.seed_circuit(circuits)
             new = diffusion.sample(model, len(numbers), generators, settings.sample_steps, bar)
             images = torch.cat([images.to(torch.uint8), to_uint8(new[:n]).cpu()])
             save_grid(path, images)
@@ -1122,6 +1522,30 @@ def positive(kind: type):
     return parse
 
 
+def probability(text: str) -> float:
+    """An argparse type: a number in 0..1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}, expected a probability, 0 to 1")
+    return value
+
+
+def probabilities(text: str) -> tuple[float, float]:
+    """An argparse type: two probabilities, as in 0.001,0.01."""
+    words = text.split(",")
+    if len(words) != 2:
+        raise argparse.ArgumentTypeError(f"{text}, expected two probabilities, as in 0.001,0.01")
+    return probability(words[0]), probability(words[1])
+
+
+def json_object(text: str) -> dict:
+    """An argparse type: a JSON object."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text}, expected a JSON object, as in {{"seed": 1}}')
+    return value
+
+
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that do not depend on the data set. Settings' fields are found by their names."""
     add, count, number = parser.add_argument, positive(int), positive(float)
@@ -1140,6 +1564,18 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--n_qubits", type=count, default=16, help="qubits, or units (default: 16)")
     add("--n_layers", type=count, default=3, help="circuit layers (default: 3)")
     add("--simulator", default="exact", help="exact, or a PennyLane device (default: exact)")
+    text = "the PennyLane device's keyword arguments, as a JSON object"
+    add("--simulator_options", type=json_object, metavar="JSON", help=text)
+    text = "measurements per expectation value (default: exact expectation values)"
+    add("--shots", type=count, help=text)
+    text = (
+        "depolarising probabilities: after every one-qubit gate, and on both qubits of every CNOT"
+    )
+    add("--gate_noise", type=probabilities, metavar="P1,P2", help=text + " (default: none)")
+    text = "probability that a measured bit is flipped (default: 0)"
+    add("--readout_noise", type=probability, default=0.0, metavar="Q", help=text)
+    text = "draws of the gate noise that are averaged, 0: exactly over all (default: 1)"
+    add("--trajectories", type=int, default=1, metavar="K", help=text)
     add("--timesteps", type=count, default=1000, help="noise levels T (default: 1000)")
     add("--n_frames", type=count, default=30, help="previews in a run (default: 30)")
     add("--n_samples", type=count, default=5, help="images per preview (default: 5)")
@@ -1206,22 +1642,32 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def check_simulator(simulator: str, arms: Sequence[str], n_layers: int) -> None:
-    """Makes sure that the simulator exists, and that the exact one agrees with the circuit."""
-    if simulator == "exact":
-        if n_layers > EXACT_LAYERS and set(arms) & set(QUANTUM_ARMS):
-            limit = f"the exact simulation is made for up to {EXACT_LAYERS}"
-            raise UserError(f"--n_layers {n_layers}: {limit}; use --simulator default.qubit")
-        for arm in set(arms) & set(QUANTUM_ARMS):
-            check_simulation(arm)
+def check_simulator(args: argparse.Namespace, arms: set[str]) -> None:
+    """Makes sure that the simulator runs these arms' circuits, and that they are the right ones."""
+    if not arms:
         return
+    if args.simulator == "exact":
+        if args.n_layers > EXACT_LAYERS:
+            limit = f"the exact simulation is made for up to {EXACT_LAYERS}"
+            raise UserError(f"--n_layers {args.n_layers}: {limit}; use --simulator default.qubit")
+        for arm in arms:
+            check_simulation(arm, args.gate_noise)
+        return
+    if args.simulator == "default.mixed" and args.n_qubits > MIXED_QUBITS:
+        size = (
+            f"a density matrix of {args.n_qubits} qubits takes {2 ** (2 * args.n_qubits - 26)} GiB"
+        )
+        way_out = (
+            f"use --n_qubits {MIXED_QUBITS} or fewer, or --simulator exact, which takes noise too"
+        )
+        raise UserError(f"--simulator default.mixed: {size} a sample; {way_out}")
     try:
-        make_qnode(1, 1, simulator)
-    except (qml.exceptions.DeviceError, ImportError) as error:
+        how = args.simulator_options, args.shots, args.gate_noise, args.readout_noise
+        make_qnode(2, 1, args.simulator, True, None, *how)(torch.zeros(1, 2), torch.zeros(1, 2, 2))
+    except (qml.exceptions.DeviceError, ImportError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"--simulator {simulator}: not exact, nor a PennyLane device ({reason})"
-        ) from None
+        what = f"neither exact nor a PennyLane device that runs this circuit ({reason})"
+        raise UserError(f"--simulator {args.simulator}: {what}") from None
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -1234,6 +1680,14 @@ def check_flags(args: argparse.Namespace) -> None:
         )
     if args.ema_decay >= 1:
         raise UserError(f"--ema_decay {args.ema_decay}: expected below 1")
+    copies, exact = args.trajectories, args.simulator == "exact"
+    if copies < 0 or copies != 1 and not (args.gate_noise and exact):
+        where = "with --gate_noise and the exact simulator"
+        raise UserError(f"--trajectories {copies}: expected 0 or more, {where}")
+    if args.shots and copies and args.shots % copies:
+        raise UserError(f"--trajectories {copies}: expected a divisor of --shots {args.shots}")
+    if args.simulator_options and exact:
+        raise UserError("--simulator_options: expected a PennyLane device as --simulator")
     for size in args.n_train:
         if size != "all" and not size.isdigit():
             raise UserError(f"--n_train {size}: expected a number of images, or all")
@@ -1251,6 +1705,8 @@ def make_grid(
         n_train = None if size == "all" else int(size)
         chosen = select_images(images, labels, label, n_train, seed)
         run = {"arm": arm, "data": source, "label": label, "n_train": n_train, "seed": seed}
+        if arm not in QUANTUM_ARMS:
+            run |= CONDITIONS
         if args.epochs:
             run["steps"] = args.epochs * math.ceil(len(chosen) / args.batch_size)
         counts = {"total": len(labels), "available": int((labels == label).sum())}
@@ -1270,14 +1726,15 @@ def run_grid(
     hardware = f"cpu, {platform.machine()}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         hardware = f"{device}, {torch.cuda.get_device_name(device)}"
-    check_simulator(args.simulator, [settings.arm for settings, _, _ in grid], args.n_layers)
+    check_simulator(args, {settings.arm for settings, _, _ in grid} & set(QUANTUM_ARMS))
     share = grid[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
+    paths = []
     for settings, images, counts in share:
         config = run_config(settings, images, counts, argv)
         config |= {"device": hardware, "n_eval": args.n_eval}
-        open_run(args.save_dir / settings.name, config)
+        paths.append(open_run(args.save_dir / settings.name, config))
     diverged = []
-    for number, (settings, images, _) in enumerate(share, 1):
+    for number, (path, (settings, images, _)) in enumerate(zip(paths, share, strict=True), 1):
         folder = args.save_dir / settings.name
         print(f"[{number}/{len(share)}] {folder}", flush=True)
         try:
@@ -1285,8 +1742,8 @@ def run_grid(
                 if settings.arm in QUANTUM_ARMS:
                     save_circuit(folder / "circuit.png", settings)
                 train(settings, images.to(device), folder)
-            if n_finished(folder) < args.n_eval:
-                sample_final(settings, folder, args.n_eval, images.shape[1], device)
+            if n_finished(path) < args.n_eval:
+                sample_final(settings, path, args.n_eval, images.shape[1], device)
         except DivergedError as error:
             diverged.append(str(error))
     if diverged:
@@ -1298,7 +1755,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = build_parser().parse_args(argv)
     try:
-        check_flags(args)
         check_flags(args)
         classes = parse_classes("--labels", args.labels or ["adenocarcinoma"], PATHMNIST_CLASSES)
         data = load_images(args.data, args.data_dir)
