@@ -610,14 +610,14 @@ def environments(
     edge = angles.new_ones(2, batch, d)
     edge[0, :, 1:] = 0
     arriving, leaving = [], [edge]
-    for i in range(n):
+    for i, (x, site) in enumerate(zip(inputs.unbind(0), maps.unbind(0), strict=True)):
         arriving.append(leaving[-1])
         if paulis is not None:  # before site i from the left, behind site n-1-i from the right
             flips = torch.stack([paulis.flips[i], paulis.flips[n - i]])
             signs = torch.stack([paulis.signs[i], paulis.signs[n - i]])
             arriving[-1] = move_bond(arriving[-1], flips, signs)
-        stacked = (inputs[i] * arriving[-1].unsqueeze(2)).view(2, batch, 3 * d)
-        leaving.append(torch.bmm(stacked, maps[i]))
+        stacked = (x * arriving[-1].unsqueeze(2)).view(2, batch, 3 * d)
+        leaving.append(torch.bmm(stacked, site))
     return torch.stack(leaving[1:])[:, 0], torch.stack(arriving).flip(0)[:, 1]
 
 

@@ -1,12 +1,15 @@
 """What the exact quantum layer costs, everything side by side in one run. Not a test.
 
-    python tests/benchmark_quantum_attention.py                 # tables 1 to 4, about four minutes
-    python tests/benchmark_quantum_attention.py --default_run   # table 5 as well, ten minutes more
+    python tests/benchmark_quantum_attention.py                 # tables 1 to 5, about five minutes
+    python tests/benchmark_quantum_attention.py --default_run   # table 6 as well, ten minutes more
+    python tests/benchmark_quantum_attention.py --trainability  # trainability.csv and .png instead
 
 Batch 64, 16 qubits, 3 layers unless said; medians over interleaved repeats.
 """
 
 import argparse
+import csv
+import itertools
 import multiprocessing
 import resource
 import statistics
@@ -16,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import quantum_diffusion_mnist as mnist
@@ -35,13 +39,13 @@ def medians(functions: dict, repeats: int) -> dict:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def training_step(arm: str):
+def training_step(arm: str, channels: int = 1, **conditions):
     """One training step as in the script's loop, drawing the batch included."""
     torch.manual_seed(0)
-    model, diffusion = mnist.UNet(1, arm), mnist.GaussianDiffusion(1000)
+    model, diffusion = mnist.UNet(channels, arm, **conditions), mnist.GaussianDiffusion(1000)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer, ema = torch.optim.Adam(trainable, fused=True), mnist.EMA(model, 0.995)
-    images = torch.randint(256, (6131, 1, 28, 28), dtype=torch.uint8)
+    images = torch.randint(256, (6131, channels, 28, 28), dtype=torch.uint8)
     fields = dict.fromkeys(mnist.Settings.__annotations__)
     settings = mnist.Settings(**fields | {"seed": 0, "batch_size": BATCH})
 
@@ -56,6 +60,25 @@ def training_step(arm: str):
         ema.update(model)
 
     return step
+
+
+def convolutions():
+    """Forward and backward of the U-Net's convolutions alone, on inputs of their shapes."""
+    torch.manual_seed(0)
+    model, calls = mnist.UNet(1, "classical"), []
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
+            layer.register_forward_hook(lambda *call: calls.append(call))
+    model(torch.randn(BATCH, 1, 28, 28), torch.zeros(BATCH, dtype=torch.long))
+    for layer, _, _ in calls:
+        layer._forward_hooks.clear()
+
+    def run():
+        for layer, (x,), output in calls:
+            x = x.detach().requires_grad_(layer is not model.stem)  # no gradient of the image
+            layer(x).backward(torch.ones_like(output))
+
+    return run
 
 
 def sampling_step(arm: str, batch: int):
@@ -94,7 +117,7 @@ def peak(queue, simulator: str, calls: int):
 
 
 def default_run(data_dir: str) -> None:
-    """Table 5: the wall-clock of ``--use_quantum`` with default flags, by its parts."""
+    """Table 6: the wall-clock of ``--use_quantum`` with default flags, by its parts."""
     spent = {"train": 0.0, "preview": 0.0, "final grid": 0.0}
 
     def timed(name, function):
@@ -120,21 +143,106 @@ def default_run(data_dir: str) -> None:
         mnist.main(["--use_quantum", "--data_dir", data_dir, "--save_dir", folder])
     spent["whole run"] = time.perf_counter() - start
     spent["train"] -= spent["preview"]
-    print("\n5. default run, seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in spent.items()))
+    print("\n6. default run, seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in spent.items()))
+
+
+ANSATZE = {"quantum": (True, 2), "product": (False, 2), "published": (True, 1)}
+NOISE = {"ideal": None, "noise": (0.001, 0.01)}
+
+
+def gradient_variances(n: int, layers: int, ansatz: str, noise: str, circuits: int) -> dict:
+    """Variance of the circuit's gradients over random circuits, each with an input of its own.
+
+    Weights are uniform in 0..2 pi, as at the start of training, inputs in -pi..pi. Returns the mean
+    over all weights, or all inputs, of the variance of d<Z_last>/d(.), and of the sum over i of the
+    variances of d<Z_i>/d(.), by one probe with random signs ("all").
+    """
+    entangle, kinds = ANSATZE[ansatz]
+    generator = torch.Generator().manual_seed(0)
+    squares = dict.fromkeys(itertools.product(("last", "all"), ("weights", "inputs")), 0.0)
+    for _ in range(circuits):
+        weights = torch.rand(layers, n, kinds, dtype=torch.float64, generator=generator)
+        weights = (weights * 2 * torch.pi).requires_grad_()
+        angles = torch.rand(1, n, dtype=torch.float64, generator=generator)
+        angles = ((angles * 2 - 1) * torch.pi).requires_grad_()
+        values = mnist.staircase_expectations(angles, weights, entangle, NOISE[noise])[0]
+        signs = torch.randint(2, (n,), generator=generator) * 2 - 1.0
+        for observable, value in (("last", values[-1]), ("all", values @ signs.double())):
+            gradients = torch.autograd.grad(value, (weights, angles), retain_graph=True)
+            for name, gradient in zip(("weights", "inputs"), gradients, strict=True):
+                squares[observable, name] += gradient.square().mean().item() / circuits
+    return squares  # the means of the gradients are zero: every angle is uniform over a period
+
+
+def trainability(out: Path) -> None:
+    """trainability.csv and .png: the variance of gradients against qubits and layers."""
+    out.mkdir(parents=True, exist_ok=True)
+    start, rows = time.perf_counter(), []
+    qubits, depths = [2, 4, 8, 16, 32, 64, 128], [1, 2, 3, 4]
+    for ansatz, noise, layers, n in itertools.product(ANSATZE, NOISE, depths, qubits):
+        circuits = min(64, 2048 // n)  # more qubits are more parameters to average over
+        variances = gradient_variances(n, layers, ansatz, noise, circuits)
+        rows += [(ansatz, noise, layers, n, *key, v, circuits) for key, v in variances.items()]
+    with (out / "trainability.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        columns = ["ansatz", "noise", "layers", "qubits", "observable", "parameters"]
+        writer.writerows([[*columns, "variance", "circuits"], *rows])
+    figure = Figure(figsize=(9, 5.6), layout="constrained")
+    panels = figure.subplots(2, 3, sharex=True, sharey="row")
+    colours = ["#56b4e9", "#0072b2", "#e69f00", "#d55e00"]
+    for line, observable in zip(panels, ("all", "last"), strict=True):
+        for axes, ansatz in zip(line, ANSATZE, strict=True):
+            parameters = "inputs" if ansatz == "published" else "weights"
+            for layers, noise in itertools.product(depths, NOISE):
+                chosen = (ansatz, noise, layers)
+                points = [r for r in rows if r[:3] == chosen and r[4:6] == (observable, parameters)]
+                style = {"color": colours[layers - 1], "ls": "-" if noise == "ideal" else ":"}
+                label = f"{layers} layer{'s' * (layers > 1)}" if noise == "ideal" else None
+                axes.plot([r[3] for r in points], [r[6] for r in points], label=label, **style)
+            axes.set(xscale="log", yscale="log", xticks=qubits)
+            axes.set_xticks(qubits, map(str, qubits))
+            axes.set_xticks([], minor=True)
+            if observable == "all":
+                note = "inputs (weights: zero)" if ansatz == "published" else "weights"
+                axes.set_title(f"{ansatz}: {note}")
+            else:
+                axes.set_xlabel("qubits")
+        what = {"all": "all $\\langle Z_i \\rangle$", "last": "the last $\\langle Z_i \\rangle$"}
+        line[0].set_ylabel(f"gradient variance of {what[observable]}")
+    panels[0, 0].legend(frameon=False, fontsize=8, title="dotted: with noise", title_fontsize=8)
+    figure.savefig(out / "trainability.png", dpi=150)
+    print(f"{out}/trainability.csv and .png: {time.perf_counter() - start:.0f} s")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--default_run", action="store_true", help="time a whole run as well")
     parser.add_argument("--data_dir", default="data", help="for --default_run (default: data)")
+    text = "draw the variance of the circuit's gradients instead"
+    parser.add_argument("--trainability", action="store_true", help=text)
+    text = "where trainability.csv and .png go (default: result_gif/results)"
+    parser.add_argument("--out", type=Path, default=Path("result_gif/results"), help=text)
     args = parser.parse_args()
+    if args.trainability:
+        trainability(args.out)
+        return
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
 
-    arms = ("classical", "quantum", "matched")
-    times = medians({arm: training_step(arm) for arm in arms}, 60)
-    print("\n1. training step            ms   / classical")
-    for arm, seconds in times.items():
-        print(f"   {arm:20} {1e3 * seconds:8.1f}   {seconds / times['classical']:.3f}")
+    for channels, images in ((1, "MNIST"), (3, "PathMNIST")):
+        steps = {arm: training_step(arm, channels) for arm in ("classical", "quantum", "matched")}
+        if channels == 1:
+            noise = {"gate_noise": (0.001, 0.01)}
+            steps["quantum, one trajectory"] = training_step("quantum", **noise)
+            steps["quantum, mean noise"] = training_step("quantum", **noise, trajectories=0)
+            steps["quantum, 1,000 shots"] = training_step("quantum", shots=1000)
+            steps["its convolutions alone"] = convolutions()
+        times = medians(steps, 40)
+        print(f"\n1. training step, {images:9}    ms   / classical")
+        for name, seconds in times.items():
+            print(
+                f"   {name:24} {1e3 * seconds:8.1f}   {seconds / times['classical']:.3f}",
+                flush=True,
+            )
 
     print("\n2. layer, forward + backward  seconds   / exact   peak MiB")
     context = multiprocessing.get_context("spawn")
