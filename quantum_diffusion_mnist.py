@@ -1227,8 +1227,8 @@ def run_config(settings: Settings, images: Tensor, counts: dict, argv: Sequence[
 def open_run(folder: Path, config: dict) -> Path:
     """Creates the run folder, or makes sure that the existing one belongs to this very run.
 
-    A finished run may be sampled under other CONDITIONS than it was trained under; the grid is then
-    named after them, and config.json says so. Returns the path of the grid. Raises UserError when
+    A finished run may be sampled under other CONDITIONS or in other steps; the grid is then named
+    after them, and config.json says so. Returns the path of the grid. Raises UserError when
     the folder holds something else, and names the settings that differ.
     """
     path, grid = folder / "config.json", folder / "samples_final.png"
@@ -1249,13 +1249,10 @@ def open_run(folder: Path, config: dict) -> Path:
             for key, value in config[part].items()
             if known[part].get(key) != value
         }
-        if (
-            differences
-            and differences.keys() <= CONDITIONS.keys()
-            and (folder / "model.pt").exists()
-        ):
-            conditions = {name: config["settings"][name] for name in CONDITIONS}
-            grid = folder / f"samples_final_{conditions_name(conditions)}.png"
+        conditions = {name: config["settings"][name] for name in (*CONDITIONS, "sample_steps")}
+        finished, entry = (folder / "model.pt").exists(), known
+        if finished and differences and differences.keys() <= conditions.keys():
+            grid = folder / f"samples_final_{conditions_name(config['settings'])}.png"
             entry = {"conditions": conditions, "command": config["command"]}
             entry = known.setdefault("other_grids", {}).setdefault(grid.name, entry)
             differences = {
@@ -1263,8 +1260,6 @@ def open_run(folder: Path, config: dict) -> Path:
                 for name, value in conditions.items()
                 if entry["conditions"][name] != value
             }
-        else:
-            entry = known
         if not differences and config["n_eval"] > entry.get("n_eval", 0):
             entry["n_eval"] = config["n_eval"]
             write_atomic(path, json.dumps(known, indent=2) + "\n")
@@ -1276,16 +1271,17 @@ def open_run(folder: Path, config: dict) -> Path:
     return grid
 
 
-def conditions_name(conditions: dict) -> str:
-    """The conditions in a file's name, for example ``exact_shots1000_gate0.001-0.01``."""
-    short = {"shots": "shots", "gate_noise": "gate", "readout_noise": "readout"}
-    short["trajectories"] = "trajectories"
-    words = [
-        short[name] + ("-".join(map(str, value)) if name == "gate_noise" else str(value))
-        for name, value in conditions.items()
-        if name in short and value != CONDITIONS[name]
-    ]
-    return "_".join([conditions["simulator"], *words])
+def conditions_name(settings: dict) -> str:
+    """How a grid was sampled, for its file's name, as in ``exact_shots1000_gate0.001-0.01``."""
+    words = [settings["simulator"]]
+    for name, default in CONDITIONS.items():
+        value = settings[name]
+        if name not in ("simulator", "simulator_options") and value != default:
+            value = "-".join(map(str, value)) if isinstance(value, list) else value
+            words.append(f"{name.removesuffix('_noise')}{value}")
+    if settings["sample_steps"] != settings["timesteps"]:
+        words.append(f"steps{settings['sample_steps']}")
+    return "_".join(words)
 
 
 def n_finished(path: Path) -> int:

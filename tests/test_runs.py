@@ -226,6 +226,26 @@ def test_grid_over_two_processes_covers_it_exactly_once(script, tiny, tmp_path, 
     assert names == {f"{arm}_seed{seed}" for arm, seed in wanted}
 
 
+def test_processes_share_the_gpus_there_are(script, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for count, devices in ((1, [0] * 8), (3, [0, 1, 2, 0, 1, 2, 0, 1])):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        for rank, index in enumerate(devices):
+            monkeypatch.setenv("LOCAL_RANK", str(rank))
+            assert script.choose_device("auto") == torch.device("cuda", index)
+
+
+def test_a_process_of_many_makes_the_lone_process_run(script, tiny, tmp_path, monkeypatch):
+    extra = ["--arm", "classical", "quantum", "--n_qubits", "3", "--lr", "0.05"]
+    script.main(tiny(tmp_path / "lone", *extra))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    script.main(tiny(tmp_path / "shared", *extra))
+    run = only(tmp_path / "shared")
+    assert run.name.startswith("quantum")
+    assert contents(run) == contents(tmp_path / "lone" / run.name)
+
+
 ERRORS = {
     "sizes": (["--n_train", "0"], "1 to"),
     "beyond": (["--n_train", "999999"], "training images"),

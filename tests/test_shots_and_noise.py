@@ -419,6 +419,8 @@ def test_a_finished_run_samples_with_another_simulator(script, tiny, tmp_path, f
     script.main(tiny(tmp_path, *argv, "--simulator", "lightning.qubit", "--n_eval", "6"))
     script.main(tiny(tmp_path, *argv, "--simulator", "default.mixed", *NOISY))
     script.main(tiny(tmp_path, *argv, "--gate_noise", "0.5,0.5"))
+    script.main(tiny(tmp_path, *argv, "--sample_steps", "3"))
+    assert (run / "samples_final_exact_steps3.png").exists()
     first = script.load_grid(run / "samples_final.png")
     other = script.load_grid(run / "samples_final_lightning.qubit.png")
     assert len(other) == 6
