@@ -58,6 +58,7 @@ NEIGHBOURS = 3  # k of precision and recall
 SSIM_PAIRS = 2000  # at most so many pairs make ssim_diversity
 FLOOR_DRAWS = 5  # samples of real images whose mean is the floor
 FLOOR = "real images (floor)"
+SAMPLE_COLUMNS = 12  # images in a row of samples.png
 PAPER_IMAGES = 5
 PAPER_DRAWS = 100
 CLASSIFIER_STEPS = 1000
@@ -1148,6 +1149,38 @@ def draw_panels(results: list[dict[str, Any]], against_size: bool) -> Figure:
     return figure
 
 
+def draw_samples(runs: Sequence[Run], train: tuple[Tensor, Tensor]) -> Figure:
+    """The first real training images of each class, and below them the first generated ones of each
+    arm: of its run with the lowest seed, and of those the one with the most training images."""
+    chosen: dict[int, dict[str, Run]] = {}
+    order = [*ARMS]
+    for run in sorted(runs, key=lambda run: order.index(run.settings["arm"])):
+        arms = chosen.setdefault(run.settings["label"], {})
+        known = arms.setdefault(run.settings["arm"], run)
+        rank = [(-r.settings["seed"], r.settings["n_train"] or np.inf) for r in (run, known)]
+        if rank[0] > rank[1]:
+            arms[run.settings["arm"]] = run
+    rows = []
+    for label, arms in sorted(chosen.items()):
+        name = next(iter(arms.values())).settings.get("label_name", str(label))
+        rows.append((f"real {name}", train[0][train[1] == label]))
+        for arm, run in arms.items():
+            size = run.settings["n_train"] or "all"
+            rows.append((f"{arm}, N = {size}, seed {run.settings['seed']}", run.images))
+    figure = Figure(figsize=(9, 0.52 * len(rows)), layout="constrained")
+    for axes, (title, images) in zip(
+        figure.subplots(len(rows), 1, squeeze=False).flat, rows, strict=True
+    ):
+        tiles = F.pad(images[:SAMPLE_COLUMNS], (1, 1, 1, 1), value=255)
+        tiles = F.pad(
+            tiles.permute(1, 2, 0, 3).flatten(2), (0, 30 * (SAMPLE_COLUMNS - len(tiles))), value=255
+        )
+        axes.imshow(to_picture(tiles), vmin=0, vmax=255)
+        axes.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=8)
+        axes.set(xticks=[], yticks=[], frame_on=False)
+    return figure
+
+
 # ----------------------------------------------------------------------- the published procedure
 
 
@@ -1217,7 +1250,7 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
         help="real training images to compare with: of the run's class or of all")  # fmt: skip
     add("--n_real", type=int, default=10_000, help="at most so many real images, drawn by the seed")
     add("--data_dir", type=Path, default=Path("data"), help="data set; keeps classifier, features")
-    add("--out", type=Path, metavar="DIR", help="write comparison.csv, .md and .png there")
+    add("--out", type=Path, metavar="DIR", help="write comparison.csv, .md, .png and samples.png")
     add("--protocol", choices=("full", "paper"), default="full",
         help="paper: 5 images against the first 5 training images, as published")  # fmt: skip
     add("--seed", type=int, default=0, help="of classifier, subsets, floors and bootstrap")
@@ -1257,6 +1290,7 @@ def evaluate(options: argparse.Namespace, dataset: DataSet) -> None:
         write_atomic(options.out / "comparison.csv", comparison_csv(results))
         write_atomic(options.out / "comparison.md", comparison_text(results, options.seed))
         save_figure(options.out / "comparison.png", draw_panels(results, against_size=False))
+        save_figure(options.out / "samples.png", draw_samples(runs, evaluator.train))
         if len({run.settings["n_train"] for run in runs}) > 1:
             save_figure(options.out / "scaling.png", draw_panels(results, against_size=True))
         print(f"written to {options.out}")

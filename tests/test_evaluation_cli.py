@@ -200,6 +200,7 @@ def test_comparison_files(compared):
     half = stats.t.ppf(0.975, 2) * stats.sem(values)
     assert f"{np.mean(values):.3g} ± {half:.3g}" in text
     assert "quantum − matched" in text and "too few seeds" in text and "| yes" not in text
+    assert (out / "samples.png").exists()
     for name in ("comparison.png", "scaling.png"):
         pixels = np.asarray(Image.open(out / name).convert("RGB")).reshape(-1, 3)
         assert (np.abs(pixels - np.array([0, 0x72, 0xB2])).max(axis=1) < 8).sum() > 100  # quantum
@@ -233,6 +234,36 @@ def test_one_panel_a_metric_with_means_and_floor():
         assert bar.lines[0].get_ydata() == pytest.approx([7 / 3])
         low, high = bar.lines[2][0].get_segments()[0][:, 1]
         assert (high - low) / 2 == pytest.approx(evaluation.interval([1.0, 2.0, 4.0])[1])
+
+
+def test_samples_show_the_real_class_and_one_run_of_each_arm(tmp_path):
+    def images(value, n):
+        return torch.full((n, 1, 28, 28), value, dtype=torch.uint8)
+
+    def run(arm, label, seed, n_train, value, n=20):
+        settings = {"arm": arm, "label": label, "seed": seed, "n_train": n_train}
+        return evaluation.Run(tmp_path, settings, "", images(value, n))
+
+    runs = [
+        run("quantum", 3, 1, None, 10),
+        run("quantum", 3, 0, 25, 20),
+        run("quantum", 3, 0, None, 30),
+    ]
+    runs += [run("classical", 3, 0, 25, 40, n=5), run("quantum", 1, 0, None, 50)]
+    train = torch.cat([images(60, 15), images(70, 15)]), torch.tensor([1] * 15 + [3] * 15)
+    axes = evaluation.draw_samples(runs, train).axes
+    titles = [a.get_ylabel() for a in axes]
+    assert titles[0] == "real 1" and titles[2] == "real 3"
+    assert titles[1:] == [
+        "quantum, N = all, seed 0",
+        "real 3",
+        "classical, N = 25, seed 0",
+        titles[1],
+    ]
+    pictures = [a.get_images()[0].get_array() for a in axes]
+    assert {p.shape for p in pictures} == {(30, 360, 3)}
+    assert [int(p[15, 15, 0]) for p in pictures] == [60, 50, 70, 40, 30]
+    assert int(pictures[3][15, 135, 0]) == 40 and (pictures[3][:, 150:] == 255).all()
 
 
 def test_interval_is_students():
