@@ -594,7 +594,9 @@ def environments(
             arriving[-1] = move_bond(arriving[-1], flips, signs)
         stacked = (x * arriving[-1].unsqueeze(2)).view(2, batch, 3 * d)
         leaving.append(torch.bmm(stacked, site))
-    return torch.stack(leaving[1:])[:, 0], torch.stack(arriving).flip(0)[:, 1]
+    leaving = torch.stack(leaving)
+    arriving = leaving[:-1] if paulis is None else torch.stack(arriving)
+    return leaving[1:, 0], arriving.flip(0)[:, 1]
 
 
 def move_bond(vector: Tensor, flips: Tensor, signs: Tensor) -> Tensor:
@@ -889,8 +891,9 @@ class QuantumAttention(MatchedAttention):
     def _run(self, angles: Tensor, copies: int) -> Tensor:
         """The mean over ``copies`` of each sample, each with errors of its own. (B, n) -> (B, n)"""
         batch, n = angles.shape
-        angles, paulis, factors = angles.repeat_interleave(copies, 0), None, None
+        paulis = factors = None
         if self.gate_noise:
+            angles = angles.repeat_interleave(copies, 0)
             table = error_probabilities(self.weights, self.gate_noise, self.entangle)
             uniform = draw(torch.rand, self.generator, batch, copies, *table.shape)
             x, z = draw_paulis(table, uniform.to(angles).flatten(0, 1))
@@ -904,7 +907,7 @@ class QuantumAttention(MatchedAttention):
             values = values if paulis is None else values * paulis.output
         else:
             values = product_expectations(angles, self.weights, factors)
-        mean = values * (1 - 2 * self.readout_noise)
+        mean = values * (1 - 2 * self.readout_noise) if self.readout_noise else values
         if self.shots:
             with torch.no_grad():
                 size = copies, 1 + (self.readout_noise > 0), self.shots // copies, n
@@ -916,7 +919,7 @@ class QuantumAttention(MatchedAttention):
                     bits = (1 + values[:, None] - 2 * uniform[:, 0]).sign()
                 bits = torch.where(uniform[:, -1] < self.readout_noise, -bits, bits)
             mean = mean + (bits.mean(1) - mean).detach()
-        return mean.view(batch, copies, n).mean(1)
+        return mean if copies == 1 else mean.view(batch, copies, n).mean(1)
 
     def _transfer(self, gate_noise: Sequence[float] | None = None) -> Tensor:
         """The circuit's transfer matrices; without gradients, kept until the weights change."""

@@ -9,7 +9,9 @@ why. The sibling of quantum_diffusion_mnist.py: what has the same name in both i
     python quantum_diffusion_pathmnist.py --use_quantum                 # adenocarcinoma
     python quantum_diffusion_pathmnist.py --arm matched quantum --labels lymphocytes mucus --augment
 
-No full run on PathMNIST has been measured yet; the cost of a step is that of the MNIST script.
+Measured: on 70 to 100 training images a class, 2,820 steps, seed 0 (adenocarcinoma, lymphocytes,
+mucus; arms classical and quantum) the models memorise: 90 to 100 % of 100 images are near-copies of
+training images by pixel distance, where 3 to 7 % of held-out images are. See README.md.
 """
 
 import argparse
@@ -618,7 +620,9 @@ def environments(
             arriving[-1] = move_bond(arriving[-1], flips, signs)
         stacked = (x * arriving[-1].unsqueeze(2)).view(2, batch, 3 * d)
         leaving.append(torch.bmm(stacked, site))
-    return torch.stack(leaving[1:])[:, 0], torch.stack(arriving).flip(0)[:, 1]
+    leaving = torch.stack(leaving)
+    arriving = leaving[:-1] if paulis is None else torch.stack(arriving)
+    return leaving[1:, 0], arriving.flip(0)[:, 1]
 
 
 def move_bond(vector: Tensor, flips: Tensor, signs: Tensor) -> Tensor:
@@ -913,8 +917,9 @@ class QuantumAttention(MatchedAttention):
     def _run(self, angles: Tensor, copies: int) -> Tensor:
         """The mean over ``copies`` of each sample, each with errors of its own. (B, n) -> (B, n)"""
         batch, n = angles.shape
-        angles, paulis, factors = angles.repeat_interleave(copies, 0), None, None
+        paulis = factors = None
         if self.gate_noise:
+            angles = angles.repeat_interleave(copies, 0)
             table = error_probabilities(self.weights, self.gate_noise, self.entangle)
             uniform = draw(torch.rand, self.generator, batch, copies, *table.shape)
             x, z = draw_paulis(table, uniform.to(angles).flatten(0, 1))
@@ -928,7 +933,7 @@ class QuantumAttention(MatchedAttention):
             values = values if paulis is None else values * paulis.output
         else:
             values = product_expectations(angles, self.weights, factors)
-        mean = values * (1 - 2 * self.readout_noise)
+        mean = values * (1 - 2 * self.readout_noise) if self.readout_noise else values
         if self.shots:
             with torch.no_grad():
                 size = copies, 1 + (self.readout_noise > 0), self.shots // copies, n
@@ -940,7 +945,7 @@ class QuantumAttention(MatchedAttention):
                     bits = (1 + values[:, None] - 2 * uniform[:, 0]).sign()
                 bits = torch.where(uniform[:, -1] < self.readout_noise, -bits, bits)
             mean = mean + (bits.mean(1) - mean).detach()
-        return mean.view(batch, copies, n).mean(1)
+        return mean if copies == 1 else mean.view(batch, copies, n).mean(1)
 
     def _transfer(self, gate_noise: Sequence[float] | None = None) -> Tensor:
         """The circuit's transfer matrices; without gradients, kept until the weights change."""
