@@ -288,6 +288,22 @@ def test_noisy_shots_have_default_mixeds_probabilities(script, arm, trajectories
     assert chi_square(counted(outcomes), probabilities().numpy()) > 1e-3
 
 
+def test_shots_share_the_errors_of_a_trajectory_but_not_of_the_mean(script):
+    # No rotation: a shot says whether its errors flip the qubit, so two shots differ only when
+    # each has errors of its own.
+    weights = torch.zeros(1, 1, 2, dtype=torch.float64)
+    flipped = (1 - (1 - 4 * 0.3 / 3) ** 3) / 2  # three gates
+    own = 2 * flipped * (1 - flipped)
+    for trajectories, differ in ((1, 0.0), (2, own), (0, own)):
+        noise = {"gate_noise": (0.3, 0.0), "trajectories": trajectories}
+        layer = layer_of(script, weights, shots=2, **noise)
+        layer.generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            estimates = layer.expectations(torch.zeros(10_000, 1, dtype=torch.float64))
+        share = estimates.abs().lt(0.5).double().mean()
+        assert abs(share - differ) < 4.5 * math.sqrt(differ * (1 - differ) / 10_000) + 1e-12
+
+
 @pytest.mark.parametrize(
     "conditions",
     [
