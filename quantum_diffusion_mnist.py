@@ -459,7 +459,7 @@ def transfer_matrices(weights: Tensor, gate_noise: Sequence[float] | None = None
     tables = (ry[..., :, None, :, None] * ry[..., None, :, None, :]).reshape(n_layers, n, 4, 4)
     if gate_noise:
         # Depolarising commutes with RZ. Before RY: the noise of what came before, and of RZ.
-        one, two = (1 - 4 * rz.new_tensor(gate_noise) / 3).unbind()
+        one, two = (rz.new_full((), 1 - 4 * p / 3) for p in gate_noise)
         before = one * torch.where(torch.arange(n, device=rz.device) == n - 1, 1, two)
         before = torch.stack([(one * one).expand(n), *[before] * (n_layers - 1)])
         tables = tables @ depolarising(before)
@@ -473,10 +473,11 @@ def transfer_matrices(weights: Tensor, gate_noise: Sequence[float] | None = None
         tables = torch.einsum("nab,lnbcd->lnacd", depolarising(after), tables)
     # RZ before it touches only 01 and 10, so a circuit of RZ alone is independent of its weights
     # to the last bit.
-    phase = rz[..., None] * rz.new_tensor([0, -1, 1, 0])
+    phase = torch.stack([0 * rz, -rz, rz, 0 * rz], -1)
     phase = torch.complex(phase.cos(), phase.sin())
-    # RY(x)|0> has rho = (1 + cos x, sin x, sin x, 1 - cos x) / 2.
-    data = rz.new_tensor([[1, 0, 0, 1], [1, 0, 0, -1], [0, 1, 1, 0]]) / 2
+    # RY(x)|0> has rho = (1 + cos x Z + sin x X) / 2.
+    eye, bit = torch.eye(2, dtype=rz.dtype, device=rz.device), torch.arange(2, device=rz.device)
+    data = torch.stack([eye, eye * (1 - 2 * bit), eye.flip(0)]).flatten(1) / 2
     site = data.view(1, 3, 1, 4, 1).expand(n, 3, 1, 4, 1)  # [qubit, k, older b, newest b, c]
     for layer in range(n_layers):
         d = site.shape[-1]
@@ -501,9 +502,10 @@ def transfer_matrices(weights: Tensor, gate_noise: Sequence[float] | None = None
 
 def depolarising(factor: Tensor) -> Tensor:
     """rho -> factor rho + (1 - factor) / 2 on rho's entries (00, 01, 10, 11), (..., 4, 4)."""
-    mixed = factor.new_tensor([1, 0, 0, 1]) / 2
-    mixed = mixed[:, None] * mixed.sign()  # the trace times the maximally mixed state
-    return mixed + factor[..., None, None] * (torch.eye(4).to(mixed) - mixed)
+    eye = {"dtype": factor.dtype, "device": factor.device}
+    trace = torch.eye(2, **eye).flatten()
+    mixed = trace[:, None] * trace / 2  # the trace times the maximally mixed state
+    return mixed + factor[..., None, None] * (torch.eye(4, **eye) - mixed)
 
 
 class Paulis(NamedTuple):
@@ -530,11 +532,11 @@ def error_probabilities(
     whose target the qubit is, and the one whose control it is. weights: as in the circuit."""
     n_layers, n, kinds = weights.shape
     p1, p2 = gate_noise
-    p2 = p2 if entangle else 0
-    layer = [p1, p1 if kinds == 2 else 0, p2, p2]
-    table = weights.new_tensor([p1] + layer * n_layers).repeat(n, 1)
-    table[0, 3::4] = 0
-    table[-1, 4::4] = 0
+    table = weights.new_full((n, 1 + 4 * n_layers), p1)
+    table[:, 3::4] = table[:, 4::4] = p2 if entangle else 0
+    table[0, 3::4] = table[-1, 4::4] = 0  # the ends of the chain
+    if kinds == 1:
+        table[:, 2::4] = 0
     return table
 
 
@@ -629,7 +631,7 @@ def sweep(angles: Tensor, transfer: Tensor, gate_noise: Sequence[float] | None =
 
 def contract(left: Tensor, right: Tensor) -> Tensor:
     """<Z_i> = sum_b (-1)^{b_L} left_i[b] right_i[b]. left, right: (n, B, D). Returns (B, n)."""
-    sign = left.new_tensor([1, -1]).repeat(left.shape[-1] // 2)
+    sign = 1 - 2.0 * (torch.arange(left.shape[-1], device=left.device) % 2).to(left)
     return ((left * right) @ sign).T
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def test_cosine_schedule_by_the_formula(script):
@@ -205,3 +206,46 @@ def test_batches_cover_the_set_once_an_epoch_and_strata_once_a_step(script):
     epochs = [seen[k : k + 6] for k in range(0, 24, 6)]
     assert all(sorted(epoch) == [0, 1, 2, 3, 4, 5] for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+class Operations(TorchDispatchMode):
+    """Records the names of all operations, those of the backward pass too."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(str(function))
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("arm, conditions", [
+    ("classical", {}), ("matched", {}), ("quantum", {}), ("product", {"gate_noise": (0.1, 0.1)}),
+    ("quantum", {"shots": 4, "gate_noise": (0.1, 0.1), "readout_noise": 0.1}),
+    ("quantum", {"gate_noise": (0.1, 0.1), "trajectories": 0}),
+])  # fmt: skip
+def test_a_step_never_makes_the_host_wait_for_the_device(script, embedded, arm, conditions):
+    # Reading a value (.item(), if), building a tensor from a list, and masks all synchronise CUDA.
+    settings = dict.fromkeys(script.Settings.__annotations__) | {"seed": 0, "batch_size": 4}
+    settings = script.Settings(**settings)
+    diffusion = script.GaussianDiffusion(1000)
+    model = script.UNet(embedded.channels, arm, n_qubits=4, n_layers=2, **conditions)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer, ema = torch.optim.Adam(parameters, fused=True), script.EMA(model, 0.9)
+    images = torch.zeros(9, embedded.channels, 28, 28, dtype=torch.uint8)
+    with Operations() as seen:
+        x0, t, noise = script.training_batch(settings, images, 3, 1000)
+        errors = model(diffusion.q_sample(x0, t, noise), t) - diffusion.target(x0, t, noise)
+        (diffusion.noise[t] * errors.square().mean((1, 2, 3))).mean().backward()
+        optimizer.step()
+        ema.update(model)
+        with torch.no_grad():
+            diffusion.p_sample(model, noise, 500, noise)
+    assert "aten.convolution_backward.default" in seen.names
+    waiting = {
+        "aten.lift_fresh.default",
+        "aten._local_scalar_dense.default",
+        "aten.nonzero.default",
+    }
+    assert not seen.names & waiting
