@@ -1152,21 +1152,16 @@ def draw_panels(results: list[dict[str, Any]], against_size: bool) -> Figure:
 def draw_samples(runs: Sequence[Run], train: tuple[Tensor, Tensor]) -> Figure:
     """The first real training images of each class, and below them the first generated ones of each
     arm: of its run with the lowest seed, and of those the one with the most training images."""
-    chosen: dict[int, dict[str, Run]] = {}
-    order = [*ARMS]
-    for run in sorted(runs, key=lambda run: order.index(run.settings["arm"])):
-        arms = chosen.setdefault(run.settings["label"], {})
-        known = arms.setdefault(run.settings["arm"], run)
-        rank = [(-r.settings["seed"], r.settings["n_train"] or np.inf) for r in (run, known)]
-        if rank[0] > rank[1]:
-            arms[run.settings["arm"]] = run
-    rows = []
-    for label, arms in sorted(chosen.items()):
-        name = next(iter(arms.values())).settings.get("label_name", str(label))
-        rows.append((f"real {name}", train[0][train[1] == label]))
-        for arm, run in arms.items():
-            size = run.settings["n_train"] or "all"
-            rows.append((f"{arm}, N = {size}, seed {run.settings['seed']}", run.images))
+    chosen = {}
+    for run in sorted(runs, key=lambda r: (-r.settings["seed"], r.settings["n_train"] or np.inf)):
+        chosen[run.settings["label"], [*ARMS].index(run.settings["arm"])] = run  # the last stays
+    rows: list[tuple[str, Tensor]] = []
+    for (label, _), run in sorted(chosen.items()):
+        real = f"real {run.settings.get('label_name', label)}"
+        if real not in dict(rows):
+            rows.append((real, train[0][train[1] == label]))
+        size, seed = run.settings["n_train"] or "all", run.settings["seed"]
+        rows.append((f"{run.settings['arm']}, N = {size}, seed {seed}", run.images))
     figure = Figure(figsize=(9, 0.52 * len(rows)), layout="constrained")
     for axes, (title, images) in zip(
         figure.subplots(len(rows), 1, squeeze=False).flat, rows, strict=True
@@ -1273,6 +1268,13 @@ def evaluate(options: argparse.Namespace, dataset: DataSet) -> None:
     if len(sources) > 1:
         found = ", ".join(f"{source} ({folder})" for source, folder in sources.items())
         raise UserError(f"mixed data sets: {found}; evaluate each by itself")
+    known = {}
+    for run in runs:
+        key = tuple(run.settings[name] for name in ("arm", "label", "n_train", "seed"))
+        if key in known:
+            found = f"{known[key]} and {run.folder} have the same arm, class, size and seed"
+            raise UserError(f"{found}; evaluate each by itself")
+        known[key] = run.folder
     evaluator = Evaluator(dataset, runs[0].settings["data"], options)
     if evaluator.record:
         print("classifier: {test_accuracy:.2%} of {n_test} test images".format(**evaluator.record))

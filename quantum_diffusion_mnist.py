@@ -31,7 +31,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,6 +65,16 @@ ARMS = {
     "product": "the trainable circuit without CNOTs: does entanglement matter?",
     "frozen": "the trainable circuit with its weights frozen: does training it matter?",
 }
+PENNYLANE_ERRORS = (  # of a device that is missing, misled, or not made for this circuit
+    qml.exceptions.DeviceError,
+    qml.exceptions.QuantumFunctionError,
+    ImportError,
+    IndexError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 QUANTUM_ARMS = ("quantum", "published", "product", "frozen")
 CLASS_NAMES = tuple("0123456789")
 CLASS_PREFIX = ""  # between data set and class in a run's name
@@ -113,7 +123,7 @@ class Settings:
         return f"{self.arm}_{self.data}{label}_n{size}_seed{self.seed}"
 
 
-CONDITIONS = {field.name: field.default for field in fields(Settings)[-6:]}
+CONDITIONS = {f.name: f.default for f in fields(Settings) if f.default is not MISSING}
 
 
 def random_stream(seed: int, *name: object, device: str | torch.device = "cpu") -> torch.Generator:
@@ -126,7 +136,12 @@ def random_stream(seed: int, *name: object, device: str | torch.device = "cpu") 
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def draw(kind: Callable, generator: object, n: int, *size: int) -> Tensor:
+def draw(
+    kind: Callable,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    n: int,
+    *size: int,
+) -> Tensor:
     """``kind`` (torch.rand or torch.randn) of n x size, from one generator for all n, or from a
     sequence of n generators, one for each; None is torch's own."""
     if isinstance(generator, Sequence):
@@ -443,8 +458,8 @@ def transfer_matrices(weights: Tensor, gate_noise: Sequence[float] | None = None
     (1, cos x, sin x), hence three matrices per qubit; all else is independent of the batch.
 
     Noise costs nothing: a channel maps the pair (b, b*) of one qubit, so it joins the gate before
-    it, and the bond does not grow. The result is the exact mean over all noise. (That behind the
-    last CNOT of a qubit, where it is the control, is ``sweep``'s.)
+    it, and the bond does not grow. The result is the exact mean over all noise. (That of the CNOT
+    which a qubit controls in the last layer changes its own measurement only: see ``sweep``.)
 
     weights: (L, n, 2) or (L, n, 1), radians; gate_noise: as in ``quantum_circuit``. Returns
     (n, 3, D, D) with D = 2 * 4**(L-1), indexed [qubit, (1, cos, sin), bond b b*, bond c c*].
@@ -546,7 +561,7 @@ def insert_paulis(angles: Tensor, x: Tensor, z: Tensor) -> tuple[Tensor, Paulis]
     X behind RZ is Z before it and Y behind RY; X on a CNOT's target may stand before that CNOT, Z
     behind the next one. So errors are left before and behind each U_l only. There X flips an index
     of the site's matrix, U_l[b_l + c_l + x', b_{l-1} + x], which is A with c and b flipped, and Z
-    is a sign (-1)^b or (-1)^(b + c). A trajectory costs what the ideal circuit does.
+    is a sign (-1)^b or (-1)^(b + c). The bond does not grow.
 
     angles: (B, n); x, z: (B, n, 1 + 4 L) bool, placed as in ``error_probabilities``.
     Returns the angles that include the errors of the data's RY, and the rest.
@@ -834,8 +849,8 @@ class QuantumAttention(MatchedAttention):
         simulator: ``exact`` or the name of a PennyLane device.
         simulator_options: keyword arguments of that device.
         shots: <Z_i> is the mean of so many measurements of all qubits together (None: exact). The
-            gradient is that of the exact <Z_i> (straight-through), or on a PennyLane device the
-            parameter-shift rule's, measured as well.
+            gradient is that of <Z_i> without shots (straight-through), given the drawn errors, or
+            on a PennyLane device the parameter-shift rule's, measured as well.
         gate_noise: (p1, p2), depolarising probabilities, see ``quantum_circuit``.
         readout_noise: probability that a measured bit is flipped.
         trajectories: each sample's <Z_i> is the mean over so many draws of its errors, which share
@@ -878,7 +893,8 @@ class QuantumAttention(MatchedAttention):
         """<Z_i> in -1..1. angles: (B, n), radians. Returns (B, n)."""
         if self.qnode is not None:
             qnode = self.qnode if torch.is_grad_enabled() else self.inference_qnode
-            return torch.stack(qnode(angles.cpu(), self.weights.cpu()), -1).to(angles)
+            values = torch.stack(qnode(angles.cpu(), self.weights.cpu()), -1).to(angles)
+            return values.view_as(angles)  # with shots some devices drop a batch of one
         if not self.gate_noise or self.trajectories:
             return self._run(angles, self.trajectories if self.gate_noise else 1)
         if self.entangle:
@@ -887,7 +903,9 @@ class QuantumAttention(MatchedAttention):
             mean = staircase_expectations(angles, self.weights, False, self.gate_noise)
         mean = mean * (1 - 2 * self.readout_noise)
         if self.shots:
-            mean = mean + (self._run(angles, self.shots) - mean).detach()
+            with torch.no_grad():
+                measured = self._run(angles, self.shots)
+            mean = mean + (measured - mean.detach())
         return mean
 
     def _run(self, angles: Tensor, copies: int) -> Tensor:
@@ -918,7 +936,7 @@ class QuantumAttention(MatchedAttention):
                     sites = site_matrices(self.weights)
                     bits = sample_outcomes(angles, sites, right, uniform[:, 0], paulis)
                 else:
-                    bits = (1 + values[:, None] - 2 * uniform[:, 0]).sign()
+                    bits = 2 * (2 * uniform[:, 0] < 1 + values[:, None]).to(angles) - 1
                 bits = torch.where(uniform[:, -1] < self.readout_noise, -bits, bits)
             mean = mean + (bits.mean(1) - mean).detach()
         return mean if copies == 1 else mean.view(batch, copies, n).mean(1)
@@ -1248,6 +1266,7 @@ def open_run(folder: Path, config: dict) -> Path:
         left.unlink()
     try:
         known = json.loads(path.read_text())
+        known["settings"] = CONDITIONS | known["settings"]
         differences = {
             key: f"{key} {known[part].get(key)!r} (asked for: {value!r})"
             for part in ("settings", "images")
@@ -1507,20 +1526,21 @@ def probability(text: str) -> float:
     return value
 
 
-def probabilities(text: str) -> tuple[float, float]:
-    """An argparse type: two probabilities, as in 0.001,0.01."""
+def probabilities(text: str) -> tuple[float, float] | None:
+    """An argparse type: two probabilities, as in 0.001,0.01; None when both are zero."""
     words = text.split(",")
     if len(words) != 2:
         raise argparse.ArgumentTypeError(f"{text}, expected two probabilities, as in 0.001,0.01")
-    return probability(words[0]), probability(words[1])
+    pair = probability(words[0]), probability(words[1])
+    return pair if any(pair) else None
 
 
-def json_object(text: str) -> dict:
-    """An argparse type: a JSON object."""
+def json_object(text: str) -> dict | None:
+    """An argparse type: a JSON object; None when it is empty."""
     value = json.loads(text)
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f'{text}, expected a JSON object, as in {{"seed": 1}}')
-    return value
+    return value or None
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -1632,17 +1652,19 @@ def check_simulator(args: argparse.Namespace, arms: set[str]) -> None:
             check_simulation(arm, args.gate_noise)
         return
     if args.simulator == "default.mixed" and args.n_qubits > MIXED_QUBITS:
-        size = (
-            f"a density matrix of {args.n_qubits} qubits takes {2 ** (2 * args.n_qubits - 26)} GiB"
-        )
-        way_out = (
-            f"use --n_qubits {MIXED_QUBITS} or fewer, or --simulator exact, which takes noise too"
-        )
-        raise UserError(f"--simulator default.mixed: {size} a sample; {way_out}")
+        gigabytes = 2 ** (2 * args.n_qubits - 26)
+        found = f"a density matrix of {args.n_qubits} qubits takes {gigabytes} GiB a sample"
+        way_out = f"use at most {MIXED_QUBITS} qubits, or --simulator exact, which takes noise too"
+        raise UserError(f"--simulator default.mixed: {found}; {way_out}")
+    how = args.simulator_options, args.shots, args.gate_noise, args.readout_noise
     try:
-        how = args.simulator_options, args.shots, args.gate_noise, args.readout_noise
-        make_qnode(2, 1, args.simulator, True, None, *how)(torch.zeros(1, 2), torch.zeros(1, 2, 2))
-    except (qml.exceptions.DeviceError, ImportError, TypeError, ValueError) as error:
+        for method in ("best", None):
+            qnode = make_qnode(2, 1, args.simulator, True, method, *how)
+            angles = torch.zeros(2, 2, requires_grad=method is not None)
+            values = torch.stack(qnode(angles, torch.zeros(1, 2, 2)), -1)
+            if method:
+                values.sum().backward()
+    except PENNYLANE_ERRORS as error:
         reason = " ".join(str(error).split())
         what = f"neither exact nor a PennyLane device that runs this circuit ({reason})"
         raise UserError(f"--simulator {args.simulator}: {what}") from None
@@ -1666,6 +1688,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--trajectories {copies}: expected a divisor of --shots {args.shots}")
     if args.simulator_options and exact:
         raise UserError("--simulator_options: expected a PennyLane device as --simulator")
+    if "shots" in (args.simulator_options or {}):
+        raise UserError("--simulator_options: use --shots for the number of shots")
     for size in args.n_train:
         if size != "all" and not size.isdigit():
             raise UserError(f"--n_train {size}: expected a number of images, or all")
@@ -1714,7 +1738,8 @@ def run_grid(
     diverged = []
     for number, (path, (settings, images, _)) in enumerate(zip(paths, share, strict=True), 1):
         folder = args.save_dir / settings.name
-        print(f"[{number}/{len(share)}] {folder}", flush=True)
+        other = "" if path.name == "samples_final.png" else f": only sampled, as {path.name}"
+        print(f"[{number}/{len(share)}] {folder}{other}", flush=True)
         try:
             if not (folder / "model.pt").exists():
                 if settings.arm in QUANTUM_ARMS:

@@ -1,7 +1,7 @@
 """What the exact quantum layer costs, everything side by side in one run. Not a test.
 
-    python tests/benchmark_quantum_attention.py                 # tables 1 to 5, about five minutes
-    python tests/benchmark_quantum_attention.py --default_run   # table 6 as well, ten minutes more
+    python tests/benchmark_quantum_attention.py                 # tables 1 to 4, about five minutes
+    python tests/benchmark_quantum_attention.py --default_run   # table 5 as well, ten minutes more
     python tests/benchmark_quantum_attention.py --trainability  # trainability.csv and .png instead
 
 Batch 64, 16 qubits, 3 layers unless said; medians over interleaved repeats.
@@ -117,7 +117,7 @@ def peak(queue, simulator: str, calls: int):
 
 
 def default_run(data_dir: str) -> None:
-    """Table 6: the wall-clock of ``--use_quantum`` with default flags, by its parts."""
+    """Table 5: the wall-clock of ``--use_quantum`` with default flags, by its parts."""
     spent = {"train": 0.0, "preview": 0.0, "final grid": 0.0}
 
     def timed(name, function):
@@ -143,7 +143,7 @@ def default_run(data_dir: str) -> None:
         mnist.main(["--use_quantum", "--data_dir", data_dir, "--save_dir", folder])
     spent["whole run"] = time.perf_counter() - start
     spent["train"] -= spent["preview"]
-    print("\n6. default run, seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in spent.items()))
+    print("\n5. default run, seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in spent.items()))
 
 
 ANSATZE = {"quantum": (True, 2), "product": (False, 2), "published": (True, 1)}

@@ -266,6 +266,13 @@ def test_samples_show_the_real_class_and_one_run_of_each_arm(tmp_path):
     assert int(pictures[3][15, 135, 0]) == 40 and (pictures[3][:, 150:] == 255).all()
 
 
+def test_two_runs_of_the_same_kind_are_refused(tmp_path, evaluate, capsys):
+    runs = [make_run(tmp_path / name, of_class(TEST, 3)[:4]) for name in ("shots", "ideal")]
+    with pytest.raises(SystemExit):
+        evaluate(*runs)
+    assert "have the same arm, class, size and seed" in capsys.readouterr().err
+
+
 def test_interval_is_students():
     mean, half = evaluation.interval([1.0, 2.0, 4.0])
     low, high = stats.t.interval(0.95, 2, np.mean([1, 2, 4]), stats.sem([1, 2, 4]))
@@ -403,7 +410,7 @@ def test_mistakes_print_one_line_and_exit_2(mistake, tmp_path, evaluate, capsys)
     with pytest.raises(SystemExit) as stop:
         evaluate(*arguments)
     assert stop.value.code == 2
-    error = capsys.readouterr().err.strip()
+    error = capsys.readouterr().err.split("\r")[-1].strip()  # behind a progress bar
     assert error.startswith("error: ") and "\n" not in error
     assert re.search(message, error), error
 

@@ -369,6 +369,27 @@ def test_shots_on_a_pennylane_device(script):
         assert (layer.expectations(angles) - exact).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("simulator", ["default.qubit", "lightning.qubit", "default.mixed"])
+def test_a_batch_of_one_keeps_its_shape(script, simulator):
+    angles, weights = draw(1, 3, 1)
+    layer = layer_of(script, weights, simulator=simulator, shots=10)
+    with torch.no_grad():
+        assert layer.expectations(angles).shape == (1, 3)
+    assert layer.expectations(angles).shape == (1, 3)
+
+
+def test_shots_of_the_mean_keep_no_graph(script):
+    angles, weights = draw(2, 3, 1)
+    conditions = {"gate_noise": (0.1, 0.1), "trajectories": 0, "shots": 50}
+    layer = layer_of(script, weights, **conditions)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.numel()) or t, lambda t: t
+    ):
+        layer.expectations(angles)
+    assert sum(kept) < 5000  # one sweep; fifty would keep fifty times as much
+
+
 # --------------------------------------------------------------------------------- command line
 
 NOISY = ("--shots", "8", "--gate_noise", "0.05,0.1", "--readout_noise", "0.02")
@@ -462,6 +483,29 @@ def test_an_unfinished_run_keeps_its_simulator(script, tiny, tmp_path, fails):
     assert "shots None (asked for: 5)" in fails(script, tiny(tmp_path, *argv, "--shots", "5"))
 
 
+def test_no_noise_is_no_condition(script, tiny, tmp_path, capsys):
+    argv = ("--use_quantum", "--n_qubits", "3")
+    script.main(tiny(tmp_path, *argv))
+    script.main(tiny(tmp_path, *argv, "--gate_noise", "0,0"))
+    assert len(list(run_of(tmp_path).glob("samples_final*"))) == 1
+    capsys.readouterr()
+    script.main(tiny(tmp_path, *argv, "--shots", "3"))
+    assert "only sampled, as samples_final_exact_shots3.png" in capsys.readouterr().out
+
+
+def test_runs_without_conditions_in_their_record_had_the_defaults(script, tiny, tmp_path):
+    argv = ("--use_quantum", "--n_qubits", "3")
+    script.main(tiny(tmp_path, *argv))
+    path = run_of(tmp_path) / "config.json"
+    config = json.loads(path.read_text())
+    for name in ("shots", "readout_noise", "trajectories"):
+        del config["settings"][name]
+    path.write_text(json.dumps(config))
+    script.main(tiny(tmp_path, *argv, "--n_eval", "6"))
+    assert [p.name for p in run_of(tmp_path).glob("samples_final*")] == ["samples_final.png"]
+    assert len(script.load_grid(run_of(tmp_path) / "samples_final.png")) == 6
+
+
 def test_classical_arms_have_no_conditions(script, tiny, tmp_path):
     script.main(tiny(tmp_path, "--arm", "matched", *NOISY))
     settings = json.loads((run_of(tmp_path) / "config.json").read_text())["settings"]
@@ -487,6 +531,12 @@ ERRORS = {
     ),
     "channels": (["--simulator", "lightning.qubit", "--gate_noise", "0.1,0.1"], "not supported"),
     "mixed": (["--simulator", "default.mixed"], "64 GiB a sample"),
+    "shots twice": (
+        ["--simulator", "default.qubit", "--simulator_options", '{"shots": 9}'],
+        "use --shots",
+    ),
+    "no gates": (["--simulator", "default.gaussian"], "neither exact nor"),
+    "no batches": (["--simulator", "reference.qubit"], "neither exact nor"),
 }
 
 
