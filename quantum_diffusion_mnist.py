@@ -1069,7 +1069,9 @@ class UNet(nn.Module):
         h7 = self.encode7(self.down(h14), embedding)
         h = self.attention(h7)
         if self.gate is not None:
-            h = h * (1 + self.gate(h.mean(dim=(2, 3))))[:, :, None, None]
+            pixels = h.permute(0, 2, 3, 1).flatten(1, 2)  # (B, H W, C) without a copy
+            pixels = pixels * (1 + self.gate(pixels.mean(1)))[:, None]
+            h = pixels.unflatten(1, h.shape[2:]).permute(0, 3, 1, 2)
         h = self.decode7(self.merge7(torch.cat([h, h7], dim=1)), embedding)
         h = self.decode14(self.merge14(torch.cat([self.up(h), h14], dim=1)), embedding)
         return F.pixel_shuffle(self.head(F.silu(self.norm(h))), 2)
