@@ -452,10 +452,13 @@ def make_qnode(
             qml.BitFlip(readout_noise, wires=i)
         return [qml.expval(qml.PauliZ(i)) for i in range(n_qubits)]
 
+    if diff_method == "best":
+        example = torch.zeros(n_qubits), torch.zeros(n_layers, n_qubits, 2)
+        diff_method = qml.workflow.get_best_diff_method(expectations)(*example)
     if shots:
         expectations = qml.set_shots(expectations, shots=shots)
-        if diff_method:  # the parameter-shift rule takes no batch of inputs
-            expectations = qml.transforms.broadcast_expand(expectations)
+    if diff_method == "parameter-shift":  # which takes no batch of inputs
+        expectations = qml.transforms.broadcast_expand(expectations)
     return expectations
 
 

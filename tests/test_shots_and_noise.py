@@ -378,6 +378,17 @@ def test_a_batch_of_one_keeps_its_shape(script, simulator):
     assert layer.expectations(angles).shape == (1, 3)
 
 
+def test_a_device_without_batches_or_backpropagation(script):
+    angles, weights = (values.requires_grad_() for values in draw(2, 2, 1))
+    layer = layer_of(script, weights.detach(), simulator="reference.qubit")
+    values = layer.expectations(angles)
+    exact = script.staircase_expectations(angles, weights)
+    assert torch.allclose(values, exact, atol=1e-6)
+    ours = torch.autograd.grad(values.sum(), (angles, layer.weights))
+    theirs = torch.autograd.grad(exact.sum(), (angles, weights))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, theirs, strict=True))
+
+
 def test_shots_of_the_mean_keep_no_graph(script):
     angles, weights = draw(2, 3, 1)
     conditions = {"gate_noise": (0.1, 0.1), "trajectories": 0, "shots": 50}
@@ -536,7 +547,6 @@ ERRORS = {
         "use --shots",
     ),
     "no gates": (["--simulator", "default.gaussian"], "neither exact nor"),
-    "no batches": (["--simulator", "reference.qubit"], "neither exact nor"),
 }
 
 
