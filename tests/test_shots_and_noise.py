@@ -443,6 +443,7 @@ def test_a_noisy_run_resumes_to_the_same_bits(script, tiny, tmp_path, monkeypatc
 ])  # fmt: skip
 def test_every_condition_changes_the_weights(script, tiny, tmp_path, flag):
     argv = ("--use_quantum", "--n_qubits", "3", "--steps", "9", "--lr", "0.05")
+    argv += ("--n_frames", "1", "--n_samples", "1", "--n_eval", "1", "--sample_steps", "1")
     reference = ["--gate_noise", "0.2,0.2"] if len(flag) == 4 else []
     script.main(tiny(tmp_path / "a", *argv, *reference))
     script.main(tiny(tmp_path / "b", *argv, *flag))
