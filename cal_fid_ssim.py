@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy import linalg, ndimage, stats
@@ -81,6 +82,11 @@ METRICS = {
     "distance_ratio": ("distance ratio", "{:.3f}"),
     "near_copies": ("near copies", "{:.3f}"),
 }
+# The settings that a comparison of arms must share, and the figures' metrics.
+BUDGET = ("steps", "batch_size", "lr", "ema_decay", "timesteps", "sample_steps")
+BASELINE = "matched"
+FIGURE_METRICS = ("fid", "kid", "precision", "recall", "label_accuracy", "ssim_diversity")
+FIGURE_METRICS += ("distance_ratio", "near_copies")
 ARM_COLOURS = dict(  # Okabe & Ito's colour-blind-safe palette
     zip(ARMS, ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=True)
 )
@@ -643,9 +649,16 @@ class DataSet(NamedTuple):
     load_images: Callable[[str, Path, str], tuple[str, Tensor, Tensor]]
     select_images: Callable[[Tensor, Tensor, int, int | None, int], Tensor]
     user_error: type[Exception]
+    withdrawn: dict[str, tuple[float, float]]  # the paper's table: arm, FID and paired SSIM
 
 
-MNIST = DataSet(("mnist", "digits"), mnist.load_images, mnist.select_images, UserError)
+MNIST = DataSet(
+    sources=("mnist", "digits"),
+    load_images=mnist.load_images,
+    select_images=mnist.select_images,
+    user_error=UserError,
+    withdrawn={"classical": (271.05, 0.1085), "quantum": (259.25, 0.1263)},
+)
 
 
 def content_hash(*tensors: Tensor) -> str:
@@ -1042,36 +1055,56 @@ def arm_table(results: list[dict[str, Any]]) -> str:
     return table(header + [METRICS[key][0] for key in keys], rows)
 
 
-def paired_differences(results: list[dict[str, Any]], baseline: str, seed: int) -> list[list[str]]:
-    """Rows (difference, N, metric, pairs, seeds, mean, 95 % interval, clear of zero) of every arm
-    minus ``baseline``, over runs of equal class, size and seed.
-
-    The interval is the bootstrap's over pairs (percentiles of BOOTSTRAP_DRAWS resampled means).
-    Fewer than five seeds decide nothing, whatever the interval says.
-    """
-    cells: dict[Any, dict[Any, dict[str, float]]] = {}
+def pair_differences(
+    results: list[dict[str, Any]], key: str, arm: str, baseline: str, n_train: int | None
+) -> dict[tuple[int, int], float]:
+    """By (class, seed): a metric of ``arm`` minus that of ``baseline`` at one training-set size."""
+    values: dict[str, dict[tuple[int, int], float]] = {arm: {}, baseline: {}}
     for r in results:
         s = r["settings"]
-        cells.setdefault((s["n_train"], s["arm"]), {})[s["label"], s["seed"]] = r["metrics"]
+        if s["n_train"] == n_train and s["arm"] in values and np.isfinite(r["metrics"][key]):
+            values[s["arm"]][s["label"], s["seed"]] = r["metrics"][key]
+    base = values[baseline]
+    return {pair: value - base[pair] for pair, value in values[arm].items() if pair in base}
+
+
+def paired_differences(results: list[dict[str, Any]], baseline: str, seed: int) -> list[list[str]]:
+    """Rows (difference, N, metric, pairs, seeds, mean, two 95 % intervals, clear of zero) of every
+    arm minus ``baseline``, over runs of equal class, size and seed.
+
+    The intervals are the bootstrap's over pairs (percentiles of BOOTSTRAP_DRAWS resampled means),
+    which is too narrow for a handful of pairs, and Student's t of the differences. A difference is
+    clear of zero when both are; fewer than five seeds decide nothing, whatever they say.
+    """
     arms, sizes, keys = axes_of(results)
     rows = []
     for arm, n_train, key in itertools.product(arms, sizes, keys):
-        own, base = cells.get((n_train, arm), {}), cells.get((n_train, baseline), {})
-        pairs = [pair for pair in own if pair in base and np.isfinite(own[pair][key])]
-        values = np.array([own[pair][key] - base[pair][key] for pair in pairs])
-        if arm == baseline or len(values) == 0:
+        pairs = pair_differences(results, key, arm, baseline, n_train)
+        if arm == baseline or not pairs:
             continue
-        form, limits, clear = METRICS[key][1].replace("{:", "{:+"), "–", "–"
+        values, form = np.array(list(pairs.values())), METRICS[key][1].replace("{:", "{:+")
+        limits, clear = ["–", "–"], "–"
         if len(values) > 1:
             draws = np.random.default_rng(seed).choice(values, (BOOTSTRAP_DRAWS, len(values)))
-            low, high = np.percentile(draws.mean(axis=1), [2.5, 97.5])
-            limits = f"[{form.format(low)}, {form.format(high)}]"
-            clear = "yes" if low > 0 or high < 0 else "no"
+            mean, half = interval(values)
+            both = np.percentile(draws.mean(axis=1), [2.5, 97.5]), (mean - half, mean + half)
+            limits = [f"[{form.format(low)}, {form.format(high)}]" for low, high in both]
+            clear = "yes" if all(low > 0 or high < 0 for low, high in both) else "no"
         seeds = len({pair_seed for _, pair_seed in pairs})
         counts = [str(n_train or "all"), METRICS[key][0], str(len(pairs)), str(seeds)]
         clear = clear if seeds >= 5 else "too few seeds"
-        rows.append([f"{arm} − {baseline}", *counts, form.format(values.mean()), limits, clear])
+        rows.append([f"{arm} − {baseline}", *counts, form.format(values.mean()), *limits, clear])
     return rows
+
+
+def budget_text(results: list[dict[str, Any]]) -> str:
+    """What every run was trained and sampled with, and in what the runs differ."""
+    values = {
+        name: sorted({json.dumps(r["settings"].get(name)) for r in results}) for name in BUDGET
+    }
+    text = ", ".join(f"{name} {' / '.join(found)}" for name, found in values.items())
+    unequal = [name for name, found in values.items() if len(found) > 1]
+    return text + (f". **The runs differ in {', '.join(unequal)}.**" if unequal else ".")
 
 
 def comparison_text(results: list[dict[str, Any]], seed: int) -> str:
@@ -1081,14 +1114,16 @@ def comparison_text(results: list[dict[str, Any]], seed: int) -> str:
         f"Features: {', '.join(sorted({r['features'] for r in results}))}. Real images: "
         f"{results[0]['settings']['data']}, reference {results[0]['reference']}. Mean over seeds ± "
         f"half of the 95 % interval (Student's t). {FLOOR}: held-out images, as many as generated.",
-        "; ".join(sorted({r["note"] for r in results})),
+        f"Budget: {budget_text(results)}",
+        "; ".join(sorted({r["note"] for r in results if r["note"]})),
         arm_table(results),
     ]
-    header = ["difference", "N", "metric", "pairs", "seeds", "mean", "95 % interval", "clear of 0"]
+    header = ["difference", "N", "metric", "pairs", "seeds", "mean"]
+    header += ["95 % bootstrap", "95 % Student's t", "clear of 0"]
     for baseline in ("matched", "classical"):
         if rows := paired_differences(results, baseline, seed):
             parts += [f"## Paired differences against {baseline}", table(header, rows)]
-    return "\n\n".join([*parts, "## Runs", result_table(results)]) + "\n"
+    return "\n\n".join(filter(None, [*parts, "## Runs", result_table(results)])) + "\n"
 
 
 def comparison_csv(results: list[dict[str, Any]]) -> str:
@@ -1108,43 +1143,72 @@ def comparison_csv(results: list[dict[str, Any]]) -> str:
 
 
 def draw_panels(results: list[dict[str, Any]], against_size: bool) -> Figure:
-    """One panel a metric: each arm's mean and 95 % interval over seeds, dots for the seeds, and
-    the floor as a dashed line; or, ``against_size``, a line per arm over the number of training
-    images."""
-    arms, sizes, keys = axes_of(results)
+    """One panel a metric of FIGURE_METRICS: each arm's mean and 95 % interval over seeds, dots for
+    the seeds, and the floor as a dashed line; or, ``against_size``, a line per arm over the number
+    of training images. When there are runs of ``matched``, a panel below shows the mean and the
+    95 % interval (Student's t) of the other arms' paired differences to it."""
+    arms, sizes, finite = axes_of(results)
+    keys = [key for key in FIGURE_METRICS if key in finite]
     places = np.arange(len(sizes), dtype=float)
     if against_size:
         for j, size in enumerate(sizes):
             used = [r["n_training"] for r in results if r["settings"]["n_train"] == size]
             places[j] = np.mean(used)
-    rows = -(-len(keys) // 3)
-    figure = Figure(figsize=(9, 2.4 * rows), layout="constrained")
-    panels = figure.subplots(rows, 3, squeeze=False).flat
+    x = {}  # beside each other, so that intervals do not hide one another
+    for i, arm in enumerate(arms):
+        shift = i - (len(arms) - 1) / 2
+        x[arm] = places * 1.06**shift if against_size else places + shift * 0.8 / len(arms)
+    heights = [2, 1] if BASELINE in arms and len(arms) > 1 else [2]
+    rows = -(-len(keys) // 4)
+    figure = Figure(figsize=(12, 1.3 * sum(heights) * rows), layout="constrained")
+    ratios = {"height_ratios": heights * rows}
+    panels = figure.subplots(len(heights) * rows, 4, squeeze=False, gridspec_kw=ratios)
     floor_style = {"color": "#666666", "linestyle": "--", "linewidth": 1, "label": FLOOR}
-    for key, axes in zip(keys, panels, strict=False):  # in this order: no panel is lost
+
+    def draw_arm(axes: Axes, arm: str, by_size: dict[int, Sequence[float]]) -> None:
+        """Mean and interval of the values at each place, joined when they are over size."""
+        middle, half = np.array([interval(values) for values in by_size.values()]).T
+        style = {"fmt": "o-" if against_size else "o", "capsize": 2, "markersize": 4}
+        style |= {"color": ARM_COLOURS[arm], "label": arm, "linewidth": 1}
+        axes.errorbar(x[arm][list(by_size)], middle, half, **style)
+
+    for k, key in enumerate(keys):
+        above, *below = panels[len(heights) * (k // 4) :, k % 4][: len(heights)]
         means = seed_means(results, key)
-        for i, arm in enumerate(arms):
-            here = [j for j, size in enumerate(sizes) if (arm, size) in means]
-            if not here:
-                continue
-            shift = 0 if against_size else (i - (len(arms) - 1) / 2) * 0.8 / len(arms)
-            middle, half = np.array([interval(means[arm, sizes[j]]) for j in here]).T
-            style = {"fmt": "o-" if against_size else "o", "capsize": 2, "markersize": 4}
-            style |= {"color": ARM_COLOURS[arm], "label": arm}
-            axes.errorbar(places[here] + shift, middle, half, **style)
-            for j in here:
-                dots = means[arm, sizes[j]]
-                axes.scatter([places[j] + shift] * len(dots), dots, 6, "#999999", zorder=1)
         floor = np.array([means.get((FLOOR, size), [np.nan])[0] for size in sizes])
+        for arm in arms:
+            own = {j: means[arm, n] for j, n in enumerate(sizes) if (arm, n) in means}
+            if own:
+                draw_arm(above, arm, own)
+            for j, values in own.items():
+                above.scatter([x[arm][j]] * len(values), values, 6, "#999999", zorder=1)
+        above.set_ylabel(METRICS[key][0])
         if against_size:
-            axes.plot(places, floor, **floor_style)
-            axes.set(xscale="log", xlabel="training images")
+            above.plot(places, floor, **floor_style)
         else:
-            axes.hlines(floor, places - 0.45, places + 0.45, **floor_style)
-            axes.set_xticks(places, [f"N = {size or 'all'}" for size in sizes])
-        axes.set_ylabel(METRICS[key][0])
-    for axes in panels:
-        axes.remove()
+            above.hlines(floor, places - 0.45, places + 0.45, **floor_style)
+        for axes in below:
+            for arm in arms:
+                differences = (
+                    [*pair_differences(results, key, arm, BASELINE, n).values()] for n in sizes
+                )
+                own = {j: values for j, values in enumerate(differences) if values}
+                if arm != BASELINE and own:
+                    draw_arm(axes, arm, own)
+            axes.axhline(0, color=ARM_COLOURS[BASELINE], linewidth=1)
+            axes.set_ylabel(f"− {BASELINE}")
+        for axes in (above, *below):
+            if against_size:
+                axes.set_xscale("log")
+                axes.set_xticks(places, [f"{place:.0f}" for place in places])
+                axes.minorticks_off()
+            else:
+                axes.set_xticks(places, [f"N = {size or 'all'}" for size in sizes])
+        if against_size:
+            axes.set_xlabel("training images")
+    for axes in figure.axes:
+        if not axes.has_data():
+            axes.remove()
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
     return figure
 
@@ -1180,8 +1244,8 @@ def draw_samples(runs: Sequence[Run], train: tuple[Tensor, Tensor]) -> Figure:
 
 
 def paper_protocol(evaluator: Evaluator, runs: list[Run]) -> str:
-    """The published evaluation, and beside it what real images score under it; a table, and
-    ``metrics_paper.json`` in each run folder.
+    """The published evaluation, and beside it what real images score under it; a table that ends
+    with the paper's own figures, and ``metrics_paper.json`` in each run folder.
 
     Published: 5 generated images against the first 5 training images of any class, FID and paired
     SSIM. A perfect generator would draw its 5 images from the run's own class: PAPER_DRAWS times
@@ -1219,6 +1283,17 @@ def paper_protocol(evaluator: Evaluator, runs: list[Run]) -> str:
             row += [form(value), form(real.mean()), " to ".join(map(form, limits))]
         write_atomic(run.folder / "metrics_paper.json", json.dumps(record, indent=2) + "\n")
         rows.append(row)
+    for arm, (fid, paired) in evaluator.dataset.withdrawn.items():
+        row = [
+            f"paper, {arm} (withdrawn by its authors)",
+            "5",
+            "5",
+            "inception",
+            str(fid),
+            "–",
+            "–",
+        ]
+        rows.append([*row, str(paired), "–", "–"])
     beside = ("real images", f"95 % of {PAPER_DRAWS} draws")
     header = ["run", "n", "n real", "features", "FID", *beside, "SSIM paired", *beside]
     return table(header, rows)
@@ -1245,7 +1320,9 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
         help="real training images to compare with: of the run's class or of all")  # fmt: skip
     add("--n_real", type=int, default=10_000, help="at most so many real images, drawn by the seed")
     add("--data_dir", type=Path, default=Path("data"), help="data set; keeps classifier, features")
-    add("--out", type=Path, metavar="DIR", help="write comparison.csv, .md, .png and samples.png")
+    add("--out", type=Path, metavar="DIR",
+        help="write comparison.csv, .md, .png and samples.png; with several sizes scaling.png; "
+        "with --protocol paper only paper_protocol.md")  # fmt: skip
     add("--protocol", choices=("full", "paper"), default="full",
         help="paper: 5 images against the first 5 training images, as published")  # fmt: skip
     add("--seed", type=int, default=0, help="of classifier, subsets, floors and bootstrap")
@@ -1279,7 +1356,11 @@ def evaluate(options: argparse.Namespace, dataset: DataSet) -> None:
     if evaluator.record:
         print("classifier: {test_accuracy:.2%} of {n_test} test images".format(**evaluator.record))
     if options.protocol == "paper":
-        print(paper_protocol(evaluator, runs))
+        text = paper_protocol(evaluator, runs)
+        print(text)
+        if options.out:
+            options.out.mkdir(parents=True, exist_ok=True)
+            write_atomic(options.out / "paper_protocol.md", text + "\n")
         return
     results = []
     for run in tqdm(runs, "runs", delay=2, leave=False):

@@ -236,6 +236,24 @@ def test_one_panel_a_metric_with_means_and_floor():
         assert (high - low) / 2 == pytest.approx(evaluation.interval([1.0, 2.0, 4.0])[1])
 
 
+@pytest.mark.parametrize("against_size", [False, True])
+def test_the_panel_below_shows_paired_differences_to_matched(against_size):
+    base, differences = [10.0, 20.0, 40.0], [1.0, 2.0, 4.0]
+    results = [fake_result("matched", 3, s, value, 25) for s, value in enumerate(base)]
+    results += [
+        fake_result("quantum", 3, s, value + d, 25)
+        for s, (value, d) in enumerate(zip(base, differences, strict=True))
+    ]
+    above, below = evaluation.draw_panels(results, against_size).axes
+    assert [c.get_label() for c in above.containers] == ["matched", "quantum"]
+    (bar,) = below.containers
+    assert bar.get_label() == "quantum" and below.get_ylabel() == "− matched"
+    assert bar.lines[0].get_ydata() == pytest.approx([7 / 3])
+    low, high = bar.lines[2][0].get_segments()[0][:, 1]
+    assert (high - low) / 2 == pytest.approx(evaluation.interval(differences)[1])
+    assert below.lines[-1].get_ydata() == [0, 0]
+
+
 def test_samples_show_the_real_class_and_one_run_of_each_arm(tmp_path):
     def images(value, n):
         return torch.full((n, 1, 28, 28), value, dtype=torch.uint8)
@@ -287,13 +305,37 @@ def test_paired_differences_match_equal_classes_sizes_and_seeds():
     results += [fake_result("product", 3, s, 100 * s + (-1) ** s) for s in range(5)]
     results += [fake_result("frozen", 3, 0, 7.0)]
     rows = {row[0]: row for row in evaluation.paired_differences(results, "matched", 0)}
-    name, size, metric, pairs, seeds, mean, limits, clear = rows["quantum − matched"]
+    name, size, metric, pairs, seeds, mean, bootstrap, student, clear = rows["quantum − matched"]
     assert (size, metric, pairs, seeds, clear) == ("all", "FID", "5", "5", "yes")
     assert float(mean) == pytest.approx(-2.2)
-    low, high = map(float, limits.strip("[]").split(","))
+    low, high = map(float, bootstrap.strip("[]").split(","))
     assert -2.36 < low < -2.2 < high < -2.04  # of the mean: narrower than the differences
+    differences = [-2 - s / 10 for s in range(5)]
+    expected = stats.t.interval(0.95, 4, np.mean(differences), stats.sem(differences))
+    assert [*map(float, student.strip("[]").split(","))] == pytest.approx(expected, abs=5e-3)
     assert rows["product − matched"][-1] == "no"
-    assert rows["frozen − matched"][3:] == ["1", "1", "+7", "–", "too few seeds"]
+    assert rows["frozen − matched"][3:] == ["1", "1", "+7", "–", "–", "too few seeds"]
+
+
+def test_a_difference_must_clear_zero_by_both_intervals():
+    """Five differences whose resampled means never reach zero although Student's t does."""
+    differences = [0.01, 0.02, 0.03, 0.04, 1.0]
+    results = [fake_result("matched", 3, s, 5.0) for s in range(5)]
+    results += [fake_result("quantum", 3, s, 5 + d) for s, d in enumerate(differences)]
+    (row,) = evaluation.paired_differences(results, "matched", 0)
+    assert float(row[6].strip("[]").split(",")[0]) > 0 > float(row[7].strip("[]").split(",")[0])
+    assert row[-1] == "no"
+
+
+def test_the_report_says_in_what_the_budgets_differ():
+    results = [fake_result("matched", 3, 0, 1.0), fake_result("quantum", 3, 0, 1.0)]
+    for r in results:
+        r["settings"] |= {"steps": 2000, "batch_size": 16, "sample_steps": 50}
+    text = evaluation.budget_text(results)
+    assert "steps 2000, batch_size 16" in text and "differ" not in text
+    results[1]["settings"]["sample_steps"] = 1000
+    text = evaluation.budget_text(results)
+    assert "sample_steps 1000 / 50" in text and "The runs differ in sample_steps." in text
 
 
 # ------------------------------------------------------------------- the published procedure
@@ -303,7 +345,8 @@ def test_paper_protocol(tmp_path, evaluate, data_dir, capsys):
     """Five images against the first five of the training split, whatever their class."""
     images = of_class(TEST, 3)[:9]
     run = make_run(tmp_path, images)
-    evaluate(run, "--protocol", "paper", "--features", "classifier")
+    options = ("--protocol", "paper", "--features", "classifier", "--out", tmp_path / "out")
+    evaluate(run, *options)
     record = json.loads((run / "metrics_paper.json").read_text())
     model, _ = evaluation.load_classifier("digits", data_dir / "evaluation", TRAIN, TEST, 0)
     extractor = evaluation.classifier_extractor(model, "cpu")
@@ -321,7 +364,12 @@ def test_paper_protocol(tmp_path, evaluate, data_dir, capsys):
     low, high = record["fid"]["real_95"]
     assert low < record["fid"]["real_mean"] < high
     assert low < expected < high  # real held-out digits cannot be told from real ones
-    assert f"{expected:.2f}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{expected:.2f}" in printed
+    written = (tmp_path / "out" / "paper_protocol.md").read_text()
+    assert written in printed and len([*(tmp_path / "out").iterdir()]) == 1
+    for figure in ("271.05", "0.1085", "259.25", "0.1263"):  # arXiv 2504.00034, withdrawn
+        assert figure in written
 
 
 # ------------------------------------------------------------------------------------ mistakes
