@@ -1204,11 +1204,13 @@ def draw_panels(results: list[dict[str, Any]], against_size: bool) -> Figure:
                 axes.minorticks_off()
             else:
                 axes.set_xticks(places, [f"N = {size or 'all'}" for size in sizes])
+            axes.set_xlim(above.get_xlim())
         if against_size:
             axes.set_xlabel("training images")
     for axes in figure.axes:
         if not axes.has_data():
             axes.remove()
+    figure.align_ylabels()
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
     return figure
 
