@@ -40,7 +40,9 @@ from tqdm import tqdm
 import quantum_diffusion_mnist as mnist
 from quantum_diffusion_mnist import (
     ARMS,
+    CONDITIONS,
     IMAGE_SIZE,
+    QUANTUM_ARMS,
     UserError,
     choose_device,
     load_grid,
@@ -65,6 +67,8 @@ PAPER_DRAWS = 100
 CLASSIFIER_STEPS = 1000
 CLASSIFIER_BATCH = 128
 BOOTSTRAP_DRAWS = 10_000
+BOOTSTRAP_FROM = 5  # pairs; of three, 95 % of the resampled means are just their range
+DECIDING_SEEDS = 5  # fewer decide nothing
 CHUNK = 500  # rows of a distance or kernel matrix that are in memory at once
 Boxes = list[tuple[int, int, int, int]]  # left, top, right, bottom in pixels
 
@@ -83,7 +87,8 @@ METRICS = {
     "near_copies": ("near copies", "{:.3f}"),
 }
 # The settings that a comparison of arms must share, and the figures' metrics.
-BUDGET = ("steps", "batch_size", "lr", "ema_decay", "timesteps", "sample_steps")
+BUDGET = ("steps", "batch_size", "lr", "ema_decay", "n_qubits", "n_layers", "timesteps")
+BUDGET += ("sample_steps",)
 BASELINE = "matched"
 FIGURE_METRICS = ("fid", "kid", "precision", "recall", "label_accuracy", "ssim_diversity")
 FIGURE_METRICS += ("distance_ratio", "near_copies")
@@ -650,6 +655,7 @@ class DataSet(NamedTuple):
     select_images: Callable[[Tensor, Tensor, int, int | None, int], Tensor]
     user_error: type[Exception]
     withdrawn: dict[str, tuple[float, float]]  # the paper's table: arm, FID and paired SSIM
+    symmetries: Callable[[Tensor], Tensor] | None = None  # what --augment trains on
 
 
 MNIST = DataSet(
@@ -763,12 +769,13 @@ class Real(NamedTuple):
 @dataclass(frozen=True)
 class Run:
     """A finished run: its folder, its settings, the SHA-256 of the images that it was trained on,
-    and its final images (N, C, 28, 28) uint8."""
+    its final images (N, C, 28, 28) uint8, and whether --augment was given."""
 
     folder: Path
     settings: dict[str, Any]
     trained_on: str
     images: Tensor
+    augmented: bool = False
 
 
 def read_run(folder: Path, dataset: DataSet) -> Run:
@@ -777,6 +784,7 @@ def read_run(folder: Path, dataset: DataSet) -> Run:
     try:
         config = json.loads(path.read_text())
         settings, trained_on = config["settings"], config["images"]["sha256"]
+        augmented = "symmetries" in config["images"]
         source, *_ = (settings[key] for key in ("data", "arm", "label", "n_train", "seed"))
     except OSError as error:
         raise UserError(f"{folder}: not a run folder (config.json: {error.strerror})") from error
@@ -792,7 +800,7 @@ def read_run(folder: Path, dataset: DataSet) -> Run:
     images = split_grid(grid).images
     if len(images) < 2:
         raise UserError(f"{grid}: 1 image; at least 2 are needed to measure a distribution")
-    return Run(folder, settings, trained_on, images)
+    return Run(folder, settings, trained_on, images, augmented)
 
 
 class Evaluator:
@@ -892,6 +900,8 @@ class Evaluator:
                 f"{tuple(shape)} (channels, height, width)"
             )
         training = self.dataset.select_images(*self.train, label, n_train, seed)
+        if run.augmented:
+            training = self.dataset.symmetries(training)
         if run.trained_on != hashlib.sha256(training.numpy().tobytes()).hexdigest():
             raise UserError(f"{run.folder}: trained on other images than are in {options.data_dir}")
         held_out = self.of_class(self.test, label)
@@ -913,6 +923,8 @@ class Evaluator:
         notes = []
         if self.extractor and len(images) < FID_WARNING_BELOW:
             notes.append(f"FID biased upwards: n < {FID_WARNING_BELOW}")
+        if run.augmented:
+            notes.append("trained with augmentation")
         if floor["n"] < len(images):
             notes.append(f"floor at n = {floor['n']}")
         if self.source in ("digits", "tissue"):
@@ -1058,7 +1070,7 @@ def arm_table(results: list[dict[str, Any]]) -> str:
 def pair_differences(
     results: list[dict[str, Any]], key: str, arm: str, baseline: str, n_train: int | None
 ) -> dict[tuple[int, int], float]:
-    """By (class, seed): a metric of ``arm`` minus that of ``baseline`` at one training-set size."""
+    """A metric of ``arm`` minus that of ``baseline`` at one training-set size, by (class, seed)."""
     values: dict[str, dict[tuple[int, int], float]] = {arm: {}, baseline: {}}
     for r in results:
         s = r["settings"]
@@ -1068,13 +1080,23 @@ def pair_differences(
     return {pair: value - base[pair] for pair, value in values[arm].items() if pair in base}
 
 
+def bounds(limits: Sequence[float] | None, form: str) -> str:
+    """An interval for a table, with a star when zero is outside; a dash when there is none."""
+    if limits is None:
+        return "–"
+    low, high = limits
+    star = " *" if low > 0 or high < 0 else ""
+    return f"[{form.format(low)}, {form.format(high)}]{star}"
+
+
 def paired_differences(results: list[dict[str, Any]], baseline: str, seed: int) -> list[list[str]]:
     """Rows (difference, N, metric, pairs, seeds, mean, two 95 % intervals, clear of zero) of every
-    arm minus ``baseline``, over runs of equal class, size and seed.
+    arm minus ``baseline``; a pair is two runs of equal class, size and seed.
 
     The intervals are the bootstrap's over pairs (percentiles of BOOTSTRAP_DRAWS resampled means),
-    which is too narrow for a handful of pairs, and Student's t of the differences. A difference is
-    clear of zero when both are; fewer than five seeds decide nothing, whatever they say.
+    which needs BOOTSTRAP_FROM of them, and Student's t of the differences; a star where zero is
+    outside. A difference is clear of zero when both say so; fewer than DECIDING_SEEDS seeds decide
+    nothing, whatever the intervals say.
     """
     arms, sizes, keys = axes_of(results)
     rows = []
@@ -1083,28 +1105,39 @@ def paired_differences(results: list[dict[str, Any]], baseline: str, seed: int) 
         if arm == baseline or not pairs:
             continue
         values, form = np.array(list(pairs.values())), METRICS[key][1].replace("{:", "{:+")
-        limits, clear = ["–", "–"], "–"
-        if len(values) > 1:
+        mean, half = interval(values)
+        bootstrap = student = None
+        if len(values) > 1 and values.any():
+            student = mean - half, mean + half
+        if len(values) >= BOOTSTRAP_FROM:
             draws = np.random.default_rng(seed).choice(values, (BOOTSTRAP_DRAWS, len(values)))
-            mean, half = interval(values)
-            both = np.percentile(draws.mean(axis=1), [2.5, 97.5]), (mean - half, mean + half)
-            limits = [f"[{form.format(low)}, {form.format(high)}]" for low, high in both]
-            clear = "yes" if all(low > 0 or high < 0 for low, high in both) else "no"
+            bootstrap = np.percentile(draws.mean(axis=1), [2.5, 97.5])
+        limits = [bounds(found, form) for found in (bootstrap, student)]
         seeds = len({pair_seed for _, pair_seed in pairs})
+        clear = "yes" if all(text.endswith("*") for text in limits) else "no"
+        clear = clear if seeds >= DECIDING_SEEDS else "too few seeds"
         counts = [str(n_train or "all"), METRICS[key][0], str(len(pairs)), str(seeds)]
-        clear = clear if seeds >= 5 else "too few seeds"
-        rows.append([f"{arm} − {baseline}", *counts, form.format(values.mean()), *limits, clear])
+        rows.append([f"{arm} − {baseline}", *counts, form.format(mean), *limits, clear])
     return rows
 
 
 def budget_text(results: list[dict[str, Any]]) -> str:
-    """What every run was trained and sampled with, and in what the runs differ."""
-    values = {
-        name: sorted({json.dumps(r["settings"].get(name)) for r in results}) for name in BUDGET
-    }
-    text = ", ".join(f"{name} {' / '.join(found)}" for name, found in values.items())
-    unequal = [name for name, found in values.items() if len(found) > 1]
-    return text + (f". **The runs differ in {', '.join(unequal)}.**" if unequal else ".")
+    """What the runs were trained and sampled with, and in bold what not all of them share. The
+    circuit's conditions are compared between the arms that have one, and left out when ideal."""
+    circuits = [r["settings"] for r in results if r["settings"]["arm"] in QUANTUM_ARMS]
+    values = {name: [r["settings"].get(name) for r in results] for name in BUDGET}
+    values["images"] = [r["n_generated"] for r in results]
+    for name, ideal in CONDITIONS.items():
+        found = [settings.get(name, ideal) for settings in circuits]
+        if any(value != ideal for value in found):
+            values[name] = found
+    texts = {}
+    for name, found in values.items():
+        different = [value for k, value in enumerate(found) if value not in found[:k]]
+        texts[name] = f"{name} {' / '.join(map(str, different))}"
+        if len(different) > 1:
+            texts[name] = f"**{texts[name]} (not the same in all runs)**"
+    return ", ".join(texts.values()) + "."
 
 
 def comparison_text(results: list[dict[str, Any]], seed: int) -> str:
@@ -1122,7 +1155,14 @@ def comparison_text(results: list[dict[str, Any]], seed: int) -> str:
     header += ["95 % bootstrap", "95 % Student's t", "clear of 0"]
     for baseline in ("matched", "classical"):
         if rows := paired_differences(results, baseline, seed):
+            limits = [row[7] for row in rows if row[7] != "–"]
+            outside, chance = sum(text.endswith("*") for text in limits), 0.05 * len(limits)
             parts += [f"## Paired differences against {baseline}", table(header, rows)]
+            parts.append(
+                f"{outside} of {len(limits)} Student's t intervals leave zero out (*). If nothing "
+                f"differed, chance would make that {chance:.0f} on average, with a wide spread, "
+                "since the metrics depend on each other."
+            )
     return "\n\n".join(filter(None, [*parts, "## Runs", result_table(results)])) + "\n"
 
 
@@ -1143,10 +1183,10 @@ def comparison_csv(results: list[dict[str, Any]]) -> str:
 
 
 def draw_panels(results: list[dict[str, Any]], against_size: bool) -> Figure:
-    """One panel a metric of FIGURE_METRICS: each arm's mean and 95 % interval over seeds, dots for
-    the seeds, and the floor as a dashed line; or, ``against_size``, a line per arm over the number
-    of training images. When there are runs of ``matched``, a panel below shows the mean and the
-    95 % interval (Student's t) of the other arms' paired differences to it."""
+    """One panel a metric of FIGURE_METRICS: each arm's mean and 95 % interval over seeds, small
+    dots for the seeds, and the floor as a dashed line; or, ``against_size``, a line per arm over
+    the number of training images. When there are runs of ``matched``, a panel below shows the other
+    arms' paired differences to it: mean, 95 % interval (Student's t), small dots for the pairs."""
     arms, sizes, finite = axes_of(results)
     keys = [key for key in FIGURE_METRICS if key in finite]
     places = np.arange(len(sizes), dtype=float)
@@ -1157,7 +1197,7 @@ def draw_panels(results: list[dict[str, Any]], against_size: bool) -> Figure:
     x = {}  # beside each other, so that intervals do not hide one another
     for i, arm in enumerate(arms):
         shift = i - (len(arms) - 1) / 2
-        x[arm] = places * 1.06**shift if against_size else places + shift * 0.8 / len(arms)
+        x[arm] = places * 1.12**shift if against_size else places + shift * 0.8 / len(arms)
     heights = [2, 1] if BASELINE in arms and len(arms) > 1 else [2]
     rows = -(-len(keys) // 4)
     figure = Figure(figsize=(12, 1.3 * sum(heights) * rows), layout="constrained")
@@ -1170,7 +1210,9 @@ def draw_panels(results: list[dict[str, Any]], against_size: bool) -> Figure:
         middle, half = np.array([interval(values) for values in by_size.values()]).T
         style = {"fmt": "o-" if against_size else "o", "capsize": 2, "markersize": 4}
         style |= {"color": ARM_COLOURS[arm], "label": arm, "linewidth": 1}
-        axes.errorbar(x[arm][list(by_size)], middle, half, **style)
+        axes.errorbar(x[arm][list(by_size)], middle, half, elinewidth=0.8, **style)
+        for j, values in by_size.items():
+            axes.scatter([x[arm][j]] * len(values), values, 5, ARM_COLOURS[arm], alpha=0.4)
 
     for k, key in enumerate(keys):
         above, *below = panels[len(heights) * (k // 4) :, k % 4][: len(heights)]
@@ -1180,8 +1222,6 @@ def draw_panels(results: list[dict[str, Any]], against_size: bool) -> Figure:
             own = {j: means[arm, n] for j, n in enumerate(sizes) if (arm, n) in means}
             if own:
                 draw_arm(above, arm, own)
-            for j, values in own.items():
-                above.scatter([x[arm][j]] * len(values), values, 6, "#999999", zorder=1)
         above.set_ylabel(METRICS[key][0])
         if against_size:
             above.plot(places, floor, **floor_style)
@@ -1196,7 +1236,7 @@ def draw_panels(results: list[dict[str, Any]], against_size: bool) -> Figure:
                 if arm != BASELINE and own:
                     draw_arm(axes, arm, own)
             axes.axhline(0, color=ARM_COLOURS[BASELINE], linewidth=1)
-            axes.set_ylabel(f"− {BASELINE}")
+            axes.set_ylabel(f"{METRICS[key][0]}\n− {BASELINE}")
         for axes in (above, *below):
             if against_size:
                 axes.set_xscale("log")
@@ -1215,19 +1255,23 @@ def draw_panels(results: list[dict[str, Any]], against_size: bool) -> Figure:
     return figure
 
 
-def draw_samples(runs: Sequence[Run], train: tuple[Tensor, Tensor]) -> Figure:
-    """The first real training images of each class, and below them the first generated ones of each
-    arm: of its run with the lowest seed, and of those the one with the most training images."""
+def draw_samples(runs: Sequence[Run], evaluator: Evaluator) -> Figure:
+    """For each class and size, of its lowest seed: the first training images, and below them the
+    first images that each arm generated."""
     chosen = {}
-    for run in sorted(runs, key=lambda r: (-r.settings["seed"], r.settings["n_train"] or np.inf)):
-        chosen[run.settings["label"], [*ARMS].index(run.settings["arm"])] = run  # the last stays
+    for run in sorted(runs, key=lambda r: -r.settings["seed"]):
+        label, n_train = run.settings["label"], run.settings["n_train"]
+        place = label, n_train or np.inf, [*ARMS].index(run.settings["arm"])
+        chosen[place] = run  # the last stays
     rows: list[tuple[str, Tensor]] = []
-    for (label, _), run in sorted(chosen.items()):
-        real = f"real {run.settings.get('label_name', label)}"
-        if real not in dict(rows):
-            rows.append((real, train[0][train[1] == label]))
-        size, seed = run.settings["n_train"] or "all", run.settings["seed"]
-        rows.append((f"{run.settings['arm']}, N = {size}, seed {seed}", run.images))
+    for (label, _, _), run in sorted(chosen.items()):
+        n_train, seed = run.settings["n_train"], run.settings["seed"]
+        name = run.settings.get("label_name", label)
+        end = f", N = {n_train or 'all'}, seed {seed}"
+        if f"real {name}{end}" not in dict(rows):
+            train = evaluator.dataset.select_images(*evaluator.train, label, n_train, seed)
+            rows.append((f"real {name}{end}", train))
+        rows.append((f"{run.settings['arm']}{end}", run.images))
     figure = Figure(figsize=(9, 0.52 * len(rows)), layout="constrained")
     for axes, (title, images) in zip(
         figure.subplots(len(rows), 1, squeeze=False).flat, rows, strict=True
@@ -1375,7 +1419,7 @@ def evaluate(options: argparse.Namespace, dataset: DataSet) -> None:
         write_atomic(options.out / "comparison.csv", comparison_csv(results))
         write_atomic(options.out / "comparison.md", comparison_text(results, options.seed))
         save_figure(options.out / "comparison.png", draw_panels(results, against_size=False))
-        save_figure(options.out / "samples.png", draw_samples(runs, evaluator.train))
+        save_figure(options.out / "samples.png", draw_samples(runs, evaluator))
         if len({run.settings["n_train"] for run in runs}) > 1:
             save_figure(options.out / "scaling.png", draw_panels(results, against_size=True))
         print(f"written to {options.out}")

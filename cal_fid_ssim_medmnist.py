@@ -11,7 +11,7 @@ so no classifier can be trained on it: use --features inception, or --features n
 from collections.abc import Sequence
 
 import cal_fid_ssim
-from quantum_diffusion_pathmnist import UserError, load_images, select_images
+from quantum_diffusion_pathmnist import UserError, load_images, select_images, symmetries
 
 PATHMNIST = cal_fid_ssim.DataSet(
     sources=("pathmnist", "tissue"),
@@ -19,6 +19,7 @@ PATHMNIST = cal_fid_ssim.DataSet(
     select_images=select_images,
     user_error=UserError,
     withdrawn={"classical": (95.72, 0.4107), "quantum": (84.40, 0.0931)},
+    symmetries=symmetries,
 )
 
 

@@ -2,8 +2,10 @@
 
 import csv
 import hashlib
+import itertools
 import json
 import re
+import types
 
 import numpy as np
 import pytest
@@ -200,6 +202,12 @@ def test_comparison_files(compared):
     half = stats.t.ppf(0.975, 2) * stats.sem(values)
     assert f"{np.mean(values):.3g} ± {half:.3g}" in text
     assert "quantum − matched" in text and "too few seeds" in text and "| yes" not in text
+    assert "Budget: steps" in text and "images 20." in text
+    student = [line.split("|")[8].strip() for line in text.splitlines() if "quantum − mat" in line]
+    student = [cell for cell in student if cell != "–"]
+    left_out = sum(cell.endswith("*") for cell in student)
+    assert 0 < left_out < len(student)
+    assert f"{left_out} of {len(student)} Student's t intervals leave zero out" in text
     assert (out / "samples.png").exists()
     for name in ("comparison.png", "scaling.png"):
         pixels = np.asarray(Image.open(out / name).convert("RGB")).reshape(-1, 3)
@@ -213,7 +221,8 @@ def fake_result(arm, label, seed, fid, n_train=None):
         "settings": settings,
         "metrics": figures,
         "floor": figures | {"fid": label / 2 + 0.5},
-        "n_training": 9,
+        "n_training": n_train or 6000,
+        "n_generated": 100,
     }
 
 
@@ -238,23 +247,36 @@ def test_one_panel_a_metric_with_means_and_floor():
 
 @pytest.mark.parametrize("against_size", [False, True])
 def test_the_panel_below_shows_paired_differences_to_matched(against_size):
-    base, differences = [10.0, 20.0, 40.0], [1.0, 2.0, 4.0]
-    results = [fake_result("matched", 3, s, value, 25) for s, value in enumerate(base)]
-    results += [
-        fake_result("quantum", 3, s, value + d, 25)
-        for s, (value, d) in enumerate(zip(base, differences, strict=True))
-    ]
-    above, below = evaluation.draw_panels(results, against_size).axes
-    assert [c.get_label() for c in above.containers] == ["matched", "quantum"]
-    (bar,) = below.containers
-    assert bar.get_label() == "quantum" and below.get_ylabel() == "− matched"
-    assert bar.lines[0].get_ydata() == pytest.approx([7 / 3])
-    low, high = bar.lines[2][0].get_segments()[0][:, 1]
-    assert (high - low) / 2 == pytest.approx(evaluation.interval(differences)[1])
-    assert below.lines[-1].get_ydata() == [0, 0]
+    """Two sizes, one of them without quantum; two metrics, the others are not finite."""
+    base, differences, results = [10.0, 20.0, 40.0], [1.0, 2.0, 4.0], []
+    for s, (value, d) in enumerate(zip(base, differences, strict=True)):
+        results += [
+            fake_result("matched", 3, s, value, 25),
+            fake_result("matched", 3, s, value, 100),
+        ]
+        results.append(fake_result("quantum", 3, s, value + d, 100))
+    for r in results:
+        r["metrics"]["near_copies"] = -3 * r["metrics"]["fid"]
+    (fid, copies, below, copies_below) = evaluation.draw_panels(results, against_size).axes
+    assert [a.get_ylabel() for a in (fid, copies)] == ["FID", "near copies"]
+    assert below.get_ylabel() == "FID\n− matched"
+    for above, axes, factor in ((fid, below, 1), (copies, copies_below, -3)):
+        assert [c.get_label() for c in above.containers] == ["matched", "quantum"]
+        matched, quantum = (c.lines[0] for c in above.containers)
+        assert len(matched.get_xdata()) == 2 and len(quantum.get_xdata()) == 1
+        assert quantum.get_ydata() == pytest.approx([factor * (70 + 7) / 3])
+        (bar,) = axes.containers
+        assert bar.lines[0].get_ydata() == pytest.approx([factor * 7 / 3])
+        assert bar.lines[0].get_xdata() == quantum.get_xdata()
+        assert abs(quantum.get_xdata()[0] - (100 if against_size else 1)) < 0.1 * 100
+        assert quantum.get_xdata()[0] > matched.get_xdata()[1]
+        low, high = bar.lines[2][0].get_segments()[0][:, 1]
+        assert (high - low) / 2 == pytest.approx(abs(factor) * evaluation.interval(differences)[1])
+        assert axes.get_xlim() == above.get_xlim()
+        assert axes.lines[-1].get_ydata() == [0, 0]
 
 
-def test_samples_show_the_real_class_and_one_run_of_each_arm(tmp_path):
+def test_samples_show_the_training_images_and_one_run_of_each_arm(tmp_path, data_dir):
     def images(value, n):
         return torch.full((n, 1, 28, 28), value, dtype=torch.uint8)
 
@@ -268,20 +290,24 @@ def test_samples_show_the_real_class_and_one_run_of_each_arm(tmp_path):
         run("quantum", 3, 0, None, 30),
     ]
     runs += [run("classical", 3, 0, 25, 40, n=5), run("quantum", 1, 0, None, 50)]
-    train = torch.cat([images(60, 15), images(70, 15)]), torch.tensor([1] * 15 + [3] * 15)
-    axes = evaluation.draw_samples(runs, train).axes
-    titles = [a.get_ylabel() for a in axes]
-    assert titles[0] == "real 1" and titles[2] == "real 3"
-    assert titles[1:] == [
+    evaluator = types.SimpleNamespace(dataset=evaluation.MNIST, train=TRAIN)
+    axes = evaluation.draw_samples(runs, evaluator).axes
+    assert [a.get_ylabel() for a in axes] == [
+        "real 1, N = all, seed 0",
         "quantum, N = all, seed 0",
-        "real 3",
+        "real 3, N = 25, seed 0",
         "classical, N = 25, seed 0",
-        titles[1],
+        "quantum, N = 25, seed 0",
+        "real 3, N = all, seed 0",
+        "quantum, N = all, seed 0",
     ]
     pictures = [a.get_images()[0].get_array() for a in axes]
     assert {p.shape for p in pictures} == {(30, 360, 3)}
-    assert [int(p[15, 15, 0]) for p in pictures] == [60, 50, 70, 40, 30]
+    assert [int(pictures[k][15, 15, 0]) for k in (1, 3, 4, 6)] == [50, 40, 20, 30]
     assert int(pictures[3][15, 135, 0]) == 40 and (pictures[3][:, 150:] == 255).all()
+    for row, n_train in ((2, 25), (5, None)):
+        first = select_images(*TRAIN, 3, n_train, 0)[0, 0]
+        assert (pictures[row][1:29, 1:29, 0] == first.numpy()).all()
 
 
 def test_two_runs_of_the_same_kind_are_refused(tmp_path, evaluate, capsys):
@@ -308,11 +334,11 @@ def test_paired_differences_match_equal_classes_sizes_and_seeds():
     name, size, metric, pairs, seeds, mean, bootstrap, student, clear = rows["quantum − matched"]
     assert (size, metric, pairs, seeds, clear) == ("all", "FID", "5", "5", "yes")
     assert float(mean) == pytest.approx(-2.2)
-    low, high = map(float, bootstrap.strip("[]").split(","))
+    low, high = map(float, bootstrap.strip("[] *").split(","))
     assert -2.36 < low < -2.2 < high < -2.04  # of the mean: narrower than the differences
     differences = [-2 - s / 10 for s in range(5)]
     expected = stats.t.interval(0.95, 4, np.mean(differences), stats.sem(differences))
-    assert [*map(float, student.strip("[]").split(","))] == pytest.approx(expected, abs=5e-3)
+    assert [*map(float, student.strip("[] *").split(","))] == pytest.approx(expected, abs=5e-3)
     assert rows["product − matched"][-1] == "no"
     assert rows["frozen − matched"][3:] == ["1", "1", "+7", "–", "–", "too few seeds"]
 
@@ -323,19 +349,51 @@ def test_a_difference_must_clear_zero_by_both_intervals():
     results = [fake_result("matched", 3, s, 5.0) for s in range(5)]
     results += [fake_result("quantum", 3, s, 5 + d) for s, d in enumerate(differences)]
     (row,) = evaluation.paired_differences(results, "matched", 0)
-    assert float(row[6].strip("[]").split(",")[0]) > 0 > float(row[7].strip("[]").split(",")[0])
-    assert row[-1] == "no"
+    assert row[6].endswith("*") and row[7].startswith("[-") and row[-1] == "no"
 
 
-def test_the_report_says_in_what_the_budgets_differ():
-    results = [fake_result("matched", 3, 0, 1.0), fake_result("quantum", 3, 0, 1.0)]
+def test_few_pairs_have_no_bootstrap_and_few_seeds_decide_nothing():
+    """Many classes of few seeds are many pairs, but decide nothing; equal figures have no t."""
+
+    def rows(labels, seeds, step):
+        results = [fake_result("matched", k, s, 10.0) for k in range(labels) for s in range(seeds)]
+        for k, s in itertools.product(range(labels), range(seeds)):
+            results.append(fake_result("quantum", k, s, 10 + step * (9 + k + s)))
+        return evaluation.paired_differences(results, "matched", 0)
+
+    ((*_, pairs, seeds, _, bootstrap, student, clear),) = rows(2, 2, 0.1)
+    assert (pairs, seeds, bootstrap, clear) == ("4", "2", "–", "too few seeds")
+    assert student.endswith("] *")
+    ((*_, pairs, seeds, _, bootstrap, student, clear),) = rows(5, 4, 0.1)
+    assert (pairs, seeds, clear) == ("20", "4", "too few seeds") and bootstrap.endswith("] *")
+    assert rows(1, 5, 0.1)[0][-1] == "yes"
+    assert rows(1, 5, 0)[0][7:] == ["–", "no"]
+
+
+def test_pairs_have_equal_sizes_and_finite_figures():
+    results = [fake_result("matched", 3, 0, 1.0, 10), fake_result("quantum", 3, 0, 2.0, 25)]
+    results += [fake_result("matched", 3, 1, 4.0, 25), fake_result("quantum", 3, 1, 9.0, 25)]
+    results += [fake_result("matched", 3, 2, float("nan"), 25), fake_result("quantum", 3, 2, 1, 25)]
+    found = evaluation.pair_differences(results, "fid", "quantum", "matched", 25)
+    assert found == {(3, 1): 5.0}
+    assert evaluation.pair_differences(results, "fid", "quantum", "matched", 10) == {}
+
+
+def test_the_report_says_in_what_the_runs_differ():
+    results = [fake_result(arm, 3, 0, 1.0) for arm in ("matched", "quantum", "published")]
+    common = {"steps": 2000, "batch_size": 16, "lr": 0.003, "ema_decay": 0.995, "n_qubits": 16}
+    common |= {"n_layers": 3, "timesteps": 1000, "sample_steps": 50}
     for r in results:
-        r["settings"] |= {"steps": 2000, "batch_size": 16, "sample_steps": 50}
+        r["settings"] |= common
+    expected = ", ".join(f"{name} {value}" for name, value in common.items())
+    assert evaluation.budget_text(results) == f"{expected}, images 100."
+    results[0]["settings"]["sample_steps"] = 1000
+    results[1]["settings"]["shots"] = 500  # matched has no circuit, so only published differs
     text = evaluation.budget_text(results)
-    assert "steps 2000, batch_size 16" in text and "differ" not in text
-    results[1]["settings"]["sample_steps"] = 1000
-    text = evaluation.budget_text(results)
-    assert "sample_steps 1000 / 50" in text and "The runs differ in sample_steps." in text
+    assert "**sample_steps 1000 / 50 (not the same in all runs)**, images 100" in text
+    assert text.endswith("**shots 500 / None (not the same in all runs)**.")
+    results[2]["settings"]["shots"] = 500
+    assert evaluation.budget_text(results).endswith("images 100, shots 500.")
 
 
 # ------------------------------------------------------------------- the published procedure
@@ -368,8 +426,9 @@ def test_paper_protocol(tmp_path, evaluate, data_dir, capsys):
     assert f"{expected:.2f}" in printed
     written = (tmp_path / "out" / "paper_protocol.md").read_text()
     assert written in printed and len([*(tmp_path / "out").iterdir()]) == 1
-    for figure in ("271.05", "0.1085", "259.25", "0.1263"):  # arXiv 2504.00034, withdrawn
-        assert figure in written
+    cells = [[cell.strip() for cell in line.split("|")] for line in written.splitlines()]
+    paper = {row[1].split()[1]: (row[5], row[8]) for row in cells if row[1].startswith("paper")}
+    assert paper == {"classical": ("271.05", "0.1085"), "quantum": ("259.25", "0.1263")}
 
 
 # ------------------------------------------------------------------------------------ mistakes
@@ -502,6 +561,7 @@ def test_pathmnist(tmp_path, capsys):
         arrays[f"{split}_labels"] = labels[:, None].astype(np.uint8)
     np.savez(tmp_path / "pathmnist.npz", **arrays)
     from quantum_diffusion_pathmnist import load_images as load_tissue
+    from quantum_diffusion_pathmnist import symmetries
 
     source, images, labels = load_tissue("pathmnist", tmp_path, "train")
     folder = make_run(tmp_path, images[labels == 8][:5], label=8, source="pathmnist")
@@ -514,6 +574,21 @@ def test_pathmnist(tmp_path, capsys):
     assert source == "pathmnist" and result["n_real"] == 10 and result["n_training"] == 10
     assert result["metrics"]["near_copies"] == 1
     assert result["metrics"]["label_accuracy"] > 0.9
+    assert cal_fid_ssim_medmnist.PATHMNIST.withdrawn == {
+        "classical": (95.72, 0.4107),
+        "quantum": (84.40, 0.0931),
+    }
+    # A run with --augment: its training set are the symmetries of the square, and copies of a
+    # turned training image are copies.
+    turned = symmetries(images[labels == 8])
+    config["images"] = {"sha256": hashlib.sha256(turned.numpy().tobytes()).hexdigest()}
+    config["images"]["symmetries"] = 8
+    (folder / "config.json").write_text(json.dumps(config))
+    save_grid(folder / "samples_final.png", images[labels == 8][:5].rot90(1, (2, 3)))
+    cal_fid_ssim_medmnist.main([str(folder), "--data_dir", str(tmp_path)])
+    result = json.loads((folder / "metrics.json").read_text())
+    assert result["n_training"] == 80 and result["metrics"]["distance_ratio"] == 0
+    assert "trained with augmentation" in result["note"]
     with pytest.raises(SystemExit) as stop:
         evaluation.main([str(folder), "--data_dir", str(tmp_path)])
     assert stop.value.code == 2 and "cal_fid_ssim_medmnist.py" in capsys.readouterr().err
