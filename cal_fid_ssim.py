@@ -1272,7 +1272,7 @@ def draw_samples(runs: Sequence[Run], evaluator: Evaluator) -> Figure:
             train = evaluator.dataset.select_images(*evaluator.train, label, n_train, seed)
             rows.append((f"real {name}{end}", train))
         rows.append((f"{run.settings['arm']}{end}", run.images))
-    figure = Figure(figsize=(9, 0.52 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(6, 0.36 * len(rows)), layout="constrained")
     for axes, (title, images) in zip(
         figure.subplots(len(rows), 1, squeeze=False).flat, rows, strict=True
     ):
@@ -1280,8 +1280,8 @@ def draw_samples(runs: Sequence[Run], evaluator: Evaluator) -> Figure:
         tiles = F.pad(
             tiles.permute(1, 2, 0, 3).flatten(2), (0, 30 * (SAMPLE_COLUMNS - len(tiles))), value=255
         )
-        axes.imshow(to_picture(tiles), vmin=0, vmax=255)
-        axes.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=8)
+        axes.imshow(to_picture(tiles), vmin=0, vmax=255, interpolation="nearest")
+        axes.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=6)
         axes.set(xticks=[], yticks=[], frame_on=False)
     return figure
 
