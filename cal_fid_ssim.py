@@ -1160,7 +1160,7 @@ def comparison_text(results: list[dict[str, Any]], seed: int) -> str:
             parts += [f"## Paired differences against {baseline}", table(header, rows)]
             parts.append(
                 f"{outside} of {len(limits)} Student's t intervals leave zero out (*). If nothing "
-                f"differed, chance would make that {chance:.0f} on average, with a wide spread, "
+                f"differed, chance would make that {chance:.2g} on average, with a wide spread, "
                 "since the metrics depend on each other."
             )
     return "\n\n".join(filter(None, [*parts, "## Runs", result_table(results)])) + "\n"
