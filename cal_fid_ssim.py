@@ -13,19 +13,19 @@ cal_fid_ssim_medmnist.py does the same for PathMNIST, debug_img.py shows how a p
 
 import argparse
 import copy
-import csv
 import hashlib
 import io
-import itertools
 import json
+import re
 import sys
-import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
@@ -40,19 +40,17 @@ from tqdm import tqdm
 import quantum_diffusion_mnist as mnist
 from quantum_diffusion_mnist import (
     ARMS,
-    CONDITIONS,
     IMAGE_SIZE,
-    QUANTUM_ARMS,
+    TILE_PADDING,
     UserError,
     choose_device,
     load_grid,
     random_stream,
     save_figure,
+    tile,
     to_float,
     write_atomic,
 )
-
-# --------------------------------------------------------------------------------- constants
 
 CONTRASTS = (128, 64, 32, 16, 8, 4)  # 8-bit levels by which a tile may differ from the ground
 FID_WARNING_BELOW = 1000  # images
@@ -66,8 +64,6 @@ PAPER_IMAGES = 5
 PAPER_DRAWS = 100
 CLASSIFIER_STEPS = 1000
 CLASSIFIER_BATCH = 128
-BOOTSTRAP_DRAWS = 10_000
-BOOTSTRAP_FROM = 5  # pairs; of three, 95 % of the resampled means are just their range
 DECIDING_SEEDS = 5  # fewer decide nothing
 CHUNK = 500  # rows of a distance or kernel matrix that are in memory at once
 Boxes = list[tuple[int, int, int, int]]  # left, top, right, bottom in pixels
@@ -86,15 +82,17 @@ METRICS = {
     "distance_ratio": ("distance ratio", "{:.3f}"),
     "near_copies": ("near copies", "{:.3f}"),
 }
-# The settings that a comparison of arms must share, and the figures' metrics.
-BUDGET = ("steps", "batch_size", "lr", "ema_decay", "n_qubits", "n_layers", "timesteps")
-BUDGET += ("sample_steps",)
-BASELINE = "matched"
 FIGURE_METRICS = ("fid", "kid", "precision", "recall", "label_accuracy", "ssim_diversity")
 FIGURE_METRICS += ("distance_ratio", "near_copies")
+# What makes two runs a pair, and the settings that a comparison of arms must share.
+PAIR = ["n_train", "label", "seed"]
+BUDGET = ["steps", "batch_size", "lr", "ema_decay", "n_qubits", "n_layers", "timesteps"]
+BUDGET += ["sample_steps"]
+BASELINES = ("matched", "classical")
 ARM_COLOURS = dict(  # Okabe & Ito's colour-blind-safe palette
     zip(ARMS, ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=True)
 )
+MARKERS = "os^Dvp"  # of an arm's conditions
 
 
 # ---------------------------------------------------------------- from a picture to its images
@@ -124,30 +122,20 @@ def split_grid(path: str | Path, size: int = IMAGE_SIZE) -> Grid:
     picture, metadata = read_picture(path)
     if metadata is not None:
         try:
-            boxes = described_boxes(json.loads(metadata), picture.shape)
-            return Grid(load_grid(path), boxes, (255, 255, 255), "metadata", 1.0)
-        except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-            raise UserError(f"{path}: its grid description is wrong ({error!r})") from error
+            images, layout = load_grid(path), json.loads(metadata)
+            size, columns = [layout["tile_width"], layout["tile_height"]], layout["columns"]
+        except ZeroDivisionError as error:
+            raise UserError(f"{path}: its grid description has no columns") from error
+        places = [divmod(k, columns)[::-1] for k in range(len(images))]
+        starts = layout["padding"] + np.array(places) * (np.array(size) + layout["padding"])
+        boxes = layout["scale"] * np.hstack([starts, starts + size])
+        return Grid(images, [*map(tuple, boxes.tolist())], (255, 255, 255), "metadata", 1.0)
     boxes, ground, confidence = detect_tiles(picture, size, path)
     tiles = np.stack([resample(picture[y0:y1, x0:x1], size) for x0, y0, x1, y1 in boxes])
     if np.ptp(tiles.astype(int), axis=-1).mean() < 1:  # grey, but for a stray coloured pixel
         tiles = tiles[..., :1]
     images = torch.from_numpy(np.ascontiguousarray(tiles.transpose(0, 3, 1, 2)))
     return Grid(images, boxes, ground, "detected", confidence)
-
-
-def described_boxes(layout: dict[str, Any], shape: tuple[int, ...]) -> Boxes:
-    """Where the ``grid`` text chunk puts the tiles. ValueError when that is outside the picture."""
-    height, width, pad = layout["tile_height"], layout["tile_width"], layout["padding"]
-    boxes = []
-    for k in range(layout["count"]):
-        row, column = divmod(k, layout["columns"])
-        left, top = pad + column * (width + pad), pad + row * (height + pad)
-        box = [edge * layout["scale"] for edge in (left, top, left + width, top + height)]
-        if box[2] > shape[1] or box[3] > shape[0]:
-            raise ValueError(f"tile {k} ends at {box[2:]}, the picture at {shape[1::-1]}")
-        boxes.append(tuple(box))
-    return boxes
 
 
 def read_picture(path: str | Path) -> tuple[np.ndarray, str | None]:
@@ -341,28 +329,19 @@ def frechet_distance(a: np.ndarray | Moments, b: np.ndarray | Moments) -> float:
 
         |mean_a - mean_b|^2 + tr A + tr B - 2 tr (A B)^(1/2)        A, B the covariances
 
-    Without an epsilon on the diagonal. With A = X.T X and B = Y.T Y the last trace is the sum of
-    the singular values of the small matrix X Y.T: that is used when a covariance has not full
-    rank (n <= d, dead features), where the matrix root loses half the digits or turns complex.
+    With A = X.T X and B = Y.T Y the last trace is the sum of the singular values of X Y.T: no
+    matrix root, which loses half the digits or turns complex when a covariance has not full rank
+    (n <= d, dead features), and no epsilon on the diagonal.
     """
     a, b = (x if isinstance(x, Moments) else moments(x) for x in (a, b))
     if a.mean.shape != b.mean.shape:
         raise UserError(f"features of {len(a.mean)} and {len(b.mean)} dimensions")
-    if has_full_rank(a) and has_full_rank(b):
-        cross = np.trace(linalg.sqrtm((a.root.T @ a.root) @ (b.root.T @ b.root))).real
-    else:
-        cross = linalg.svdvals(a.root @ b.root.T).sum()
+    cross = linalg.svdvals(a.root @ b.root.T).sum()
     squared = ((a.mean - b.mean) ** 2).sum() + (a.root**2).sum() + (b.root**2).sum()
     return float(squared - 2 * cross)
 
 
-def has_full_rank(x: Moments) -> bool:
-    """Whether the covariance's condition number (infinite for n <= d) leaves its matrix root eight
-    digits."""
-    return np.linalg.cond(x.root) < 1e4
-
-
-def frechet_infinity(features: np.ndarray, reference: np.ndarray | Moments, seed: int) -> float:
+def frechet_infinity(features: np.ndarray, reference: Moments, seed: int) -> float:
     """FID extrapolated to infinitely many generated images (Chong & Forsyth 2020, section 4).
 
     The bias of FID is linear in 1/n: a line through FID_INFINITY_SIZES subsets of n/4 to n images
@@ -371,7 +350,6 @@ def frechet_infinity(features: np.ndarray, reference: np.ndarray | Moments, seed
     n, d = features.shape
     if n < 2 * d:
         return float("nan")
-    reference = reference if isinstance(reference, Moments) else moments(reference)
     sizes = np.linspace(n / 4, n, FID_INFINITY_SIZES).astype(int)
     generator = random_stream(seed, "fid_infinity")
     values = [
@@ -389,9 +367,9 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     fewer than 3 images. It is conservative near zero, where the estimator is degenerate.
     """
     n, m = len(a), len(b)
-    within_a, within_b = kernel_sums(a, a), kernel_sums(b, b)
-    within_a -= polynomial_kernel(a)
-    within_b -= polynomial_kernel(b)
+    within_a, within_b = (
+        kernel_sums(x, x) - ((x * x).sum(axis=1) / x.shape[1] + 1) ** 3 for x in (a, b)
+    )
     across_a, across_b = kernel_sums(a, b), kernel_sums(b, a)
     aa, bb, ab = within_a.sum(), within_b.sum(), across_a.sum()
 
@@ -413,11 +391,6 @@ def kernel_sums(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.concatenate([((x @ b.T / a.shape[1] + 1) ** 3).sum(axis=1) for x in chunks])
 
 
-def polynomial_kernel(a: np.ndarray) -> np.ndarray:
-    """The KID kernel of each row with itself: (n,)."""
-    return ((a * a).sum(axis=1) / a.shape[1] + 1) ** 3
-
-
 def precision_recall(
     real: np.ndarray, generated: np.ndarray, k: int = NEIGHBOURS
 ) -> tuple[float, float]:
@@ -431,22 +404,16 @@ def precision_recall(
         return float("nan"), float("nan")
     real, generated = torch.from_numpy(real), torch.from_numpy(generated)
     real_radius, generated_radius = (
-        torch.cat([rows.kthvalue(k + 1, dim=1).values for rows in distances(x, x)])
-        for x in (real, generated)
+        distances(x, x).kthvalue(k + 1, dim=1).values for x in (real, generated)
     )
-    inside_real = torch.zeros(len(generated), dtype=torch.bool)
-    recalled = []
-    for start, rows in zip(range(0, len(real), CHUNK), distances(real, generated), strict=True):
-        inside_real |= (rows <= real_radius[start : start + CHUNK, None]).any(dim=0)
-        recalled.append((rows <= generated_radius).any(dim=1))
-    return inside_real.double().mean().item(), torch.cat(recalled).double().mean().item()
+    across = distances(real, generated)
+    precision = (across <= real_radius[:, None]).any(dim=0).double().mean().item()
+    return precision, (across <= generated_radius).any(dim=1).double().mean().item()
 
 
-def distances(a: Tensor, b: Tensor) -> Iterable[Tensor]:
-    """Euclidean distances (CHUNK, m) of successive rows of ``a``; exact for equal rows, as ties
-    of collapsed samples need."""
-    for rows in a.split(CHUNK):
-        yield torch.cdist(rows, b, compute_mode="donot_use_mm_for_euclid_dist")
+def distances(a: Tensor, b: Tensor) -> Tensor:
+    """Euclidean distances (n, m); exact for equal rows, as ties of collapsed samples need."""
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def ssim(a: Tensor, b: Tensor) -> np.ndarray:
@@ -497,28 +464,6 @@ def nearest_images(images: Tensor, training: Tensor) -> tuple[np.ndarray, np.nda
     return squared.sqrt().numpy() / 255, torch.cat([f.indices for f in found]).numpy()
 
 
-class Memorisation(NamedTuple):
-    """Distance of generated (N,) and of held-out real images (M,) to their nearest training image,
-    that image's index, and the distance up to which an image counts as a near copy."""
-
-    distance: np.ndarray
-    index: np.ndarray
-    usual_distance: np.ndarray
-    usual_index: np.ndarray
-    threshold: float
-
-
-def memorisation(generated: Tensor, training: Tensor, held_out: Tensor) -> Memorisation:
-    """How close images (N, C, H, W) come to the training images, beside real images that the model
-    never saw. The threshold is the held-out images' first percentile: a generator of new images
-    makes about 1 % near copies, whatever the class and the number of training images."""
-    usual_distance, usual_index = nearest_images(held_out, training)
-    threshold = float(np.percentile(usual_distance, 1))
-    return Memorisation(
-        *nearest_images(generated, training), usual_distance, usual_index, threshold
-    )
-
-
 # -------------------------------------------------------------------------------- extractors
 
 
@@ -536,14 +481,9 @@ class Extractor:
     device: torch.device | str
 
     def __str__(self) -> str:
-        """Name and checksum, for example ``classifier:0f3a9c12d4e5``."""
-        return f"{self.name}:{self.checksum}"
-
-    @property
-    def checksum(self) -> str:
-        """First 12 hex digits of the SHA-256 of the weights."""
+        """Name and the SHA-256 of the weights, for example ``classifier:0f3a9c12d4e5``."""
         state = self.model.state_dict()
-        return content_hash(*(state[key] for key in sorted(state)))[:12]
+        return f"{self.name}:{content_hash(*(state[key] for key in sorted(state)))[:12]}"
 
     def __call__(self, images: Tensor, batch: int = 100) -> np.ndarray:
         """Features of the images; the batch size does not change them."""
@@ -598,10 +538,8 @@ def read_weights(path: Path) -> Any:
     """What ``torch.save`` wrote, tensors and plain values only. UserError when damaged."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
     except Exception as error:  # a damaged file fails anywhere inside the unpickler
-        raise UserError(f"{path}: damaged or not a file of weights") from error
+        raise UserError(f"{path}: missing, damaged or not a file of weights") from error
 
 
 def build_classifier(channels: int, classes: int, seed: int) -> nn.Sequential:
@@ -648,22 +586,17 @@ def train_classifier(images: Tensor, labels: Tensor, steps: int, seed: int) -> n
 
 
 class DataSet(NamedTuple):
-    """What differs between the MNIST and the PathMNIST command line."""
+    """What differs between the MNIST and the PathMNIST command line: the training script's module
+    (load_images, select_images, UserError, perhaps symmetries), the data sources, and the paper's
+    table: arm, FID and paired SSIM."""
 
+    module: ModuleType
     sources: tuple[str, ...]
-    load_images: Callable[[str, Path, str], tuple[str, Tensor, Tensor]]
-    select_images: Callable[[Tensor, Tensor, int, int | None, int], Tensor]
-    user_error: type[Exception]
-    withdrawn: dict[str, tuple[float, float]]  # the paper's table: arm, FID and paired SSIM
-    symmetries: Callable[[Tensor], Tensor] | None = None  # what --augment trains on
+    withdrawn: dict[str, tuple[float, float]]
 
 
 MNIST = DataSet(
-    sources=("mnist", "digits"),
-    load_images=mnist.load_images,
-    select_images=mnist.select_images,
-    user_error=UserError,
-    withdrawn={"classical": (271.05, 0.1085), "quantum": (259.25, 0.1263)},
+    mnist, ("mnist", "digits"), {"classical": (271.05, 0.1085), "quantum": (259.25, 0.1263)}
 )
 
 
@@ -676,11 +609,13 @@ def content_hash(*tensors: Tensor) -> str:
     return digest.hexdigest()
 
 
-def keep(path: Path, data: bytes) -> None:
-    """Store what was computed for the next time, or say in one line why not."""
+def keep(path: Path, save: Callable[[io.BytesIO], None]) -> None:
+    """Store what ``save`` writes for the next time, or say in one line why not."""
+    buffer = io.BytesIO()
+    save(buffer)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, data)
+        write_atomic(path, buffer.getvalue())
     except OSError as error:
         print(f"note: {path} not kept ({error.strerror}): --data_dir is not writable", flush=True)
 
@@ -698,32 +633,24 @@ def load_classifier(
             f"{source} has a single class: no classifier can be trained on it; use "
             "--features inception, or --features none for the figures that need no features"
         )
-    record = {
-        "source": source,
-        "seed": seed,
-        "steps": CLASSIFIER_STEPS,
-        "n_train": len(train[0]),
-        "trained_on": content_hash(*train),
-    }
+    record = {"source": source, "seed": seed, "steps": CLASSIFIER_STEPS, "n_train": len(train[0])}
+    record["trained_on"] = content_hash(*train)
     path = folder / f"classifier_{source}_seed{seed}.pt"
-    model = build_classifier(train[0].shape[1], int(train[1].max()) + 1, seed)
-    try:
-        kept = read_weights(path)
-        if {key: kept["record"].get(key) for key in record} == record:
-            model.load_state_dict(kept["state"])
-            return model.eval(), kept["record"]
-        print(f"{path}: trained on other images or settings, trained again", flush=True)
-    except FileNotFoundError:
-        pass
-    except UserError as error:
-        print(f"{error}, trained again", flush=True)
+    if path.exists():
+        try:
+            kept = read_weights(path)
+            if {key: kept["record"].get(key) for key in record} == record:
+                model = build_classifier(train[0].shape[1], int(train[1].max()) + 1, seed)
+                model.load_state_dict(kept["state"])
+                return model.eval(), kept["record"]
+            print(f"{path}: trained on other images or settings, trained again", flush=True)
+        except UserError as error:
+            print(f"{error}, trained again", flush=True)
     model = train_classifier(*train, CLASSIFIER_STEPS, seed)
     guesses = classify(model, test[0])
     record["test_accuracy"] = (guesses == test[1]).double().mean().item()
     record["n_test"] = len(guesses)
-    buffer = io.BytesIO()
-    torch.save({"record": record, "state": model.state_dict()}, buffer)
-    keep(path, buffer.getvalue())
+    keep(path, lambda file: torch.save({"record": record, "state": model.state_dict()}, file))
     return model, record
 
 
@@ -736,19 +663,15 @@ def classify(model: nn.Sequential, images: Tensor) -> Tensor:
 def cached_features(extractor: Extractor, images: Tensor, folder: Path) -> np.ndarray:
     """Features of real images, read from ``folder`` when the same images have been through the
     same preprocessing and weights before."""
-    made_of = f"{content_hash(images)} {extractor.preprocessing} {extractor.checksum}"
-    path = folder / f"features_{hashlib.sha256(made_of.encode()).hexdigest()[:24]}.npz"
-    try:
-        with np.load(path, allow_pickle=False) as kept:
-            return kept["features"].astype(np.float64)
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        print(f"{path}: not readable ({type(error).__name__}), computed again", flush=True)
+    made_of = f"{content_hash(images)} {extractor.preprocessing} {extractor}"
+    path = folder / f"features_{hashlib.sha256(made_of.encode()).hexdigest()[:24]}.npy"
+    if path.exists():
+        try:
+            return np.load(path).astype(np.float64)
+        except (OSError, ValueError, EOFError) as error:
+            print(f"{path}: not readable ({type(error).__name__}), computed again", flush=True)
     features = extractor(images)
-    buffer = io.BytesIO()
-    np.savez(buffer, features=features.astype(np.float32))  # as the network gave them
-    keep(path, buffer.getvalue())
+    keep(path, lambda file: np.save(file, features.astype(np.float32)))  # as the network gave them
     return features
 
 
@@ -768,14 +691,21 @@ class Real(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder, its settings, the SHA-256 of the images that it was trained on,
-    its final images (N, C, 28, 28) uint8, and whether --augment was given."""
+    """A finished run: its folder, its settings, the condition that its circuit was sampled under
+    ("": ideal), the SHA-256 of the images that it was trained on, its final images (N, C, 28, 28)
+    uint8, and whether --augment was given."""
 
     folder: Path
     settings: dict[str, Any]
+    condition: str
     trained_on: str
     images: Tensor
     augmented: bool = False
+
+    @property
+    def arm(self) -> str:
+        """Arm and condition, as in the tables."""
+        return f"{self.settings['arm']} {self.condition}".strip()
 
 
 def read_run(folder: Path, dataset: DataSet) -> Run:
@@ -784,11 +714,9 @@ def read_run(folder: Path, dataset: DataSet) -> Run:
     try:
         config = json.loads(path.read_text())
         settings, trained_on = config["settings"], config["images"]["sha256"]
-        augmented = "symmetries" in config["images"]
-        source, *_ = (settings[key] for key in ("data", "arm", "label", "n_train", "seed"))
-    except OSError as error:
-        raise UserError(f"{folder}: not a run folder (config.json: {error.strerror})") from error
-    except (ValueError, KeyError, TypeError) as error:
+        condition, augmented = config.get("condition", ""), "symmetries" in config["images"]
+        source, *_ = (settings[key] for key in ("data", "arm", *PAIR, *BUDGET))
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a run's configuration ({error!r})") from error
     if source not in dataset.sources:
         raise UserError(
@@ -800,7 +728,7 @@ def read_run(folder: Path, dataset: DataSet) -> Run:
     images = split_grid(grid).images
     if len(images) < 2:
         raise UserError(f"{grid}: 1 image; at least 2 are needed to measure a distribution")
-    return Run(folder, settings, trained_on, images, augmented)
+    return Run(folder, settings, condition, trained_on, images, augmented)
 
 
 class Evaluator:
@@ -808,8 +736,10 @@ class Evaluator:
 
     def __init__(self, dataset: DataSet, source: str, options: argparse.Namespace) -> None:
         self.dataset, self.source, self.options = dataset, source, options
-        self.train = dataset.load_images(source, options.data_dir, "train")[1:]
-        self.test = dataset.load_images(source, options.data_dir, "test")[1:]
+        self.train, self.test = (
+            dataset.module.load_images(source, options.data_dir, split)[1:]
+            for split in ("train", "test")
+        )
         self.folder = options.data_dir / "evaluation"
         self.extractor, self.classifier, self.record = None, None, None
         if options.features == "classifier" or len(self.train[1].unique()) > 1:
@@ -887,94 +817,172 @@ class Evaluator:
         return self.kept[key]
 
     def measure(self, run: Run) -> dict[str, Any]:
-        """All figures of a run, as they go into ``metrics.json``; draws its ten closest pairs."""
-        images, options = run.images, self.options
-        label, n_train, seed = (run.settings[key] for key in ("label", "n_train", "seed"))
+        """All figures of a run, as they go into ``metrics.json`` (None: not measured); draws its
+        ten closest pairs."""
+        images, label, options = run.images, run.settings["label"], self.options
         reference, _ = self.real(label)
         shape = reference.images.shape[1:]
-        if images.shape[1] == 1:
-            images = images.expand(-1, shape[0], -1, -1)
         if images.shape[1:] != shape:
             raise UserError(
                 f"{run.folder}: images of {tuple(images.shape[1:])}, the real ones are of "
                 f"{tuple(shape)} (channels, height, width)"
             )
-        training = self.dataset.select_images(*self.train, label, n_train, seed)
+        n_train, seed = run.settings["n_train"], run.settings["seed"]
+        training = self.dataset.module.select_images(*self.train, label, n_train, seed)
         if run.augmented:
-            training = self.dataset.symmetries(training)
+            training = self.dataset.module.symmetries(training)
         if run.trained_on != hashlib.sha256(training.numpy().tobytes()).hexdigest():
             raise UserError(f"{run.folder}: trained on other images than are in {options.data_dir}")
         held_out = self.of_class(self.test, label)
         sample = Real(images, self.extractor and self.extractor(images))
         figures, floor = self.compare(sample, reference), dict(self.floor(label, len(images)))
-        copies = memorisation(images, training, held_out)
-        for part, own, nearest, distance in (
-            (figures, images, copies.index, copies.distance),
-            (floor, held_out, copies.usual_index, copies.usual_distance),
+        # The threshold is the first percentile of images that the model never saw: a generator of
+        # new images makes about 1 % near copies, whatever the class and the number of images.
+        closest, usual = (nearest_images(x, training) for x in (images, held_out))
+        threshold, middle = np.percentile(usual[0], 1), np.median(usual[0])
+        for part, own, (distance, nearest) in (
+            (figures, images, closest),
+            (floor, held_out, usual),
         ):
             part["ssim_nearest"] = ssim_paired(own, training[nearest])
-            usual = np.median(copies.usual_distance)
-            part["distance_ratio"] = float(np.median(distance) / usual) if usual else float("nan")
-            part["near_copies"] = float((distance <= copies.threshold).mean())
+            part["distance_ratio"] = float(np.median(distance) / middle) if middle else float("nan")
+            part["near_copies"] = float((distance <= threshold).mean())
             if self.classifier is not None:
                 right = classify(self.classifier, own) == label
                 part["label_accuracy"] = right.double().mean().item()
-        draw_closest_pairs(run, images, training, copies)
-        notes = []
-        if self.extractor and len(images) < FID_WARNING_BELOW:
-            notes.append(f"FID biased upwards: n < {FID_WARNING_BELOW}")
-        if run.augmented:
-            notes.append("trained with augmentation")
-        if floor["n"] < len(images):
-            notes.append(f"floor at n = {floor['n']}")
-        if self.source in ("digits", "tissue"):
-            notes.append(f"against embedded {self.source}")
+        draw_closest_pairs(run, training, *closest, threshold)
+        notes = {
+            f"FID biased upwards: n < {FID_WARNING_BELOW}": self.extractor
+            and len(images) < FID_WARNING_BELOW,
+            "trained with augmentation": run.augmented,
+            f"floor at n = {floor['n']}": floor["n"] < len(images),
+            f"against embedded {self.source}": self.source in ("digits", "tissue"),
+        }
         return {
             "run": run.folder.name,
+            "condition": run.condition,
             "settings": run.settings,
             "reference": options.reference,
             "n_generated": len(images),
             "n_real": len(reference.images),
             "n_training": len(training),
             "n_held_out": len(held_out),
-            "features": str(self.extractor) if self.extractor else "none",
+            "features": str(self.extractor or "none"),
             "preprocessing": self.extractor and self.extractor.preprocessing,
             "classifier": self.record,
-            "near_copy_threshold": copies.threshold,
-            "metrics": figures,
-            "floor": floor,
-            "note": "; ".join(notes),
+            "near_copy_threshold": float(threshold),
+            "metrics": {key: None if value != value else value for key, value in figures.items()},
+            "floor": {key: None if value != value else value for key, value in floor.items()},
+            "note": "; ".join(note for note, holds in notes.items() if holds),
         }
 
 
-def draw_closest_pairs(run: Run, images: Tensor, training: Tensor, copies: Memorisation) -> None:
-    """``closest_pairs.png``: the ten generated images that are nearest to a training image."""
-    closest = np.argsort(copies.distance, kind="stable")[:10]
-    figure = Figure(figsize=(7.5, 2.1))
-    axes = figure.subplots(2, len(closest), squeeze=False)
-    for column, i in enumerate(closest):
-        axes[0, column].set_title(f"{copies.distance[i]:.3f}", fontsize=7)
-        for row, image in enumerate((images[i], training[copies.index[i]])):
-            axes[row, column].imshow(to_picture(image), vmin=0, vmax=255)
-            axes[row, column].set(xticks=[], yticks=[])
-    axes[0, 0].set_ylabel("generated", fontsize=7)
-    axes[1, 0].set_ylabel("training", fontsize=7)
-    title = f"closest pairs, RMS difference (near copy: ≤ {copies.threshold:.3f})"
-    figure.suptitle(f"{run.folder.name}: {title}", fontsize=8)
+def show_tiles(axes: Axes, images: Tensor, columns: int) -> None:
+    """Draw images (N, C, H, W) uint8 in rows of ``columns``, without axes."""
+    grey = {"cmap": "gray", "vmin": 0, "vmax": 255}
+    axes.imshow(tile(images, columns), interpolation="nearest", **grey)
+    axes.set(xticks=[], yticks=[], frame_on=False)
+
+
+def draw_closest_pairs(
+    run: Run, training: Tensor, distance: np.ndarray, nearest: np.ndarray, threshold: float
+) -> None:
+    """``closest_pairs.png``: the ten generated images that are nearest to a training image, above
+    these, with their distance."""
+    closest = np.argsort(distance, kind="stable")[:10]
+    images = torch.cat([run.images[closest], training[nearest[closest]]])
+    figure = Figure(figsize=(7.5, 2.1), layout="constrained")
+    axes = figure.subplots()
+    show_tiles(axes, images, len(closest))
+    side = images.shape[-1] + TILE_PADDING
+    places = (np.arange(len(closest)) + 0.5) * side
+    axes.set_xticks(places, [f"{x:.3f}" for x in distance[closest]])
+    axes.set_yticks([side / 2, 1.5 * side], ["generated", "training"])
+    axes.tick_params(length=0, labelsize=7)
+    title = f"closest pairs, RMS difference (near copy: ≤ {threshold:.3f})"
+    axes.set_title(f"{run.folder.name}: {title}", fontsize=8)
     save_figure(run.folder / "closest_pairs.png", figure)
-
-
-def to_picture(image: Tensor) -> np.ndarray:
-    """uint8 (C, H, W) to (H, W, 3), for matplotlib."""
-    return image.expand(3, -1, -1).permute(1, 2, 0).numpy()
 
 
 # --------------------------------------------------------------------------- tables and figures
 
 
+def comparison_csv(results: list[dict[str, Any]]) -> str:
+    """One line a run: settings, figures, floors."""
+    frame = pd.json_normalize(results, sep="_")
+    frame.columns = [re.sub("^(settings|metrics)_", "", column) for column in frame.columns]
+    columns = ["run", "arm", "condition", "data", "label", "n_train", "seed", *BUDGET, "features"]
+    columns += ["reference", "n_generated", "n_real", "n_training", "note"]
+    columns += [column for column in frame if column.startswith("floor_") or column in METRICS]
+    columns.insert(columns.index("floor_n"), "kid_standard_error")
+    return frame[columns].astype({"n_train": "Int64"}).to_csv(index=False)
+
+
+def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
+    """``comparison.csv``, one row a run, from which every table and figure is made.
+
+    ``n_train`` is infinite for a whole class; ``name``, an ordered category that ends with FLOOR,
+    is the arm with its condition.
+    """
+    frame = pd.read_csv(file, dtype={"condition": str, "note": str})
+    frame = frame.fillna({"condition": "", "note": "", "n_train": np.inf})
+    frame["name"] = (frame["arm"] + " " + frame["condition"]).str.strip()
+    order = sorted(set(frame["name"]), key=lambda name: ([*ARMS].index(name.split()[0]), name))
+    frame["name"] = pd.Categorical(frame["name"], [*order, FLOOR], ordered=True)
+    return frame
+
+
+def measured(frame: pd.DataFrame) -> list[str]:
+    """The metrics that at least one run has."""
+    return [key for key in METRICS if frame[key].notna().any()]
+
+
+def shared_classes(frame: pd.DataFrame) -> pd.DataFrame:
+    """The runs of those classes that every arm and seed has at a training-set size; then, named
+    FLOOR and of one seed, their floors."""
+    series = frame.groupby(["name", "seed"], observed=True).ngroup()
+    needed = series.groupby(frame["n_train"]).transform("nunique")
+    present = series.groupby([frame["n_train"], frame["label"]]).transform("nunique")
+    runs = frame[present == needed]
+    name = pd.Categorical([FLOOR] * len(runs), dtype=frame["name"].dtype)
+    floors = {key: runs[f"floor_{key}"] for key in METRICS}
+    return pd.concat([runs, runs.assign(name=name, seed=0, **floors)])
+
+
+def over_seeds(frame: pd.DataFrame, skipna: bool = False) -> pd.DataFrame:
+    """Index n_train, name, seed, columns METRICS: the mean over the classes, NaN when one is or,
+    with ``skipna``, when all are."""
+    groups = frame.groupby(["n_train", "name", "seed"], observed=True)[list(METRICS)]
+    return groups.agg(lambda values: values.mean(skipna=skipna))
+
+
+def pair_differences(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
+    """A row for each pair of runs of equal class, size and seed: the metrics of the arm in ``name``
+    minus those of ``baseline``. An arm other than BASELINES is the ideal twin of its own conditions
+    and compared with these alone."""
+    base = frame[frame["name"] == baseline]
+    others = frame[frame["name"] != baseline]
+    if baseline not in BASELINES:
+        others = others[others["arm"] == baseline]
+    pairs = others.merge(base, on=PAIR, suffixes=("", "_base"))
+    for key in METRICS:
+        pairs[key] -= pairs[f"{key}_base"]
+    return pairs
+
+
+def interval(values: pd.Series) -> tuple[float, float]:
+    """Mean and half-width of its 95 % interval by Student's t; NaN half-width for one value."""
+    return values.mean(), stats.t.ppf(0.975, len(values) - 1) * values.sem()
+
+
 def show(value: float, form: str, missing: str = "–") -> str:
     """A figure for a table; a dash for what could not be measured."""
     return form.format(value) if np.isfinite(value) else missing
+
+
+def size_name(n_train: float) -> str:
+    """A training-set size for people."""
+    return f"{n_train:.0f}" if np.isfinite(n_train) else "all"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -986,265 +994,161 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def result_table(results: list[dict[str, Any]]) -> str:
+def result_table(frame: pd.DataFrame) -> str:
     """One row a run, below it what real images score at the same n."""
     rows = []
-    for r in results:
-        for name, n, part, note in (
-            (r["run"], r["n_generated"], r["metrics"], r["note"]),
-            (f"  {FLOOR}", r["floor"]["n"], r["floor"], r["floor"]["from"]),
+    for run in frame.to_dict("records"):
+        for name, prefix, n, note in (
+            (run["run"], "", "n_generated", run["note"]),
+            (f"  {FLOOR}", "floor_", "floor_n", run["floor_from"]),
         ):
-            cells = {key: show(part[key], form) for key, (_, form) in METRICS.items()}
-            cells["kid"] += show(part["kid_standard_error"], " ±{:.1g}", "")
-            rows.append([name, str(n), str(r["n_real"]), r["features"], *cells.values(), note])
+            cells = {key: show(run[prefix + key], form) for key, (_, form) in METRICS.items()}
+            cells["kid"] += show(run[f"{prefix}kid_standard_error"], " ±{:.1g}", "")
+            rows.append([name, str(run[n]), str(run["n_real"]), run["features"], *cells.values()])
+            rows[-1].append(note)
     headings = [heading for heading, _ in METRICS.values()]
     return table(["run", "n", "n real", "features", *headings, "note"], rows)
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half-width of its 95 % interval by Student's t; NaN half-width for one value."""
-    if len(values) < 2:
-        return float(np.mean(values)), float("nan")
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-    return float(np.mean(values)), float(half)
-
-
-def axes_of(results: list[dict[str, Any]]) -> tuple[list[str], list[int | None], list[str]]:
-    """The arms in the training script's order, the training-set sizes (None: the whole class)
-    ascending, and the metrics that at least one run has."""
-    arms = {r["settings"]["arm"] for r in results}
-    sizes = {r["settings"]["n_train"] for r in results}
-    return (
-        [arm for arm in ARMS if arm in arms],
-        sorted(sizes, key=lambda n: float("inf") if n is None else n),
-        [key for key in METRICS if any(np.isfinite(r["metrics"][key]) for r in results)],
-    )
-
-
-def seed_means(
-    results: list[dict[str, Any]], key: str
-) -> dict[tuple[str, int | None], list[float]]:
-    """Per (arm, training-set size) one value a seed: the mean over the classes that every arm and
-    seed has at that size. The floor, one value a size, stands under FLOOR as its arm."""
-    cells: dict[Any, dict[Any, dict[int, tuple[float, float]]]] = {}
-    for r in results:
-        s, pair = r["settings"], (r["metrics"][key], r["floor"][key])
-        cells.setdefault(s["n_train"], {}).setdefault((s["arm"], s["seed"]), {})[s["label"]] = pair
-    means: dict[tuple[str, int | None], list[float]] = {}
-    for n_train, runs in cells.items():
-        shared = sorted(set.intersection(*(set(by_label) for by_label in runs.values())))
-        if not shared:
-            continue
-        pairs = {run: np.mean([by[label] for label in shared], 0) for run, by in runs.items()}
-        for (arm, _), (value, _) in sorted(pairs.items()):
-            if np.isfinite(value):
-                means.setdefault((arm, n_train), []).append(float(value))
-        means[FLOOR, n_train] = [float(np.mean([floor for _, floor in pairs.values()]))]
-    return means
-
-
-def arm_table(results: list[dict[str, Any]]) -> str:
+def arm_table(frame: pd.DataFrame) -> str:
     """Per training-set size and arm: mean over seeds and 95 % interval; then the floor."""
-    arms, sizes, keys = axes_of(results)
-    means = {key: seed_means(results, key) for key in keys}
-    rows = []
-    for n_train, arm in itertools.product(sizes, [*arms, FLOOR]):
-        own = [
-            r
-            for r in results
-            if r["settings"]["n_train"] == n_train and arm in (r["settings"]["arm"], FLOOR)
-        ]
-        if not own:
-            continue
-        row = [str(n_train or "all"), arm]
-        row += ["/".join(sorted({str(r["settings"][k]) for r in own})) for k in ("label", "seed")]
-        row += ["/".join(sorted({str(r[k]) for r in own})) for k in ("n_generated", "n_real")]
+    frame, keys, rows = shared_classes(frame), measured(frame), []
+    means = over_seeds(frame)
+    for (size, name), runs in frame.groupby(["n_train", "name"], observed=True):
+        row = [size_name(size), name]
+        for column in ("label", "seed", "n_generated", "n_real"):
+            row.append("/".join(map(str, sorted(set(runs[column])))))
+        if name == FLOOR:
+            row[3] = "–"
         for key in keys:
-            mean, half = interval(means[key].get((arm, n_train), [float("nan")]))
-            row.append(show(mean, METRICS[key][1]) + show(half, " ± " + METRICS[key][1], ""))
+            mean, half = interval(means.loc[(size, name), key].dropna())
+            form = METRICS[key][1]
+            row.append(show(mean, form) + show(half, f" ± {form}", ""))
         rows.append(row)
     header = ["N", "arm", "classes", "seeds", "n generated", "n real"]
     return table(header + [METRICS[key][0] for key in keys], rows)
 
 
-def pair_differences(
-    results: list[dict[str, Any]], key: str, arm: str, baseline: str, n_train: int | None
-) -> dict[tuple[int, int], float]:
-    """A metric of ``arm`` minus that of ``baseline`` at one training-set size, by (class, seed)."""
-    values: dict[str, dict[tuple[int, int], float]] = {arm: {}, baseline: {}}
-    for r in results:
-        s = r["settings"]
-        if s["n_train"] == n_train and s["arm"] in values and np.isfinite(r["metrics"][key]):
-            values[s["arm"]][s["label"], s["seed"]] = r["metrics"][key]
-    base = values[baseline]
-    return {pair: value - base[pair] for pair, value in values[arm].items() if pair in base}
+def difference_rows(frame: pd.DataFrame, baseline: str) -> list[list[str]]:
+    """Rows (difference, N, metric, pairs, seeds, mean, 95 % interval, clear of zero) of every arm
+    minus ``baseline``.
 
-
-def bounds(limits: Sequence[float] | None, form: str) -> str:
-    """An interval for a table, with a star when zero is outside; a dash when there is none."""
-    if limits is None:
-        return "–"
-    low, high = limits
-    star = " *" if low > 0 or high < 0 else ""
-    return f"[{form.format(low)}, {form.format(high)}]{star}"
-
-
-def paired_differences(results: list[dict[str, Any]], baseline: str, seed: int) -> list[list[str]]:
-    """Rows (difference, N, metric, pairs, seeds, mean, two 95 % intervals, clear of zero) of every
-    arm minus ``baseline``; a pair is two runs of equal class, size and seed.
-
-    The intervals are the bootstrap's over pairs (percentiles of BOOTSTRAP_DRAWS resampled means),
-    which needs BOOTSTRAP_FROM of them, and Student's t of the differences; a star where zero is
-    outside. A difference is clear of zero when both say so; fewer than DECIDING_SEEDS seeds decide
-    nothing, whatever the intervals say.
+    The classes' differences are averaged for each seed; the interval is Student's t over seeds, a
+    star where zero is outside. Fewer than DECIDING_SEEDS seeds decide nothing.
     """
-    arms, sizes, keys = axes_of(results)
-    rows = []
-    for arm, n_train, key in itertools.product(arms, sizes, keys):
-        pairs = pair_differences(results, key, arm, baseline, n_train)
-        if arm == baseline or not pairs:
-            continue
-        values, form = np.array(list(pairs.values())), METRICS[key][1].replace("{:", "{:+")
-        mean, half = interval(values)
-        bootstrap = student = None
-        if len(values) > 1 and values.any():
-            student = mean - half, mean + half
-        if len(values) >= BOOTSTRAP_FROM:
-            draws = np.random.default_rng(seed).choice(values, (BOOTSTRAP_DRAWS, len(values)))
-            bootstrap = np.percentile(draws.mean(axis=1), [2.5, 97.5])
-        limits = [bounds(found, form) for found in (bootstrap, student)]
-        seeds = len({pair_seed for _, pair_seed in pairs})
-        clear = "yes" if all(text.endswith("*") for text in limits) else "no"
-        clear = clear if seeds >= DECIDING_SEEDS else "too few seeds"
-        counts = [str(n_train or "all"), METRICS[key][0], str(len(pairs)), str(seeds)]
-        rows.append([f"{arm} − {baseline}", *counts, form.format(mean), *limits, clear])
+    rows, pairs = [], pair_differences(frame, baseline)
+    means = over_seeds(pairs, skipna=True)
+    for (name, size), group in pairs.groupby(["name", "n_train"], observed=True):
+        for key in measured(group):
+            seeds = means.loc[(size, name), key].dropna()
+            form = METRICS[key][1].replace("{:", "{:+")
+            mean, half = interval(seeds)
+            limits, clear = "–", "no"
+            if np.isfinite(half) and seeds.any():
+                limits = f"[{form.format(mean - half)}, {form.format(mean + half)}]"
+                if abs(mean) > half:
+                    limits, clear = f"{limits} *", "yes"
+            if len(seeds) < DECIDING_SEEDS:
+                clear = "too few seeds"
+            counts = [METRICS[key][0], str(group[key].count()), str(len(seeds))]
+            row = [f"{name} − {baseline}", size_name(size), *counts, form.format(mean)]
+            rows.append([*row, limits, clear])
     return rows
 
 
-def budget_text(results: list[dict[str, Any]]) -> str:
-    """What the runs were trained and sampled with, and in bold what not all of them share. The
-    circuit's conditions are compared between the arms that have one, and left out when ideal."""
-    circuits = [r["settings"] for r in results if r["settings"]["arm"] in QUANTUM_ARMS]
-    values = {name: [r["settings"].get(name) for r in results] for name in BUDGET}
-    values["images"] = [r["n_generated"] for r in results]
-    for name, ideal in CONDITIONS.items():
-        found = [settings.get(name, ideal) for settings in circuits]
-        if any(value != ideal for value in found):
-            values[name] = found
-    texts = {}
-    for name, found in values.items():
-        different = [value for k, value in enumerate(found) if value not in found[:k]]
-        texts[name] = f"{name} {' / '.join(map(str, different))}"
-        if len(different) > 1:
-            texts[name] = f"**{texts[name]} (not the same in all runs)**"
-    return ", ".join(texts.values()) + "."
+def budget_text(frame: pd.DataFrame) -> str:
+    """What the runs were trained and sampled with, and in bold what not all of them share."""
+    texts = []
+    for name in [*BUDGET, "n_generated"]:
+        values = frame[name].unique()
+        text = f"{name.replace('n_generated', 'images')} {' / '.join(map(str, values))}"
+        texts.append(f"**{text} (not the same in all runs)**" if len(values) > 1 else text)
+    return ", ".join(texts) + "."
 
 
-def comparison_text(results: list[dict[str, Any]], seed: int) -> str:
+def comparison_text(frame: pd.DataFrame) -> str:
     """The Markdown report on several runs."""
     parts = [
         "# Comparison of runs",
-        f"Features: {', '.join(sorted({r['features'] for r in results}))}. Real images: "
-        f"{results[0]['settings']['data']}, reference {results[0]['reference']}. Mean over seeds ± "
-        f"half of the 95 % interval (Student's t). {FLOOR}: held-out images, as many as generated.",
-        f"Budget: {budget_text(results)}",
-        "; ".join(sorted({r["note"] for r in results if r["note"]})),
-        arm_table(results),
+        f"Features: {', '.join(sorted(set(frame['features'])))}. Real images: {frame['data'][0]}, "
+        f"reference {frame['reference'][0]}. Mean over seeds ± half of the 95 % interval "
+        f"(Student's t). {FLOOR}: held-out images, as many as generated.",
+        f"Budget: {budget_text(frame)}",
+        "; ".join(sorted(set("; ".join(frame["note"]).split("; ")) - {""})),
+        arm_table(frame),
     ]
-    header = ["difference", "N", "metric", "pairs", "seeds", "mean"]
-    header += ["95 % bootstrap", "95 % Student's t", "clear of 0"]
-    for baseline in ("matched", "classical"):
-        if rows := paired_differences(results, baseline, seed):
-            limits = [row[7] for row in rows if row[7] != "–"]
-            outside, chance = sum(text.endswith("*") for text in limits), 0.05 * len(limits)
+    header = ["difference", "N", "metric", "pairs", "seeds", "mean", "95 % interval", "clear of 0"]
+    twins = [arm for arm in ARMS if arm in set(frame["name"]) and arm not in BASELINES]
+    for baseline in (*BASELINES, *twins):
+        if rows := difference_rows(frame, baseline):
             parts += [f"## Paired differences against {baseline}", table(header, rows)]
-            parts.append(
-                f"{outside} of {len(limits)} Student's t intervals leave zero out (*). If nothing "
-                f"differed, chance would make that {chance:.2g} on average, with a wide spread, "
-                "since the metrics depend on each other."
-            )
-    return "\n\n".join(filter(None, [*parts, "## Runs", result_table(results)])) + "\n"
+            limits = [row[6] for row in rows if row[6] != "–"]
+            outside, chance = sum(text.endswith("*") for text in limits), 0.05 * len(limits)
+            if limits:
+                parts.append(
+                    f"{outside} of {len(limits)} intervals (Student's t over seeds) leave zero out "
+                    f"(*). If nothing differed, chance would make that {chance:.2g} on average, "
+                    "with a wide spread, since the metrics depend on each other."
+                )
+    return "\n\n".join(filter(None, [*parts, "## Runs", result_table(frame)])) + "\n"
 
 
-def comparison_csv(results: list[dict[str, Any]]) -> str:
-    """One line a run: settings, figures, floors."""
-    lines = []
-    for r in results:
-        line = {"run": r["run"]}
-        line |= {key: r["settings"][key] for key in ("arm", "data", "label", "n_train", "seed")}
-        for key in ("features", "reference", "n_generated", "n_real", "n_training", "note"):
-            line[key] = r[key]
-        lines.append(line | r["metrics"] | {f"floor_{key}": r["floor"][key] for key in r["floor"]})
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, lines[0])
-    writer.writeheader()
-    writer.writerows(lines)
-    return buffer.getvalue()
-
-
-def draw_panels(results: list[dict[str, Any]], against_size: bool) -> Figure:
+def draw_panels(frame: pd.DataFrame, against_size: bool) -> Figure:
     """One panel a metric of FIGURE_METRICS: each arm's mean and 95 % interval over seeds, small
     dots for the seeds, and the floor as a dashed line; or, ``against_size``, a line per arm over
     the number of training images. When there are runs of ``matched``, a panel below shows the other
-    arms' paired differences to it: mean, 95 % interval (Student's t), small dots for the pairs."""
-    arms, sizes, finite = axes_of(results)
-    keys = [key for key in FIGURE_METRICS if key in finite]
-    places = np.arange(len(sizes), dtype=float)
-    if against_size:
-        for j, size in enumerate(sizes):
-            used = [r["n_training"] for r in results if r["settings"]["n_train"] == size]
-            places[j] = np.mean(used)
-    x = {}  # beside each other, so that intervals do not hide one another
-    for i, arm in enumerate(arms):
-        shift = i - (len(arms) - 1) / 2
-        x[arm] = places * 1.12**shift if against_size else places + shift * 0.8 / len(arms)
-    heights = [2, 1] if BASELINE in arms and len(arms) > 1 else [2]
+    arms' paired differences to it."""
+    keys = [key for key in FIGURE_METRICS if key in measured(frame)]
+    names = [name for name in frame["name"].cat.categories if name != FLOOR]
+    sizes = frame.groupby("n_train")["n_training"].mean()
+    places = sizes if against_size else pd.Series(np.arange(len(sizes)), sizes.index, float)
+    parts = [over_seeds(shared_classes(frame))]
+    baseline = BASELINES[0]
+    if baseline in names and len(names) > 1:
+        parts.append(over_seeds(pair_differences(frame, baseline), skipna=True))
+    heights = [2, 1][: len(parts)]
     rows = -(-len(keys) // 4)
     figure = Figure(figsize=(12, 1.3 * sum(heights) * rows), layout="constrained")
     ratios = {"height_ratios": heights * rows}
     panels = figure.subplots(len(heights) * rows, 4, squeeze=False, gridspec_kw=ratios)
-    floor_style = {"color": "#666666", "linestyle": "--", "linewidth": 1, "label": FLOOR}
 
-    def draw_arm(axes: Axes, arm: str, by_size: dict[int, Sequence[float]]) -> None:
-        """Mean and interval of the values at each place, joined when they are over size."""
-        middle, half = np.array([interval(values) for values in by_size.values()]).T
-        style = {"fmt": "o-" if against_size else "o", "capsize": 2, "markersize": 4}
-        style |= {"color": ARM_COLOURS[arm], "label": arm, "linewidth": 1}
-        axes.errorbar(x[arm][list(by_size)], middle, half, elinewidth=0.8, **style)
-        for j, values in by_size.items():
-            axes.scatter([x[arm][j]] * len(values), values, 5, ARM_COLOURS[arm], alpha=0.4)
+    def beside(shift: float) -> pd.Series:
+        """Where something is drawn at each size, so that intervals do not hide one another."""
+        return places * 1.12**shift if against_size else places + shift * 0.8 / len(names)
+
+    def draw_name(axes: Axes, name: str, values: pd.Series) -> None:
+        """Mean and interval of the values at each size, joined when they are over size."""
+        x = beside(names.index(name) - (len(names) - 1) / 2)
+        arm = name.split()[0]
+        own = [other for other in names if other.split()[0] == arm]
+        style = {"color": ARM_COLOURS[arm], "marker": MARKERS[own.index(name) % len(MARKERS)]}
+        style |= {"ls": "-" if against_size else "none", "linewidth": 1, "elinewidth": 0.8}
+        by_size = {size: interval(group) for size, group in values.groupby("n_train")}
+        middle, half = np.array([*by_size.values()]).T
+        axes.errorbar(x[[*by_size]], middle, half, label=name, capsize=2, markersize=4, **style)
+        dots = x[values.index.get_level_values("n_train")]
+        axes.scatter(dots, values, 5, ARM_COLOURS[arm], alpha=0.4)
 
     for k, key in enumerate(keys):
-        above, *below = panels[len(heights) * (k // 4) :, k % 4][: len(heights)]
-        means = seed_means(results, key)
-        floor = np.array([means.get((FLOOR, size), [np.nan])[0] for size in sizes])
-        for arm in arms:
-            own = {j: means[arm, n] for j, n in enumerate(sizes) if (arm, n) in means}
-            if own:
-                draw_arm(above, arm, own)
-        above.set_ylabel(METRICS[key][0])
-        if against_size:
-            above.plot(places, floor, **floor_style)
-        else:
-            above.hlines(floor, places - 0.45, places + 0.45, **floor_style)
-        for axes in below:
-            for arm in arms:
-                differences = (
-                    [*pair_differences(results, key, arm, BASELINE, n).values()] for n in sizes
-                )
-                own = {j: values for j, values in enumerate(differences) if values}
-                if arm != BASELINE and own:
-                    draw_arm(axes, arm, own)
-            axes.axhline(0, color=ARM_COLOURS[BASELINE], linewidth=1)
-            axes.set_ylabel(f"{METRICS[key][0]}\n− {BASELINE}")
-        for axes in (above, *below):
+        column = panels[len(heights) * (k // 4) :, k % 4]
+        for axes, part, heading in zip(column, parts, ("", f"\n− {baseline}"), strict=False):
+            for name, values in part[key].dropna().groupby("name", observed=True):
+                if name == FLOOR:
+                    floor = values.droplevel(["name", "seed"]).reindex(sizes.index)
+                    ends = beside(-0.55 * len(names)), beside(0.55 * len(names))
+                    axes.hlines(floor, *ends, "#666666", "--", label=FLOOR, linewidth=1)
+                else:
+                    draw_name(axes, name, values)
+            axes.set_ylabel(METRICS[key][0] + heading)
             if against_size:
                 axes.set_xscale("log")
                 axes.set_xticks(places, [f"{place:.0f}" for place in places])
                 axes.minorticks_off()
             else:
-                axes.set_xticks(places, [f"N = {size or 'all'}" for size in sizes])
-            axes.set_xlim(above.get_xlim())
+                axes.set_xticks(places, [f"N = {size_name(size)}" for size in sizes.index])
+            axes.set_xlim(column[0].get_xlim())
+            if heading:
+                axes.axhline(0, color=ARM_COLOURS[baseline], linewidth=1)
         if against_size:
             axes.set_xlabel("training images")
     for axes in figure.axes:
@@ -1261,29 +1165,33 @@ def draw_samples(runs: Sequence[Run], evaluator: Evaluator) -> Figure:
     chosen = {}
     for run in sorted(runs, key=lambda r: -r.settings["seed"]):
         label, n_train = run.settings["label"], run.settings["n_train"]
-        place = label, n_train or np.inf, [*ARMS].index(run.settings["arm"])
+        place = label, n_train or np.inf, [*ARMS].index(run.settings["arm"]), run.condition
         chosen[place] = run  # the last stays
-    rows: list[tuple[str, Tensor]] = []
-    for (label, _, _), run in sorted(chosen.items()):
+    rows: dict[str, Tensor] = {}
+    for (label, *_), run in sorted(chosen.items()):
         n_train, seed = run.settings["n_train"], run.settings["seed"]
         name = run.settings.get("label_name", label)
         end = f", N = {n_train or 'all'}, seed {seed}"
-        if f"real {name}{end}" not in dict(rows):
-            train = evaluator.dataset.select_images(*evaluator.train, label, n_train, seed)
-            rows.append((f"real {name}{end}", train))
-        rows.append((f"{run.settings['arm']}{end}", run.images))
+        if f"real {name}{end}" not in rows:
+            train = evaluator.dataset.module.select_images(*evaluator.train, label, n_train, seed)
+            rows[f"real {name}{end}"] = train
+        rows[f"{name}: {run.arm}{end}"] = run.images
     figure = Figure(figsize=(6, 0.36 * len(rows)), layout="constrained")
-    for axes, (title, images) in zip(
-        figure.subplots(len(rows), 1, squeeze=False).flat, rows, strict=True
-    ):
-        tiles = F.pad(images[:SAMPLE_COLUMNS], (1, 1, 1, 1), value=255)
-        tiles = F.pad(
-            tiles.permute(1, 2, 0, 3).flatten(2), (0, 30 * (SAMPLE_COLUMNS - len(tiles))), value=255
-        )
-        axes.imshow(to_picture(tiles), vmin=0, vmax=255, interpolation="nearest")
+    panels = figure.subplots(len(rows), 1, squeeze=False).flat
+    for axes, (title, images) in zip(panels, rows.items(), strict=True):
+        images = images[:SAMPLE_COLUMNS]
+        white = images.new_full((SAMPLE_COLUMNS - len(images), *images.shape[1:]), 255)
+        show_tiles(axes, torch.cat([images, white]), SAMPLE_COLUMNS)
         axes.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=6)
-        axes.set(xticks=[], yticks=[], frame_on=False)
     return figure
+
+
+def write_comparison(out: Path, frame: pd.DataFrame) -> None:
+    """``comparison.md`` and ``.png``, and of several training-set sizes ``scaling.png``."""
+    write_atomic(out / "comparison.md", comparison_text(frame))
+    save_figure(out / "comparison.png", draw_panels(frame, against_size=False))
+    if frame["n_train"].nunique() > 1:
+        save_figure(out / "scaling.png", draw_panels(frame, against_size=True))
 
 
 # ----------------------------------------------------------------------- the published procedure
@@ -1301,45 +1209,34 @@ def paper_protocol(evaluator: Evaluator, runs: list[Run]) -> str:
     first = images[:PAPER_IMAGES]
     fitted = moments(extractor(first))
     others = torch.arange(len(images)) >= PAPER_IMAGES
-    rows = []
+    drawn, rows = {}, []
+
+    def scores(sample: Real) -> tuple[float, float]:
+        return frechet_distance(sample.features, fitted), ssim_paired(sample.images, first)
+
     for run in tqdm(runs, "runs", delay=2, leave=False):
-        sample = run.images[:PAPER_IMAGES].expand(-1, images.shape[1], -1, -1)
+        sample, label = run.images[:PAPER_IMAGES], run.settings["label"]
         if sample.shape != first.shape:
             raise UserError(f"{run.folder}: {tuple(sample.shape)}, expected {tuple(first.shape)}")
-        label = run.settings["label"]
-        if label not in evaluator.kept:
+        if label not in drawn:
             candidates, generator = images[others & (labels == label)], evaluator.stream("paper")
             order = torch.randperm(len(candidates), generator=generator)[: 2 * PAPER_DRAWS]
             pool = Real(candidates[order], extractor(candidates[order]))
-            evaluator.kept[label] = []
-            for _ in range(PAPER_DRAWS):
-                five = pool.take(torch.randperm(len(order), generator=generator)[:PAPER_IMAGES])
-                scores = frechet_distance(five.features, fitted), ssim_paired(five.images, first)
-                evaluator.kept[label].append(scores)
-        scores = frechet_distance(extractor(sample), fitted), ssim_paired(sample, first)
+            fives = (torch.randperm(len(order), generator=generator) for _ in range(PAPER_DRAWS))
+            drawn[label] = np.array([scores(pool.take(five[:PAPER_IMAGES])) for five in fives])
         record = {"n_generated": len(sample), "n_real": len(first), "draws": PAPER_DRAWS}
         record["features"] = str(extractor)
         row = [run.folder.name, str(len(sample)), str(len(first)), str(extractor)]
-        for key, value, real in zip(
-            ("fid", "ssim_paired"), scores, np.transpose(evaluator.kept[label]), strict=True
-        ):
+        found = scores(Real(sample, extractor(sample)))
+        for key, value, real in zip(("fid", "ssim_paired"), found, drawn[label].T, strict=True):
             limits = np.percentile(real, [2.5, 97.5]).tolist()
             record[key] = {"run": value, "real_mean": float(real.mean()), "real_95": limits}
-            form = "{:.4g}".format
-            row += [form(value), form(real.mean()), " to ".join(map(form, limits))]
+            row += [f"{value:.4g}", f"{real.mean():.4g}", "{:.4g} to {:.4g}".format(*limits)]
         write_atomic(run.folder / "metrics_paper.json", json.dumps(record, indent=2) + "\n")
         rows.append(row)
     for arm, (fid, paired) in evaluator.dataset.withdrawn.items():
-        row = [
-            f"paper, {arm} (withdrawn by its authors)",
-            "5",
-            "5",
-            "inception",
-            str(fid),
-            "–",
-            "–",
-        ]
-        rows.append([*row, str(paired), "–", "–"])
+        row = [f"paper, {arm} (withdrawn by its authors)", "5", "5", "inception"]
+        rows.append([*row, str(fid), "–", "–", str(paired), "–", "–"])
     beside = ("real images", f"95 % of {PAPER_DRAWS} draws")
     header = ["run", "n", "n real", "features", "FID", *beside, "SSIM paired", *beside]
     return table(header, rows)
@@ -1371,7 +1268,7 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
         "with --protocol paper only paper_protocol.md")  # fmt: skip
     add("--protocol", choices=("full", "paper"), default="full",
         help="paper: 5 images against the first 5 training images, as published")  # fmt: skip
-    add("--seed", type=int, default=0, help="of classifier, subsets, floors and bootstrap")
+    add("--seed", type=int, default=0, help="of classifier, subsets and floors")
     add("--device", default="auto", help="for the features: auto, cpu, cuda or cuda:N")
     options = parser.parse_args(argv)
     options.device = choose_device(options.device)
@@ -1387,56 +1284,44 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
 def evaluate(options: argparse.Namespace, dataset: DataSet) -> None:
     """Measure the runs and write what was asked for."""
     runs = [read_run(folder, dataset) for folder in options.runs]
-    sources = {run.settings["data"]: run.folder for run in runs}
-    if len(sources) > 1:
-        found = ", ".join(f"{source} ({folder})" for source, folder in sources.items())
-        raise UserError(f"mixed data sets: {found}; evaluate each by itself")
-    known = {}
+    if len(sources := {run.settings["data"] for run in runs}) > 1:
+        raise UserError(f"mixed data sets: {', '.join(sorted(sources))}; evaluate each by itself")
+    known: dict[Any, Path] = {}
     for run in runs:
-        key = tuple(run.settings[name] for name in ("arm", "label", "n_train", "seed"))
-        if key in known:
-            found = f"{known[key]} and {run.folder} have the same arm, class, size and seed"
+        other = known.setdefault((run.arm, *(run.settings[name] for name in PAIR)), run.folder)
+        if other is not run.folder:
+            found = f"{other} and {run.folder} have the same arm, condition, class, size and seed"
             raise UserError(f"{found}; evaluate each by itself")
-        known[key] = run.folder
     evaluator = Evaluator(dataset, runs[0].settings["data"], options)
     if evaluator.record:
         print("classifier: {test_accuracy:.2%} of {n_test} test images".format(**evaluator.record))
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
     if options.protocol == "paper":
         text = paper_protocol(evaluator, runs)
         print(text)
         if options.out:
-            options.out.mkdir(parents=True, exist_ok=True)
             write_atomic(options.out / "paper_protocol.md", text + "\n")
         return
     results = []
     for run in tqdm(runs, "runs", delay=2, leave=False):
         results.append(evaluator.measure(run))
-        text = json.dumps(without_nan(results[-1]), indent=2)
-        write_atomic(run.folder / "metrics.json", text + "\n")
-    print(result_table(results))
+        write_atomic(run.folder / "metrics.json", json.dumps(results[-1], indent=2) + "\n")
+    text = comparison_csv(results)
+    frame = read_comparison(io.StringIO(text))
+    print(result_table(frame))
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        write_atomic(options.out / "comparison.csv", comparison_csv(results))
-        write_atomic(options.out / "comparison.md", comparison_text(results, options.seed))
-        save_figure(options.out / "comparison.png", draw_panels(results, against_size=False))
+        write_atomic(options.out / "comparison.csv", text)
+        write_comparison(options.out, frame)
         save_figure(options.out / "samples.png", draw_samples(runs, evaluator))
-        if len({run.settings["n_train"] for run in runs}) > 1:
-            save_figure(options.out / "scaling.png", draw_panels(results, against_size=True))
         print(f"written to {options.out}")
-
-
-def without_nan(value: Any) -> Any:
-    """The same nested value with null for NaN, as JSON has none."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def main(argv: Sequence[str] | None = None, dataset: DataSet = MNIST) -> None:
     """Run the command line; a user's mistake prints one line and exits 2."""
     try:
         evaluate(parse_options(argv, dataset), dataset)
-    except (UserError, dataset.user_error) as error:
+    except (UserError, dataset.module.UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -11,15 +11,12 @@ so no classifier can be trained on it: use --features inception, or --features n
 from collections.abc import Sequence
 
 import cal_fid_ssim
-from quantum_diffusion_pathmnist import UserError, load_images, select_images, symmetries
+import quantum_diffusion_pathmnist as pathmnist
 
 PATHMNIST = cal_fid_ssim.DataSet(
+    module=pathmnist,
     sources=("pathmnist", "tissue"),
-    load_images=load_images,
-    select_images=select_images,
-    user_error=UserError,
     withdrawn={"classical": (95.72, 0.4107), "quantum": (84.40, 0.0931)},
-    symmetries=symmetries,
 )
 
 

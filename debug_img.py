@@ -15,8 +15,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from cal_fid_ssim import Grid, read_picture, split_grid, to_picture
-from quantum_diffusion_mnist import UserError, save_figure
+from cal_fid_ssim import Grid, read_picture, show_tiles, split_grid
+from quantum_diffusion_mnist import TILE_PADDING, UserError, save_figure
 
 SHOWN = 100  # tiles at most beside the picture
 BOX_COLOUR = "#D55E00"
@@ -34,14 +34,12 @@ def draw_split(path: Path, grid: Grid) -> Figure:
         left.text(x0, y0, number, color=BOX_COLOUR, fontsize=8, va="bottom")
     tiles = grid.images[:SHOWN]
     columns = max(5, math.ceil(math.sqrt(len(tiles))))
+    show_tiles(right, tiles, columns)
     side = tiles.shape[-1]
-    for number, tile in enumerate(tiles):
+    for number in range(len(tiles)):
         row, column = divmod(number, columns)
-        x, y = column * (side + 4), row * (side + 10)
-        right.imshow(to_picture(tile), extent=(x, x + side, y + side, y))
-        right.text(x, y, number, color=BOX_COLOUR, fontsize=8, va="bottom")
-    right.set_xlim(-2, columns * (side + 4))
-    right.set_ylim(math.ceil(len(tiles) / columns) * (side + 10), -10)
+        x, y = column * (side + TILE_PADDING), (row + 0.3) * (side + TILE_PADDING)
+        right.text(x, y, number, color=BOX_COLOUR, fontsize=8)
     right.set_title(f"tiles 0 to {len(tiles) - 1} as extracted, {side}x{side} pixels", fontsize=10)
     for axes in (left, right):
         axes.set_axis_off()

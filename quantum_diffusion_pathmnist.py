@@ -3,15 +3,11 @@
 Implements the system of "Quantum Generative Models for Image Generation: Insights from MNIST and
 MedMNIST" (arXiv 2504.00034) on colour images of colon tissue: one denoising diffusion model per
 tissue class, a small U-Net whose bottleneck channels are re-weighted by a variational circuit, and
-the controls that a fair comparison needs. README.md lists what differs from the authors' code and
-why. The sibling of quantum_diffusion_mnist.py: what has the same name in both is the same.
+the controls that a fair comparison needs. The sibling of quantum_diffusion_mnist.py: what has the
+same name in both is the same. README.md lists what differs from the authors' code and why.
 
     python quantum_diffusion_pathmnist.py --use_quantum                 # adenocarcinoma
     python quantum_diffusion_pathmnist.py --arm matched quantum --labels lymphocytes mucus --augment
-
-Measured: on 70 to 100 training images a class, 2,820 steps, seed 0 (adenocarcinoma, lymphocytes,
-mucus; arms classical and quantum) the models memorise: 90 to 100 % of 100 images are near-copies of
-training images by pixel distance, where 3 to 7 % of held-out images are. See README.md.
 """
 
 import argparse
@@ -22,7 +18,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import platform
 import re
 import shlex
@@ -31,18 +26,22 @@ import subprocess
 import sys
 import tempfile
 import threading
-import zipfile
-import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
+
+# OpenMP's threads spin while they wait for each other: on a machine that is busy with other work
+# that makes a step up to thirteen times slower. Spinning for a shorter time costs nothing.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch loads OpenMP
 
 import medmnist
 import numpy as np
 import pennylane as qml
 import torch
 import torch.nn.functional as F
+import torchvision
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, PngImagePlugin
@@ -53,12 +52,15 @@ from tqdm import tqdm
 # ---------------------------------------------------------------------------------- settings
 
 IMAGE_SIZE = 28
-TILE_PADDING = 2  # pixels between the tiles of a sample grid, before enlargement
+TILE_PADDING = 2  # white pixels between the tiles of a picture, before enlargement
 PREVIEW_STEPS = 50  # respaced sampling steps of the previews
 SAMPLE_BATCH = 16, 64  # least and most images of the final grid that are sampled together
 GIF_BYTES = 400_000
 EXACT_LAYERS = 5  # memory and time grow by 16 with every layer
 MIXED_QUBITS = 10  # of PennyLane's default.mixed: 16 MiB a sample, four times as much each qubit
+
+Noise = Sequence[float] | None  # (p1, p2), depolarising probabilities: see quantum_circuit
+Generators = torch.Generator | Sequence[torch.Generator]  # one for all images, or one for each
 
 ARMS = {
     "classical": "no gate: the paper's classical model",
@@ -92,42 +94,108 @@ class DivergedError(UserError):
     """The loss of a run is not finite."""
 
 
+def between(low: float, high: float) -> Callable[[str], float]:
+    """An argparse type: a number from low to high, whole when ``low`` is an int."""
+
+    def parse(text: str) -> float:
+        value = type(low)(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text}, expected {low} to {high}")
+        return value
+
+    parse.__name__ = type(low).__name__  # argparse names the type in its messages
+    return parse
+
+
+def probabilities(text: str) -> tuple[float, float] | None:
+    """An argparse type: two probabilities, as in 0.001,0.01; None when both are zero."""
+    pair = tuple(map(between(0.0, 1.0), text.split(",")))
+    if len(pair) != 2:
+        raise argparse.ArgumentTypeError(f"{text}, expected two probabilities, as in 0.001,0.01")
+    return pair if any(pair) else None
+
+
+def json_object(text: str) -> dict | None:
+    """An argparse type: a JSON object; None when it is empty."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text}, expected a JSON object, as in {{"seed": 1}}')
+    return value or None
+
+
+def setting(default: Any, kind: Callable, text: str, metavar: str | None = None) -> Any:
+    """A field of Settings that is a flag of the same name."""
+    return field(default=default, metadata={"type": kind, "help": text, "metavar": metavar})
+
+
 @dataclass(frozen=True)
 class Settings:
-    """Everything that one run's result depends on; the command line's help explains each."""
+    """Everything that one run's result depends on."""
 
     arm: str
     data: str
     label: int
     n_train: int | None
     seed: int
-    steps: int
-    batch_size: int
-    lr: float
-    ema_decay: float
-    n_qubits: int
-    n_layers: int
-    timesteps: int
-    n_frames: int
-    n_samples: int
-    sample_steps: int
-    # How a circuit is run: CONDITIONS. A finished run can be sampled under others.
-    simulator: str = "exact"
-    simulator_options: dict | None = None
-    shots: int | None = None
-    gate_noise: tuple[float, float] | None = None
-    readout_noise: float = 0.0
-    trajectories: int = 1
+    steps: int = setting(2820, between(1, 10**8), "optimizer steps: 30 epochs over a full digit")
+    batch_size: int = setting(64, between(1, 10**5), "images per step")
+    lr: float = setting(3e-3, between(1e-9, 1e3), "peak learning rate")
+    ema_decay: float = setting(0.995, between(0.0, 0.999999), "target decay of the weights' mean")
+    n_qubits: int = setting(16, between(1, 1024), "qubits, or units of the matched gate")
+    n_layers: int = setting(3, between(1, 100), "circuit layers")
+    timesteps: int = setting(1000, between(1, 10**5), "noise levels T")
+    n_frames: int = setting(30, between(1, 1000), "previews in a run")
+    n_samples: int = setting(5, between(1, 1000), "images per preview")
+    # How the images are drawn and the circuit is run: CONDITIONS.
+    sample_steps: int | None = setting(
+        None, between(1, 10**5), "sampling steps of the final grid (default: timesteps)"
+    )
+    simulator: str = setting("exact", str, "exact, or a PennyLane device")
+    simulator_options: dict | None = setting(
+        None, json_object, "the PennyLane device's keyword arguments, as a JSON object", "JSON"
+    )
+    shots: int | None = setting(
+        None, between(1, 10**6), "measurements per expectation value (default: exact values)"
+    )
+    gate_noise: tuple[float, float] | None = setting(
+        None,
+        probabilities,
+        "depolarising probabilities: after every one-qubit gate, on both qubits of every CNOT",
+        "P1,P2",
+    )
+    readout_noise: float = setting(
+        0.0, between(0.0, 1.0), "probability that a measured bit is flipped", "Q"
+    )
 
     @property
-    def name(self) -> str:
-        """The run folder's name, for example ``quantum_mnist3_nall_seed0``."""
+    def model_name(self) -> str:
+        """Which weights: arm, data, class, size and seed."""
         size = "all" if self.n_train is None else self.n_train
         label = CLASS_PREFIX + CLASS_NAMES[self.label]
         return f"{self.arm}_{self.data}{label}_n{size}_seed{self.seed}"
 
+    @property
+    def condition(self) -> str:
+        """What is not ideal in a run, for example ``shots1000_gate0.001-0.01``; else empty."""
+        words = [] if self.simulator == "exact" else [self.simulator]
+        if self.shots:
+            words.append(f"shots{self.shots}")
+        if self.gate_noise:
+            words.append("gate{}-{}".format(*self.gate_noise))
+        if self.readout_noise:
+            words.append(f"readout{self.readout_noise}")
+        if self.sample_steps not in (None, self.timesteps):
+            words.append(f"steps{self.sample_steps}")
+        return "_".join(words)
 
-CONDITIONS = {f.name: f.default for f in fields(Settings) if f.default is not MISSING}
+    @property
+    def name(self) -> str:
+        """The run folder's name, for example ``quantum_mnist3_nall_seed0_shots1000``."""
+        return "_".join(filter(None, [self.model_name, self.condition]))
+
+
+CIRCUIT_CONDITIONS = ("simulator", "simulator_options", "shots", "gate_noise", "readout_noise")
+CONDITIONS = ("sample_steps", *CIRCUIT_CONDITIONS)
 
 
 def random_stream(seed: int, *name: object, device: str | torch.device = "cpu") -> torch.Generator:
@@ -140,18 +208,22 @@ def random_stream(seed: int, *name: object, device: str | torch.device = "cpu") 
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def draw(
-    kind: Callable,
-    generator: torch.Generator | Sequence[torch.Generator] | None,
-    n: int,
-    *size: int,
-) -> Tensor:
-    """``kind`` (torch.rand or torch.randn) of n x size, from one generator for all n, or from a
-    sequence of n generators, one for each; None is torch's own."""
+def draw(kind: Callable, generator: Generators | None, *size: int) -> Tensor:
+    """``kind`` (torch.rand or torch.randn) of ``size``, from one generator, or from a sequence of
+    them, one for each entry of the first dimension; None is torch's own."""
     if isinstance(generator, Sequence):
-        return torch.stack([kind(size, generator=g, device=g.device) for g in generator])
-    device = None if generator is None else generator.device
-    return kind(n, *size, generator=generator, device=device)
+        return torch.stack([kind(size[1:], generator=g, device=g.device) for g in generator])
+    return kind(size, generator=generator, device=generator and generator.device)
+
+
+@contextlib.contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Whatever reading a file raises becomes a UserError that names it and what it should be."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"{path}: not {what} ({reason})") from error
 
 
 # -------------------------------------------------------------------------------------- data
@@ -171,9 +243,23 @@ def load_images(data: str, data_dir: Path, split: str = "train") -> tuple[str, T
     Raises:
         UserError: PathMNIST was asked for and cannot be had, or its file is damaged.
     """
+    path = data_dir and data_dir / "pathmnist.npz"
     if data != "tissue":
-        try:
-            return "pathmnist", *_load_pathmnist(data_dir, split)
+        try:  # medmnist checks the md5 of what it downloads
+            download(path, lambda aside: medmnist.PathMNIST("train", root=aside, download=True))
+            with (
+                reading(path, "PathMNIST; delete it to download again"),
+                np.load(path, allow_pickle=False) as arrays,
+            ):
+                images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+                shape = (len(images), IMAGE_SIZE, IMAGE_SIZE, 3)
+                assert images.shape == shape, f"images of shape {images.shape}, expected {shape}"
+                assert images.dtype == np.uint8, f"images of type {images.dtype}, expected uint8"
+                assert labels.dtype.kind in "ui", f"labels of type {labels.dtype}, not integers"
+                assert labels.shape == (len(images), 1), f"{len(images)} images, {labels.shape}"
+                assert np.isin(labels, range(len(PATHMNIST_CLASSES))).all(), "labels outside 0-8"
+                images = torch.from_numpy(images).permute(0, 3, 1, 2)
+                return "pathmnist", images, torch.from_numpy(labels[:, 0].astype(np.int64))
         except ConnectionError as error:
             if data == "pathmnist":
                 way_out = f"copy pathmnist.npz to {data_dir} or use --data tissue"
@@ -188,44 +274,22 @@ def load_images(data: str, data_dir: Path, split: str = "train") -> tuple[str, T
     return "tissue", chosen, torch.full((len(chosen),), len(PATHMNIST_CLASSES))
 
 
-def _load_pathmnist(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
-    """pathmnist.npz. Raises ConnectionError when it is missing and cannot be fetched."""
-    path = data_dir / "pathmnist.npz"
-    if not path.exists():
-        # Fetched aside and renamed, so neither a broken download nor a second process that
-        # downloads at the same time can leave half a data set behind.
-        try:
-            data_dir.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=data_dir) as aside:
-                medmnist.PathMNIST("train", root=aside, download=True)  # checks the md5
-                (Path(aside) / "pathmnist.npz").rename(path)
-        except (OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise ConnectionError(
-                f"no PathMNIST in {data_dir}, download failed: {reason}"
-            ) from None
+def download(path: Path, fetch: Callable[[Path], object]) -> None:
+    """Fetches a data set aside and renames what is to be at ``path``, unless it is there, so that
+    neither a broken download nor a second process leaves half of it. Raises ConnectionError."""
+    if path.exists():
+        return
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"].squeeze()
-        shape = (len(images), IMAGE_SIZE, IMAGE_SIZE, 3)
-        assert images.shape == shape, f"{split}_images of shape {images.shape}, expected {shape}"
-        assert images.dtype == np.uint8, f"{split}_images of type {images.dtype}, expected uint8"
-        assert labels.dtype.kind in "ui", (
-            f"{split}_labels of type {labels.dtype}, expected integers"
-        )
-        assert labels.shape == shape[:1], f"{len(images)} images, but labels {labels.shape}"
-        assert np.isin(labels, range(len(PATHMNIST_CLASSES))).all(), "labels outside 0-8"
-    except (
-        AssertionError,
-        ValueError,
-        KeyError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path}: not PathMNIST ({reason}); delete it to download again") from None
-    return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels.astype(np.int64))
+        folder = path.parents[1] if path.name == "raw" else path.parent  # torchvision's layout
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as aside:
+            fetch(Path(aside))
+            path.parent.mkdir(exist_ok=True)
+            (Path(aside) / path.relative_to(folder)).rename(path)
+    except (OSError, RuntimeError) as error:
+        if not path.exists():
+            reason = " ".join(str(error).split())
+            raise ConnectionError(f"no {path}, download failed: {reason}") from None
 
 
 def select_images(
@@ -265,10 +329,9 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def cosine_beta_schedule(timesteps: int, s: float = 0.008) -> Tensor:
-    """The cosine schedule of Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 17.
+    """beta_1 .. beta_T of the cosine schedule, (timesteps,) float64, clipped to at most 0.999.
 
-    Returns:
-        beta_1 .. beta_T as (timesteps,) float64, clipped to at most 0.999.
+    Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 17.
     """
     t = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
     f = torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2  # alpha_bar(t) = f(t) / f(0)
@@ -288,20 +351,20 @@ class GaussianDiffusion:
     ):
         """``keep`` lists the ascending steps of a respaced process; default all."""
         self.timesteps, self.device = timesteps, torch.device(device)
-        self.model_t = torch.arange(timesteps) if keep is None else keep
-        alpha_bar = torch.cumprod(1 - cosine_beta_schedule(timesteps), 0)[self.model_t]
+        steps = torch.arange(timesteps) if keep is None else keep
+        alpha_bar = torch.cumprod(1 - cosine_beta_schedule(timesteps), 0)[steps]
         previous = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
         beta = 1 - alpha_bar / previous
 
         def table(values: Tensor) -> Tensor:
             return values.float().to(device)
 
+        self.model_t = steps.to(device)
         self.signal, self.noise = table(alpha_bar.sqrt()), table((1 - alpha_bar).sqrt())
         # q(x_{t-1} | x_t, x0), Ho et al. eq. 6 and 7; the variance is beta-tilde.
         self.mean_x0 = table(previous.sqrt() * beta / (1 - alpha_bar))
         self.mean_xt = table((1 - beta).sqrt() * (1 - previous) / (1 - alpha_bar))
         self.std = table((beta * (1 - previous) / (1 - alpha_bar)).sqrt())
-        self.model_t = self.model_t.to(device)
 
     def respaced(self, steps: int) -> "GaussianDiffusion":
         """The process with ``steps`` of the T steps, evenly spaced, first and last included.
@@ -336,27 +399,21 @@ class GaussianDiffusion:
         self,
         model: nn.Module,
         n: int,
-        generator: torch.Generator | Sequence[torch.Generator],
+        generator: Generators,
         steps: int | None = None,
         progress: tqdm | None = None,
     ) -> Tensor:
-        """Draws n images.
+        """Draws n images, (n, C, 28, 28) float32 in -1..1, in ``steps`` of the T steps (all).
 
-        Args:
-            model: (x (n, C, 28, 28), t (n,)) -> v; its attribute ``channels`` gives C (default 1).
-            generator: one for all images, or one for each, in which case an image does not
-                depend on those it is drawn with.
-            steps: of the T steps, how many (respacing); default all of them.
-            progress: a bar that is advanced by one at each step.
-
-        Returns:
-            (n, C, 28, 28) float32 in -1..1.
+        model: (x (n, C, 28, 28), t (n,)) -> v; its attribute ``channels`` gives C (default 1). With
+        a generator for each image, an image does not depend on those it is drawn with. ``progress``
+        is advanced by one at each step.
         """
         process = self if steps is None else self.respaced(steps)
-        size = (getattr(model, "channels", 1), IMAGE_SIZE, IMAGE_SIZE)
-        x = draw(torch.randn, generator, n, *size).to(self.device)
+        size = (n, getattr(model, "channels", 1), IMAGE_SIZE, IMAGE_SIZE)
+        x = draw(torch.randn, generator, *size).to(self.device)
         for t in reversed(range(len(process.model_t))):
-            noise = draw(torch.randn, generator, n, *size).to(self.device)
+            noise = draw(torch.randn, generator, *size).to(self.device)
             x = process.p_sample(model, x, t, noise)
             if progress is not None:
                 progress.update()
@@ -371,30 +428,24 @@ class GaussianDiffusion:
 
 
 def quantum_circuit(
-    angles: Tensor,
-    weights: Tensor,
-    entangle: bool = True,
-    gate_noise: Sequence[float] | None = None,
+    angles: Tensor, weights: Tensor, entangle: bool = True, gate_noise: Noise = None
 ) -> None:
     """The layer's definition in PennyLane operations, on wires 0 .. n-1.
 
     RY(angles[i]), then per layer RZ(weights[l, i, 0]), RY(weights[l, i, 1]) on every qubit and the
     chain CNOT(0,1), CNOT(1,2), ...
 
-    Args:
-        angles: (n,) or (B, n), radians.
-        weights: (L, n, 2) = (RZ, RY) radians; (L, n, 1) for the published circuit, RZ alone.
-        entangle: False leaves the CNOTs out.
-        gate_noise: (p1, p2), probabilities of PennyLane's ``DepolarizingChannel``, which follows
-            every one-qubit gate (p1) and stands on both qubits after every CNOT (p2).
+    angles: (n,) or (B, n), radians; weights: (L, n, 2) = (RZ, RY) radians, or (L, n, 1) for the
+    published circuit, RZ alone; entangle: False leaves the CNOTs out; gate_noise: (p1, p2),
+    probabilities of PennyLane's ``DepolarizingChannel``, which follows every one-qubit gate (p1)
+    and stands on both qubits after every CNOT (p2).
     """
     n_layers, n_qubits, kinds = weights.shape
     p1, p2 = gate_noise or (0, 0)
 
     def depolarise(p: float, *wires: int) -> None:
-        for wire in wires:
-            if p:
-                qml.DepolarizingChannel(p, wires=wire)
+        for wire in wires if p else ():
+            qml.DepolarizingChannel(p, wires=wire)
 
     for i in range(n_qubits):
         qml.RY(angles[..., i], wires=i)
@@ -406,10 +457,9 @@ def quantum_circuit(
             if kinds == 2:
                 qml.RY(weights[layer, i, 1], wires=i)
                 depolarise(p1, i)
-        if entangle:
-            for i in range(n_qubits - 1):
-                qml.CNOT(wires=[i, i + 1])
-                depolarise(p2, i, i + 1)
+        for i in range(n_qubits - 1 if entangle else 0):
+            qml.CNOT(wires=[i, i + 1])
+            depolarise(p2, i, i + 1)
 
 
 def make_qnode(
@@ -420,23 +470,15 @@ def make_qnode(
     diff_method: str | None = "best",
     options: dict | None = None,
     shots: int | None = None,
-    gate_noise: Sequence[float] | None = None,
+    gate_noise: Noise = None,
     readout_noise: float = 0.0,
 ) -> qml.QNode:
-    """``quantum_circuit`` as a QNode on any PennyLane device.
+    """``quantum_circuit`` as a QNode on any PennyLane device; ``options`` are its arguments.
 
-    Args:
-        diff_method: None for inference alone; with shots any other means parameter-shift.
-        options: keyword arguments of the device.
-        shots: measurements of all qubits together; None for exact expectation values.
-        gate_noise, readout_noise: on devices that take channels, such as ``default.mixed``.
-
-    Returns:
-        f(angles (B, n), weights (L, n, 2 or 1)) -> list of n tensors (B,), <Z_i>. Stack on dim -1.
-
-    Raises:
-        ValueError: on a call with weights of other than ``n_layers`` and ``n_qubits``.
-        qml.exceptions.DeviceError: no such device.
+    diff_method is None for inference alone; with shots (measurements of all qubits together; None:
+    exact values) any other means parameter-shift. Noise needs a device that takes channels, such as
+    ``default.mixed``. Returns f(angles (B, n), weights (L, n, 2 or 1)) -> list of n tensors (B,),
+    <Z_i>. Raises qml.exceptions.DeviceError: no such device.
     """
     device = qml.device(device_name, wires=n_qubits, **options or {})
     if shots and diff_method:
@@ -444,9 +486,6 @@ def make_qnode(
 
     @qml.qnode(device, interface="torch", diff_method=diff_method)
     def expectations(angles: Tensor, weights: Tensor):
-        if tuple(weights.shape[:2]) != (n_layers, n_qubits):
-            shape = tuple(weights.shape)
-            raise ValueError(f"weights {shape}, expected ({n_layers}, {n_qubits}, .)")
         quantum_circuit(angles, weights, entangle, gate_noise)
         for i in range(n_qubits if readout_noise else 0):
             qml.BitFlip(readout_noise, wires=i)
@@ -462,7 +501,7 @@ def make_qnode(
     return expectations
 
 
-def transfer_matrices(weights: Tensor, gate_noise: Sequence[float] | None = None) -> Tensor:
+def transfer_matrices(weights: Tensor, gate_noise: Noise = None) -> Tensor:
     """The site tensors of the circuit's matrix product state, doubled, for all inputs at once.
 
     One CNOT chain per layer means: after layer l, qubit i holds b_l = s + c_l (mod 2), where s is
@@ -478,7 +517,7 @@ def transfer_matrices(weights: Tensor, gate_noise: Sequence[float] | None = None
 
     Noise costs nothing: a channel maps the pair (b, b*) of one qubit, so it joins the gate before
     it, and the bond does not grow. The result is the exact mean over all noise. (That of the CNOT
-    which a qubit controls in the last layer changes its own measurement only: see ``sweep``.)
+    which a qubit controls in the last layer changes its own measurement: ``noise_factors``.)
 
     weights: (L, n, 2) or (L, n, 1), radians; gate_noise: as in ``quantum_circuit``. Returns
     (n, 3, D, D) with D = 2 * 4**(L-1), indexed [qubit, (1, cos, sin), bond b b*, bond c c*].
@@ -542,70 +581,7 @@ def depolarising(factor: Tensor) -> Tensor:
     return mixed + factor[..., None, None] * (torch.eye(4, **eye) - mixed)
 
 
-class Paulis(NamedTuple):
-    """What one noise trajectory per sample does to a circuit; see ``insert_paulis``."""
-
-    flips: Tensor  # (n + 1, B, L) int64, of the bond before each site and behind the last one
-    signs: Tensor  # (n + 1, B, L) int64
-    output: Tensor  # (B, n), 1 or -1, times the measured value
-
-
-def draw_paulis(probabilities: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Pauli errors from uniform numbers: each of X, Y, Z with a third of the probability.
-
-    Returns (x, z), bool, shaped like uniform: the error is X^x Z^z up to a phase.
-    """
-    x = uniform < probabilities * 2 / 3
-    return x, (uniform >= probabilities / 3) & (uniform < probabilities)
-
-
-def error_probabilities(
-    weights: Tensor, gate_noise: Sequence[float], entangle: bool = True
-) -> Tensor:
-    """Where errors can be: (n, 1 + 4 L), after the data's RY and, per layer, after RZ, RY, the CNOT
-    whose target the qubit is, and the one whose control it is. weights: as in the circuit."""
-    n_layers, n, kinds = weights.shape
-    p1, p2 = gate_noise
-    table = weights.new_full((n, 1 + 4 * n_layers), p1)
-    table[:, 3::4] = table[:, 4::4] = p2 if entangle else 0
-    table[0, 3::4] = table[-1, 4::4] = 0  # the ends of the chain
-    if kinds == 1:
-        table[:, 2::4] = 0
-    return table
-
-
-def insert_paulis(angles: Tensor, x: Tensor, z: Tensor) -> tuple[Tensor, Paulis]:
-    """Turns Pauli errors inside the circuit into changes at the bonds between its sites.
-
-    X behind RZ is Z before it and Y behind RY; X on a CNOT's target may stand before that CNOT, Z
-    behind the next one. So errors are left before and behind each U_l only. There X flips an index
-    of the site's matrix, U_l[b_l + c_l + x', b_{l-1} + x], which is A with c and b flipped, and Z
-    is a sign (-1)^b or (-1)^(b + c). The bond does not grow.
-
-    angles: (B, n); x, z: (B, n, 1 + 4 L) bool, placed as in ``error_probabilities``.
-    Returns the angles that include the errors of the data's RY, and the rest.
-    """
-    rz_x, ry_x, target_x, control_x = x[..., 1:].unflatten(-1, (-1, 4)).unbind(-1)  # (B, n, L)
-    rz_z, ry_z, target_z, control_z = z[..., 1:].unflatten(-1, (-1, 4)).unbind(-1)
-    before_x = torch.cat([x[..., :1], control_x], -1)  # (B, n, L + 1); the last: before measuring
-    before_z = torch.cat([z[..., :1], control_z ^ target_z], -1)
-    before_z[..., :-1] ^= rz_x ^ rz_z
-    behind_x, behind_z = rz_x ^ ry_x ^ target_x, rz_x ^ ry_z
-    angles = torch.where(before_z[..., 0], -angles, angles)  # Z RY(a)|0> = RY(-a)|0>
-    angles = torch.where(before_x[..., 0], math.pi - angles, angles)  # X RY(a)|0> = RY(pi-a)|0>
-    last = torch.zeros_like(before_x[..., :1])
-    right_flips = torch.cat([before_x[..., 1:-1], last], -1)
-    right_signs = torch.cat([before_z[..., 1:-1], last], -1) ^ behind_z
-    edge = torch.zeros_like(right_flips[:, :1])
-    flips = torch.cat([right_flips ^ behind_x, edge], 1) ^ torch.cat([edge, right_flips], 1)
-    signs = torch.cat([behind_z, edge], 1) ^ torch.cat([edge, right_signs], 1)
-    output = 1 - 2 * before_x[..., -1].to(angles.dtype)
-    return angles, Paulis(flips.transpose(0, 1).long(), signs.transpose(0, 1).long(), output)
-
-
-def environments(
-    angles: Tensor, transfer: Tensor, paulis: Paulis | None = None
-) -> tuple[Tensor, Tensor]:
+def environments(angles: Tensor, transfer: Tensor) -> tuple[Tensor, Tensor]:
     """Everything left and everything right of each bond: one sweep from each end, in one batch.
 
     left_i = T_i(x_i) left_{i-1} starts at the left edge, where c = 0; right_{i-1} =
@@ -620,189 +596,101 @@ def environments(
     inputs = torch.stack([inputs, inputs.flip(0)], 1)  # (n, 2, B, 3, 1)
     maps = torch.stack([transfer.mT, transfer.flip(0)], 1).view(n, 2, 3 * d, d)
     edge = angles.new_ones(2, batch, d)
-    edge[0, :, 1:] = 0
-    arriving, leaving = [], [edge]
-    for i, (x, site) in enumerate(zip(inputs.unbind(0), maps.unbind(0), strict=True)):
-        arriving.append(leaving[-1])
-        if paulis is not None:  # before site i from the left, behind site n-1-i from the right
-            flips = torch.stack([paulis.flips[i], paulis.flips[n - i]])
-            signs = torch.stack([paulis.signs[i], paulis.signs[n - i]])
-            arriving[-1] = move_bond(arriving[-1], flips, signs)
-        stacked = (x * arriving[-1].unsqueeze(2)).view(2, batch, 3 * d)
-        leaving.append(torch.bmm(stacked, site))
-    leaving = torch.stack(leaving)
-    arriving = leaving[:-1] if paulis is None else torch.stack(arriving)
-    return leaving[1:, 0], arriving.flip(0)[:, 1]
+    edge[0, :, 1:].zero_()
+    bonds = [edge]
+    for x, site in zip(inputs.unbind(0), maps.unbind(0), strict=True):
+        bonds.append(torch.bmm((x * bonds[-1].unsqueeze(2)).view(2, batch, 3 * d), site))
+    bonds = torch.stack(bonds)
+    return bonds[1:, 0], bonds[:-1].flip(0)[:, 1]
 
 
-def move_bond(vector: Tensor, flips: Tensor, signs: Tensor) -> Tensor:
-    """Flips and signs the bits of a doubled bond: vector (..., D); flips, signs (..., L) int64.
-
-    The index counts (b_1 b_1* b_2 b_2* .. b_L) with the last bit fastest, D = 2 * 4**(L-1).
-    """
-    n_layers = flips.shape[-1]
-    shift = 2 * torch.arange(n_layers - 1, -1, -1, device=flips.device) - 1  # of b*, b is above it
-    index = torch.arange(vector.shape[-1], device=flips.device)
-    odd = (index[:, None] >> shift[:-1]) + (index[:, None] >> shift[:-1] + 1)  # b + b*
-    parity = signs[..., :-1].to(vector) @ (odd % 2).T.to(vector)
-    mask = (flips[..., :-1] * 3 << shift[:-1]).sum(-1) + flips[..., -1]
-    moved = vector.gather(-1, index ^ mask[..., None])
-    return moved * (1 - 2 * (parity % 2))
-
-
-def sweep(angles: Tensor, transfer: Tensor, gate_noise: Sequence[float] | None = None) -> Tensor:
-    """<Z_i> of every qubit, from the ``transfer_matrices`` of that noise.
+def sweep(angles: Tensor, transfer: Tensor) -> Tensor:
+    """<Z_i> = sum_b (-1)^{b_L} left_i[b] right_i[b] of every qubit, from ``transfer_matrices``.
 
     angles: (B, n), radians; transfer: (n, 3, D, D). Returns (B, n) in -1..1.
     """
-    values = contract(*environments(angles, transfer))
-    if gate_noise:  # on the control of its last CNOT, behind which no site comes
-        factors = values.new_full((values.shape[1],), 1 - 4 * gate_noise[1] / 3)
-        factors[-1] = 1
-        values = values * factors
-    return values
-
-
-def contract(left: Tensor, right: Tensor) -> Tensor:
-    """<Z_i> = sum_b (-1)^{b_L} left_i[b] right_i[b]. left, right: (n, B, D). Returns (B, n)."""
+    left, right = environments(angles, transfer)
     sign = 1 - 2.0 * (torch.arange(left.shape[-1], device=left.device) % 2).to(left)
     return ((left * right) @ sign).T
 
 
-def product_expectations(angles: Tensor, weights: Tensor, noise: Tensor | None = None) -> Tensor:
+def sample_outcomes(angles: Tensor, transfer: Tensor, uniform: Tensor) -> Tensor:
+    """Measures all qubits together, from left to right: 1 or -1 of every qubit and shot.
+
+    What is left of a bond, given the outcomes so far, and all that is right of it give the next
+    qubit's probabilities p(z) = sum of E[b] right[b] over b_L = z. These are the joint distribution
+    of the noisy circuit; every shot has errors of its own, and nothing is approximated.
+
+    angles: (B, n), radians; transfer: (n, 3, D, D); uniform: (B, S, n) random numbers in 0..1, one
+    for each measurement. Returns (B, S, n).
+    """
+    _, right = environments(angles, transfer)
+    inputs = torch.stack([torch.ones_like(angles), angles.cos(), angles.sin()], -1)
+    left = angles.new_zeros(*uniform.shape[:2], transfer.shape[-1])
+    left[..., 0].fill_(1)
+    outcomes = []
+    for i, number in enumerate(uniform.unbind(-1)):
+        left = left @ torch.einsum("bk,kdc->bcd", inputs[:, i], transfer[i])
+        pairs = right[i].unflatten(-1, (-1, 2))  # the last bit of b is the measured one
+        weight = left @ torch.diag_embed(pairs).flatten(1, 2)  # (B, S, 2)
+        zero, one = weight.clamp(min=0).unbind(-1)  # p(0), p(1)
+        bit = number * (zero + one) >= zero
+        kept = torch.stack([~bit, bit], -1) / torch.where(bit, one, zero)[..., None]
+        left = (left.unflatten(-1, (-1, 2)) * kept[..., None, :]).flatten(-2)
+        outcomes.append(1 - 2 * bit.to(angles.dtype))
+    return torch.stack(outcomes, -1)
+
+
+def product_expectations(angles: Tensor, weights: Tensor) -> Tensor:
     """<Z_i> without CNOTs: every qubit's Bloch vector (x, y, z), turned gate by gate.
 
-    angles: (B, n), weights: (L, n, 2) as in ``quantum_circuit``; noise: (B or 1, n, 1 + 2 L, 3),
-    factors of x, y, z after the data's RY and after each RZ and RY. Returns (B, n).
+    angles: (B, n), weights: (L, n, 2) as in ``quantum_circuit``. Returns (B, n).
     """
-    if noise is None:
-        noise = angles.new_ones(1, 1, 1 + 2 * len(weights), 3)
-    factors = iter(noise.unbind(2))
-    x, y, z = (torch.stack([angles.sin(), 0 * angles, angles.cos()], -1) * next(factors)).unbind(-1)
+    x, y, z = angles.sin(), 0 * angles, angles.cos()
     for rz, ry in weights.mT:  # (n,) each
         x, y = x * rz.cos() - y * rz.sin(), x * rz.sin() + y * rz.cos()
-        x, y, z = (torch.stack([x, y, z], -1) * next(factors)).unbind(-1)
         x, z = x * ry.cos() + z * ry.sin(), z * ry.cos() - x * ry.sin()
-        x, y, z = (torch.stack([x, y, z], -1) * next(factors)).unbind(-1)
     return z
 
 
-def site_matrices(weights: Tensor) -> Tensor:
-    """A_i[c, b] of ``transfer_matrices`` itself, for either value of b_0, which the data sets.
-
-    weights: (L, n, 2 or 1). Returns (n, 2, 2**L, 2**L) complex, indexed [qubit, b_0, c, b], the
-    bits of a bond in the order (b_1 .. b_L), the last one fastest.
-    """
-    n_layers, _, kinds = weights.shape
-    rz = weights[..., 0] / 2
-    half = weights[..., 1] / 2 if kinds == 2 else torch.zeros_like(rz)
-    ry = torch.stack([half.cos(), -half.sin(), half.sin(), half.cos()], -1).unflatten(-1, (2, 2))
-    unitary = (
-        ry
-        * torch.stack([torch.polar(torch.ones_like(rz), k * rz) for k in (-1, 1)], -1)[..., None, :]
-    )
-    index = torch.arange(2**n_layers, device=weights.device)
-    bits = index[:, None] >> torch.arange(n_layers, device=weights.device).flip(0) & 1
-    before = torch.arange(2, device=weights.device)[:, None, None]  # b_0
-    site = 1
-    for layer, bit in zip(unitary, bits.T, strict=True):
-        site = site * layer[:, bit[:, None] ^ bit, before]
-        before = bit[None, None]
-    return site
-
-
-def sample_outcomes(
-    angles: Tensor, sites: Tensor, right: Tensor, uniform: Tensor, paulis: Paulis | None = None
+def noise_factors(
+    n: int,
+    n_layers: int,
+    entangle: bool = True,
+    gate_noise: Noise = None,
+    readout_noise: float = 0.0,
 ) -> Tensor:
-    """Measures all qubits together, from left to right: 1 or -1 of every qubit and shot.
-
-    The amplitude over the bond behind the qubits measured so far, with what is right of it, gives
-    the next qubit's probabilities. These are the joint distribution; nothing is approximated.
-
-    Args:
-        angles: (B, n), radians.
-        sites: of ``site_matrices``.
-        right: (n, B, D), of ``environments``.
-        uniform: (B, S, n) random numbers in 0..1, one for each measurement.
-        paulis: the errors in the circuit, for which ``right`` was made too.
-
-    Returns:
-        (B, S, n), 1 or -1.
-    """
-    batch, shots, n = uniform.shape
-    dim = sites.shape[-1]
-    n_layers = dim.bit_length() - 1
-    # right = S + K holds the Hermitian matrix S - iK for either value of b_L.
-    pairs = range(2, 2 * n_layers, 2)  # where the bits b stand, each before its b*
-    right = right.view(n, batch, *[2] * (2 * n_layers - 1))
-    right = right.permute(0, 1, -1, *pairs, *(k + 1 for k in pairs))
-    right = right.reshape(n, batch, 2, dim // 2, dim // 2)
-    right = torch.complex(right + right.mT, right.mT - right) / 2
-    data = torch.stack([(angles / 2).cos(), (angles / 2).sin()], -1).to(sites)
-    index = torch.arange(dim, device=angles.device)
-    places = torch.arange(n_layers, device=angles.device).flip(0)
-    amplitude = sites.new_zeros(batch, shots, dim)
-    amplitude[..., 0] = 1
-    outcomes = []
-    for i in range(n):
-        site = torch.einsum("bk,kcd->bcd", data[:, i], sites[i])
-        if paulis is not None:
-            bits = (index >> places[:, None] & 1).to(data)  # no integer products on a GPU
-            parity = (paulis.signs[i].to(data) @ bits).real % 2  # (B, dim)
-            rows = index ^ (paulis.flips[i] << places).sum(-1, keepdim=True)
-            site = (site * (1 - 2 * parity)[..., None]).take_along_dim(rows[..., None], 1)
-        amplitude = (amplitude @ site).view(batch, shots, dim // 2, 2)
-        halves = amplitude.permute(0, 3, 1, 2)  # (B, 2, S, dim / 2)
-        weight = ((halves @ right[i]) * halves.conj()).sum(-1).real.clamp(min=0)
-        zero, one = weight.unbind(1)  # (B, S), up to a common factor the two probabilities
-        bit = uniform[..., i] * (zero + one) >= zero
-        kept = torch.stack([~bit, bit], -1) / torch.where(bit, one, zero).sqrt()[..., None]
-        amplitude = (amplitude * kept[:, :, None]).flatten(2)
-        outcomes.append(1 - 2 * bit.to(angles.dtype))
-    outcomes = torch.stack(outcomes, -1)
-    return outcomes if paulis is None else outcomes * paulis.output[:, None]
-
-
-def bloch_signs(x: Tensor, z: Tensor) -> Tensor:
-    """What errors X^x Z^z do to a Bloch vector, for ``product_expectations``.
-
-    x, z: (B, n, 1 + 4 L) bool, placed as in ``error_probabilities``. Returns (B, n, 1 + 2 L, 3).
-    """
-    odd = torch.stack([z, x ^ z, x], -1)
-    gates = odd[:, :, 1:].unflatten(2, (-1, 4))[:, :, :, :2].flatten(2, 3)  # no CNOTs
-    return 1 - 2 * torch.cat([odd[:, :, :1], gates], 2).to(torch.get_default_dtype())
+    """By what <Z_i> shrinks behind the sites, (n,): a flip of the measured bit with probability q
+    is a factor 1 - 2 q. Misread bits; the errors of the last CNOT on its control, behind which no
+    site comes; and without CNOTs those of all 1 + 2 L gates of a qubit."""
+    p1, p2 = gate_noise or (0.0, 0.0)
+    factors = torch.full((n,), 1 - 2 * readout_noise, dtype=torch.float64)
+    if not entangle:
+        return factors * (1 - 4 * p1 / 3) ** (1 + 2 * n_layers)
+    factors[:-1] *= 1 - 4 * p2 / 3
+    return factors
 
 
 def staircase_expectations(
-    angles: Tensor,
-    weights: Tensor,
-    entangle: bool = True,
-    gate_noise: Sequence[float] | None = None,
+    angles: Tensor, weights: Tensor, entangle: bool = True, gate_noise: Noise = None
 ) -> Tensor:
-    """``quantum_circuit`` simulated exactly: <Z_i> of every qubit.
+    """``quantum_circuit`` simulated exactly: <Z_i> of every qubit, the mean over all errors.
 
-    A matrix product state of bond dimension 2**L holds the circuit's state without truncation, so
-    time and memory grow linearly with the number of qubits (exponentially with layers only). With
-    noise the same holds for its density matrix: the result is the exact mean over all errors.
+    A matrix product state of bond dimension 2**L holds the circuit's state, with noise its density
+    matrix, without truncation: time and memory grow linearly with the number of qubits.
 
-    Args:
-        angles: (B, n), radians, float32 or float64.
-        weights: (L, n, 2) = (RZ, RY) radians, or (L, n, 1) for RZ alone, with entanglement.
-        entangle: False leaves the CNOTs out.
-        gate_noise: (p1, p2), depolarising probabilities, see ``quantum_circuit``.
-
-    Returns:
-        (B, n) in -1..1, differentiable in both arguments.
+    angles: (B, n), radians; weights: (L, n, 2) or with entanglement (L, n, 1), radians. Returns
+    (B, n) in -1..1, differentiable in both.
     """
     if entangle:
-        return sweep(angles, transfer_matrices(weights, gate_noise), gate_noise)
-    if not gate_noise:
-        return product_expectations(angles, weights)
-    factors = angles.new_full((1, 1, 1 + 2 * len(weights), 3), 1 - 4 * gate_noise[0] / 3)
-    return product_expectations(angles, weights, factors)
+        values = sweep(angles, transfer_matrices(weights, gate_noise))
+    else:
+        values = product_expectations(angles, weights)
+    factors = noise_factors(*weights.shape[1::-1], entangle, gate_noise)
+    return values * factors.to(values) if gate_noise else values
 
 
-def check_simulation(arm: str, gate_noise: Sequence[float] | None = None) -> None:
+def check_simulation(arm: str, gate_noise: Noise = None) -> None:
     """Compares the exact simulation with PennyLane's, on a small random circuit of this arm.
 
     Raises UserError when values or gradients differ: one was edited without the other.
@@ -811,19 +699,19 @@ def check_simulation(arm: str, gate_noise: Sequence[float] | None = None) -> Non
     entangle, kinds = arm != "product", 1 if arm == "published" else 2
     angles = torch.randn(2, 4, dtype=torch.float64, generator=generator).requires_grad_()
     weights = torch.randn(2, 4, kinds, dtype=torch.float64, generator=generator).requires_grad_()
-    probe = torch.randn(2, 4, dtype=torch.float64, generator=generator)
     device = "default.mixed" if gate_noise else "default.qubit"
     qnode = make_qnode(4, 2, device, entangle, gate_noise=gate_noise)
     reference = torch.stack(qnode(angles, weights), -1)
     exact = staircase_expectations(angles, weights, entangle, gate_noise)
+    probe = torch.randn(2, 4, dtype=torch.float64, generator=generator)
     ours, theirs = (
         [values, *torch.autograd.grad((values * probe).sum(), (angles, weights))]
         for values in (exact, reference)
     )
-    errors = [(a - b).abs().max() for a, b in zip(ours, theirs, strict=True)]
-    if not max(errors) < (1e-6 if gate_noise else 1e-9):  # PennyLane's channels are float32
+    error = max((a - b).abs().max() for a, b in zip(ours, theirs, strict=True))
+    if not error < (1e-6 if gate_noise else 1e-9):  # PennyLane's channels are float32
         raise UserError(
-            f"the exact simulation differs from quantum_circuit by {max(errors):.1e}: one was "
+            f"the exact simulation differs from quantum_circuit by {error:.1e}: one was "
             "edited without the other. Use --simulator default.qubit, or mend transfer_matrices"
         )
 
@@ -862,21 +750,11 @@ class MatchedAttention(nn.Module):
 class QuantumAttention(MatchedAttention):
     """The gate of the paper: the same projections, with <Z_i> of the circuit between them.
 
-    Args:
-        channels: C.
-        arm: which circuit, one of ``QUANTUM_ARMS``.
-        simulator: ``exact`` or the name of a PennyLane device.
-        simulator_options: keyword arguments of that device.
-        shots: <Z_i> is the mean of so many measurements of all qubits together (None: exact). The
-            gradient is that of <Z_i> without shots (straight-through), given the drawn errors, or
-            on a PennyLane device the parameter-shift rule's, measured as well.
-        gate_noise: (p1, p2), depolarising probabilities, see ``quantum_circuit``.
-        readout_noise: probability that a measured bit is flipped.
-        trajectories: each sample's <Z_i> is the mean over so many draws of its errors, which share
-            the shots; 0: over all that can be, exactly, and each shot has errors of its own.
-
-    Attributes:
-        generator: of shots and errors: one for the batch, or a sequence, one for each sample.
+    channels is C; arm one of ``QUANTUM_ARMS``; simulator ``exact``, or a PennyLane device with its
+    keyword arguments. With shots <Z_i> is the mean of so many measurements of all qubits together,
+    each with errors of its own, and the gradient is the exact mean's (straight-through), or on a
+    PennyLane device the parameter-shift rule's, measured as well. ``readout_noise`` is the
+    probability that a measured bit is flipped. The attribute ``generator`` draws the shots.
     """
 
     def __init__(
@@ -888,20 +766,20 @@ class QuantumAttention(MatchedAttention):
         simulator: str = "exact",
         simulator_options: dict | None = None,
         shots: int | None = None,
-        gate_noise: Sequence[float] | None = None,
+        gate_noise: Noise = None,
         readout_noise: float = 0.0,
-        trajectories: int = 1,
     ):
         super().__init__(channels, n_qubits, n_layers)
         self.entangle = arm != "product"
         kinds = 1 if arm == "published" else 2
         weights = torch.rand(n_layers, n_qubits, kinds) * 2 * math.pi  # as PennyLane's TorchLayer
         self.weights = nn.Parameter(weights, requires_grad=arm != "frozen")
-        self.shots, self.gate_noise, self.readout_noise = shots, gate_noise, readout_noise
-        self.trajectories = trajectories
-        self.generator: torch.Generator | Sequence[torch.Generator] | None = None
-        self.qnode = self.inference_qnode = None
-        self.cache: tuple[object, Tensor] | None = None
+        self.shots, self.gate_noise = shots, gate_noise
+        self.noisy = bool(gate_noise or readout_noise)
+        factors = noise_factors(n_qubits, n_layers, self.entangle, gate_noise, readout_noise)
+        self.register_buffer("factors", factors, persistent=False)
+        self.generator: Generators | None = None
+        self.qnode = self.inference_qnode = self.kept = None
         if simulator != "exact":
             circuit = (n_qubits, n_layers, simulator, self.entangle)
             how = (simulator_options, shots, gate_noise, readout_noise)
@@ -914,60 +792,38 @@ class QuantumAttention(MatchedAttention):
             qnode = self.qnode if torch.is_grad_enabled() else self.inference_qnode
             values = torch.stack(qnode(angles.cpu(), self.weights.cpu()), -1).to(angles)
             return values.view_as(angles)  # with shots some devices drop a batch of one
-        if not self.gate_noise or self.trajectories:
-            return self._run(angles, self.trajectories if self.gate_noise else 1)
         if self.entangle:
-            mean = sweep(angles, self._transfer(self.gate_noise), self.gate_noise)
+            transfer = self._transfer()
+            mean = sweep(angles, transfer)
         else:
-            mean = staircase_expectations(angles, self.weights, False, self.gate_noise)
-        mean = mean * (1 - 2 * self.readout_noise)
+            transfer = None
+            mean = product_expectations(angles, self.weights)
+        if self.noisy:
+            mean = mean * self.factors.to(mean)
         if self.shots:
-            with torch.no_grad():
-                measured = self._run(angles, self.shots)
-            mean = mean + (measured - mean.detach())
+            mean = mean + (self._measure(angles, transfer, mean) - mean).detach()
         return mean
 
-    def _run(self, angles: Tensor, copies: int) -> Tensor:
-        """The mean over ``copies`` of each sample, each with errors of its own. (B, n) -> (B, n)"""
-        batch, n = angles.shape
-        paulis = factors = None
-        if self.gate_noise:
-            angles = angles.repeat_interleave(copies, 0)
-            table = error_probabilities(self.weights, self.gate_noise, self.entangle)
-            uniform = draw(torch.rand, self.generator, batch, copies, *table.shape)
-            x, z = draw_paulis(table, uniform.to(angles).flatten(0, 1))
-            if self.entangle:
-                angles, paulis = insert_paulis(angles, x, z)
-            else:
-                factors = bloch_signs(x, z)
-        if self.entangle:
-            left, right = environments(angles, self._transfer(), paulis)
-            values = contract(left, right)
-            values = values if paulis is None else values * paulis.output
-        else:
-            values = product_expectations(angles, self.weights, factors)
-        mean = values * (1 - 2 * self.readout_noise) if self.readout_noise else values
-        if self.shots:
-            with torch.no_grad():
-                size = copies, 1 + (self.readout_noise > 0), self.shots // copies, n
-                uniform = draw(torch.rand, self.generator, batch, *size).to(angles).flatten(0, 1)
-                if self.entangle:
-                    sites = site_matrices(self.weights)
-                    bits = sample_outcomes(angles, sites, right, uniform[:, 0], paulis)
-                else:
-                    bits = 2 * (2 * uniform[:, 0] < 1 + values[:, None]).to(angles) - 1
-                bits = torch.where(uniform[:, -1] < self.readout_noise, -bits, bits)
-            mean = mean + (bits.mean(1) - mean).detach()
-        return mean if copies == 1 else mean.view(batch, copies, n).mean(1)
+    @torch.no_grad()
+    def _measure(self, angles: Tensor, transfer: Tensor | None, mean: Tensor) -> Tensor:
+        """The mean (B, n) of ``shots`` measurements of all qubits together."""
+        size = len(angles), 1 + self.noisy, self.shots, angles.shape[1]
+        uniform = draw(torch.rand, self.generator, *size).to(angles)
+        if transfer is None:  # the qubits are independent
+            return 2 * (2 * uniform[:, 0] < 1 + mean[:, None]).to(angles).mean(1) - 1
+        bits = sample_outcomes(angles, transfer, uniform[:, 0])
+        if self.noisy:
+            bits = torch.where(2 * uniform[:, 1] < 1 - self.factors.to(bits), -bits, bits)
+        return bits.mean(1)
 
-    def _transfer(self, gate_noise: Sequence[float] | None = None) -> Tensor:
+    def _transfer(self) -> Tensor:
         """The circuit's transfer matrices; without gradients, kept until the weights change."""
         if torch.is_grad_enabled():
-            return transfer_matrices(self.weights, gate_noise)
-        state = (self.weights._version, self.weights.data_ptr(), self.weights.dtype, gate_noise)
-        if self.cache is None or self.cache[0] != state:
-            self.cache = state, transfer_matrices(self.weights, gate_noise)
-        return self.cache[1]
+            return transfer_matrices(self.weights, self.gate_noise)
+        state = self.weights._version, self.weights.data_ptr(), self.weights.dtype
+        if self.kept is None or self.kept[0] != state:
+            self.kept = state, transfer_matrices(self.weights, self.gate_noise)
+        return self.kept[1]
 
 
 # -------------------------------------------------------------------------------------- U-Net
@@ -976,9 +832,15 @@ class QuantumAttention(MatchedAttention):
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Sinusoidal embedding (Vaswani et al. 2017). t: (B,). Returns (B, dim), dim even."""
     k = torch.arange(dim // 2, device=t.device)
-    frequencies = torch.exp(-math.log(10_000) * k / (dim // 2))
-    phases = t.float()[:, None] * frequencies
+    phases = t.float()[:, None] * torch.exp(-math.log(10_000) * k / (dim // 2))
     return torch.cat([phases.sin(), phases.cos()], dim=1)
+
+
+def start_at_zero(layer: nn.Module) -> nn.Module:
+    """The same layer, with zero weights and bias."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class ResBlock(nn.Module):
@@ -988,10 +850,8 @@ class ResBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.GroupNorm(8, channels), nn.GroupNorm(8, channels)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = start_at_zero(nn.Conv2d(channels, channels, 3, padding=1))
         self.modulation = nn.Linear(embedding, 2 * channels)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x (B, channels, H, W), embedding (B, E) -> (B, channels, H, W)."""
@@ -1008,9 +868,7 @@ class SelfAttention(nn.Module):
         self.heads = heads
         self.norm = nn.GroupNorm(8, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.out = start_at_zero(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, channels, H, W) -> the same shape."""
@@ -1024,15 +882,9 @@ class SelfAttention(nn.Module):
 class UNet(nn.Module):
     """The denoiser: 28x28 folded to 14x14, then 7x7, where the gate sits; a skip at both.
 
-    Args:
-        channels: of the images, 1 or 3.
-        arm: one of ``ARMS``.
-        width: feature channels at 14x14.
-        bottleneck: feature channels at 7x7 (C of the gate).
-        conditions: how the circuit is run, see ``QuantumAttention``.
-
-    Raises:
-        ValueError: unknown arm.
+    channels: of the images, 1 or 3; arm: one of ``ARMS``; width: feature channels at 14x14;
+    bottleneck: feature channels at 7x7 (C of the gate); conditions: how the circuit is run, see
+    ``QuantumAttention``. Raises ValueError for an unknown arm.
     """
 
     def __init__(
@@ -1064,9 +916,7 @@ class UNet(nn.Module):
         self.merge14 = nn.Conv2d(2 * width, width, 1)
         self.decode14 = ResBlock(width, embedding)
         self.norm = nn.GroupNorm(8, width)
-        self.head = nn.Conv2d(width, 4 * channels, 3, padding=1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.head = start_at_zero(nn.Conv2d(width, 4 * channels, 3, padding=1))
         # Built last: the same seed gives the same U-Net in every arm.
         self.gate: nn.Module | None = None
         if arm == "matched":
@@ -1075,8 +925,8 @@ class UNet(nn.Module):
             self.gate = QuantumAttention(bottleneck, n_qubits, n_layers, arm, **conditions)
         self.to(memory_format=torch.channels_last)
 
-    def seed_circuit(self, generator: torch.Generator | Sequence[torch.Generator]) -> None:
-        """Where the circuit's shots and errors come from: one for the batch, or one a sample."""
+    def seed_circuit(self, generator: Generators) -> None:
+        """Where the circuit's shots come from: one for the batch, or one a sample."""
         if isinstance(self.gate, QuantumAttention):
             self.gate.generator = generator
 
@@ -1132,30 +982,29 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         raise
 
 
-def save_grid(path: Path, images: Tensor) -> None:
-    """Saves images (N, C, H, W) uint8 as one lossless PNG, with a description to split it by.
+def tile(images: Tensor, columns: int, scale: int = 1) -> np.ndarray:
+    """Images (N, C, H, W) uint8 as one picture (height, width, C), row by row on a white ground,
+    TILE_PADDING pixels apart and then enlarged ``scale`` times."""
+    half = [TILE_PADDING // 2] * 4
+    tiles = F.pad(images.cpu(), half, value=255)
+    picture = torchvision.utils.make_grid(tiles, nrow=columns, padding=0, pad_value=255)
+    picture = F.pad(picture, half, value=255)[: images.shape[1]].permute(1, 2, 0)
+    return picture.repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy()
 
-    Tile k stands at row k // columns, column k % columns, on a white ground; the text chunk
-    ``grid`` holds count, columns, tile size, padding, scale, channels and value range as JSON.
-    """
+
+def save_grid(path: Path, images: Tensor) -> None:
+    """Saves images (N, C, H, W) uint8 as one lossless PNG, with a description to split it by:
+    the text chunk ``grid`` holds count, columns, tile size, padding, scale, channels and value
+    range as JSON. Tile k stands at row k // columns, column k % columns."""
     n, channels, height, width = images.shape
     columns = min(n, max(5, math.ceil(math.sqrt(n))))
-    rows = math.ceil(n / columns)
     scale = max(1, min(4, 640 // (columns * (width + TILE_PADDING))))
-    size = [rows * (height + TILE_PADDING), columns * (width + TILE_PADDING), channels]
-    canvas = np.full([size[0] + TILE_PADDING, size[1] + TILE_PADDING, channels], 255, np.uint8)
-    for k, tile in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
-        top = TILE_PADDING + k // columns * (height + TILE_PADDING)
-        left = TILE_PADDING + k % columns * (width + TILE_PADDING)
-        canvas[top : top + height, left : left + width] = tile
     description = {"count": n, "columns": columns, "tile_height": height, "tile_width": width}
     description |= {"padding": TILE_PADDING, "scale": scale, "channels": channels}
-    description |= {"value_range": [-1.0, 1.0]}
     text = PngImagePlugin.PngInfo()
-    text.add_text("grid", json.dumps(description))
-    picture = Image.fromarray(canvas.repeat(scale, 0).repeat(scale, 1).squeeze())
+    text.add_text("grid", json.dumps(description | {"value_range": [-1.0, 1.0]}))
     buffer = io.BytesIO()
-    picture.save(buffer, "png", pnginfo=text)
+    Image.fromarray(tile(images, columns, scale).squeeze()).save(buffer, "png", pnginfo=text)
     write_atomic(path, buffer.getvalue())
 
 
@@ -1164,21 +1013,16 @@ def load_grid(path: Path) -> Tensor:
 
     Raises UserError: no such file, damaged, or without the description.
     """
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            grid = json.loads(picture.text["grid"])
-            canvas = np.asarray(picture)[:: grid["scale"], :: grid["scale"]]
-        height, width, padding = grid["tile_height"], grid["tile_width"], grid["padding"]
-        canvas = canvas.reshape(*canvas.shape[:2], grid["channels"])
-        tiles = np.empty((grid["count"], height, width, grid["channels"]), np.uint8)
-        for k in range(grid["count"]):
-            row, column = divmod(k, grid["columns"])
-            top, left = padding + row * (height + padding), padding + column * (width + padding)
-            tiles[k] = canvas[top : top + height, left : left + width]
-    except (OSError, SyntaxError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise UserError(f"{path}: not a sample grid of this project ({error!r})") from None
-    return torch.from_numpy(tiles).permute(0, 3, 1, 2)
+    with reading(path, "a sample grid of this project"), Image.open(path) as picture:
+        picture.load()
+        grid = json.loads(picture.text["grid"])
+        half, scale = grid["padding"] // 2, grid["scale"]
+        canvas = torch.from_numpy(np.array(picture)[::scale, ::scale])
+        canvas = canvas.view(*canvas.shape[:2], grid["channels"])[half:-half, half:-half]
+        height, width = grid["tile_height"] + 2 * half, grid["tile_width"] + 2 * half
+        rows = canvas.unfold(0, height, height).unfold(1, width, width)
+        assert rows.shape[:2] == (-(-grid["count"] // grid["columns"]), grid["columns"])
+        return rows.flatten(0, 1)[: grid["count"], :, half:-half, half:-half].contiguous()
 
 
 def save_gif(path: Path, frames: Sequence[tuple[str, Tensor]]) -> None:
@@ -1190,10 +1034,9 @@ def save_gif(path: Path, frames: Sequence[tuple[str, Tensor]]) -> None:
     for scale, stride in [(4, 1), (3, 1), (2, 1), (1, 1), (1, 2), (1, 4), (1, 8)]:
         pictures = []
         for caption, images in frames[::-1][::stride][::-1]:  # the last frame always stays
-            tiles = F.pad(images[:10], (1, 1, 1, 1), value=255).permute(2, 0, 3, 1).cpu().numpy()
-            strip = tiles.reshape(len(tiles), -1, tiles.shape[3]).repeat(scale, 0).repeat(scale, 1)
-            canvas = Image.new("RGB", (strip.shape[1], strip.shape[0] + 14), "white")
-            canvas.paste(Image.fromarray(strip.squeeze()), (0, 14))
+            strip = Image.fromarray(tile(images[:10], 10, scale).squeeze())
+            canvas = Image.new("RGB", (strip.width, strip.height + 14), "white")
+            canvas.paste(strip, (0, 14))
             ImageDraw.Draw(canvas).text((3, 1), caption, fill="black")
             pictures.append(canvas.quantize(64))
         buffer = io.BytesIO()
@@ -1222,9 +1065,8 @@ def save_loss_curve(path: Path, losses: Tensor, title: str) -> None:
     axes.plot(range(1, len(losses) + 1), losses, color="#bbbbbb", lw=0.5, label="each step")
     centres = (torch.arange(len(smooth)) + 0.5) * window + 0.5
     axes.plot(centres, smooth, color="#0072b2", lw=1.2, label=f"mean of {window}")
-    axes.set(
-        xlabel="optimizer step", ylabel="weighted squared error of v", title=title, yscale="log"
-    )
+    label = "weighted squared error of v"
+    axes.set(xlabel="optimizer step", ylabel=label, title=title, yscale="log")
     axes.legend(frameon=False)
     save_figure(path, figure)
 
@@ -1254,84 +1096,81 @@ def run_config(settings: Settings, images: Tensor, counts: dict, argv: Sequence[
         git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
         command = [*git, "--abbrev=40", "--exclude=*"]
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return {
+    digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
+    config = {
         "name": settings.name,
+        "condition": settings.condition,
         "command": shlex.join([Path(__file__).name, *argv]),
         "settings": asdict(settings) | {"label_name": CLASS_NAMES[settings.label]},
-        "images": {"source": settings.data, "split": "train"}
-        | counts
-        | {"used": len(images), "sha256": hashlib.sha256(images.numpy().tobytes()).hexdigest()},
+        "images": {"source": settings.data, "split": "train", **counts, "used": len(images)}
+        | {"sha256": digest},
+        "weights": {"weights_sha256": None},
         "parameters": {name: sum(p.numel() for p in part) for name, part in parameters.items()},
         "versions": {"python": platform.python_version()}
         | {module.__name__: module.__version__ for module in (torch, qml, np)},
         "git": {"commit": commit.removesuffix("-dirty"), "dirty": commit.endswith("-dirty")},
     }
+    return json.loads(json.dumps(config))
 
 
-def open_run(folder: Path, config: dict) -> Path:
+def read_config(path: Path) -> dict:
+    """A run's ``config.json``. Raises UserError when it is none, or an older version's."""
+    with reading(path, "a run's configuration of this version"):
+        config = json.loads(path.read_text())
+        assert all(isinstance(config[part], dict) for part in ("settings", "images", "weights"))
+        assert isinstance(config["n_eval"], int), "no number of images"
+        return config
+
+
+def differences(known: dict, asked: dict, skip: Sequence[str] = ()) -> str:
+    """In what two configurations differ, as text for an error; empty when in nothing."""
+    return ", ".join(
+        f"{key} {known[part].get(key)!r} (asked for: {value!r})"
+        for part in ("settings", "images", "weights")
+        for key, value in asked[part].items()
+        if key not in skip and known[part].get(key) != value
+    )
+
+
+def open_run(folder: Path, config: dict) -> None:
     """Creates the run folder, or makes sure that the existing one belongs to this very run.
 
-    A finished run may be sampled under other CONDITIONS or in other steps; the grid is then named
-    after them, and config.json says so. Returns the path of the grid. Raises UserError when
-    the folder holds something else, and names the settings that differ.
+    Raises UserError when the folder holds something else, and names the settings that differ.
     """
-    path, grid = folder / "config.json", folder / "samples_final.png"
-    config = json.loads(json.dumps(config))
+    path = folder / "config.json"
     if not path.exists():
         if folder.exists() and any(not f.name.endswith(".tmp") for f in folder.iterdir()):
             raise UserError(f"{folder} has no config.json: not a run; use another --save_dir")
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(config, indent=2) + "\n")
-        return grid
+        return write_atomic(path, json.dumps(config, indent=2) + "\n")
     for left in folder.rglob(".*.tmp"):  # by a process that was killed while it wrote
         left.unlink()
-    try:
-        known = json.loads(path.read_text())
-        known["settings"] = CONDITIONS | known["settings"]
-        differences = {
-            key: f"{key} {known[part].get(key)!r} (asked for: {value!r})"
-            for part in ("settings", "images")
-            for key, value in config[part].items()
-            if known[part].get(key) != value
-        }
-        conditions = {name: config["settings"][name] for name in (*CONDITIONS, "sample_steps")}
-        finished, entry = (folder / "model.pt").exists(), known
-        if finished and differences and differences.keys() <= conditions.keys():
-            grid = folder / f"samples_final_{conditions_name(config['settings'])}.png"
-            entry = {"conditions": conditions, "command": config["command"]}
-            entry = known.setdefault("other_grids", {}).setdefault(grid.name, entry)
-            differences = {
-                name: f"{grid.name} made with {name} {entry['conditions'][name]!r} (now {value!r})"
-                for name, value in conditions.items()
-                if entry["conditions"][name] != value
-            }
-        if not differences and config["n_eval"] > entry.get("n_eval", 0):
-            entry["n_eval"] = config["n_eval"]
-            write_atomic(path, json.dumps(known, indent=2) + "\n")
-    except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}); use another --save_dir") from None
-    if differences:
-        found = f"a run with other settings: {', '.join(differences.values())}"
+    known = read_config(path)
+    if found := differences(known, config):
+        found = f"a run with other settings: {found}"
         raise UserError(f"{folder} holds {found}; use another --save_dir or remove that folder")
-    return grid
+    if config["n_eval"] > known["n_eval"]:
+        write_atomic(path, json.dumps(known | {"n_eval": config["n_eval"]}, indent=2) + "\n")
 
 
-def conditions_name(settings: dict) -> str:
-    """How a grid was sampled, for its file's name, as in ``exact_shots1000_gate0.001-0.01``."""
-    words = [settings["simulator"]]
-    for name, default in CONDITIONS.items():
-        value = settings[name]
-        if name not in ("simulator", "simulator_options") and value != default:
-            value = "-".join(map(str, value)) if isinstance(value, list) else value
-            words.append(f"{name.removesuffix('_noise')}{value}")
-    if settings["sample_steps"] != settings["timesteps"]:
-        words.append(f"steps{settings['sample_steps']}")
-    return "_".join(words)
+def find_weights(folder: Path, settings: Settings, config: dict) -> Path:
+    """The ``model.pt`` that a run of the same arm, data, class, size and seed left in ``folder``.
 
-
-def n_finished(path: Path) -> int:
-    """How many images a finished run has in its final grid; 0 when it is not finished."""
-    return len(load_grid(path)) if path.exists() and path.with_name("model.pt").exists() else 0
+    Raises UserError when there is none, several different ones, or one that was trained otherwise.
+    """
+    name = settings.model_name
+    paths = [folder / name / "model.pt"]
+    if not paths[0].exists():  # perhaps trained under a condition, or with other sampling steps
+        paths = sorted(folder.glob(f"{name}_*/model.pt"))
+    if len({path.read_bytes() for path in paths}) != 1:
+        found = f"{len(paths)} trained models {name}"
+        raise UserError(f"--weights {folder}: {found}, expected one; train it, or name its folder")
+    known = read_config(paths[0].with_name("config.json"))
+    if found := differences(
+        known, config, (*CONDITIONS, "n_frames", "n_samples", "weights_sha256")
+    ):
+        raise UserError(f"--weights {folder}: {name} was trained with {found}")
+    return paths[0]
 
 
 def save_tensors(path: Path, tensors: dict) -> None:
@@ -1343,11 +1182,8 @@ def save_tensors(path: Path, tensors: dict) -> None:
 
 def load_tensors(path: Path, device: torch.device) -> dict:
     """What ``save_tensors`` wrote; unpickles nothing. Raises UserError when damaged or foreign."""
-    try:
+    with reading(path, "a file of this run; remove it to start from step 0"):
         return torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, ValueError, IndexError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is damaged ({reason}); remove it to start from step 0") from None
 
 
 # ------------------------------------------------------------------------------------ training
@@ -1358,7 +1194,7 @@ def build_model(settings: Settings, channels: int) -> UNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         size = settings.n_qubits, settings.n_layers
-        conditions = {name: getattr(settings, name) for name in CONDITIONS}
+        conditions = {name: getattr(settings, name) for name in CIRCUIT_CONDITIONS}
         return UNet(channels, settings.arm, *size, **conditions)
 
 
@@ -1368,16 +1204,12 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
-def training_batch(
-    settings: Settings, images: Tensor, step: int, timesteps: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def training_batch(settings: Settings, images: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
     """Images, timesteps and noise of one step; depends on the seed and the step alone.
 
     The images are consecutive pieces of one shuffle of the training set after another. The
     timesteps are stratified, one in each of B equal parts of 0..T, which lowers the variance.
-
-    Returns:
-        x0 (B, C, H, W) float in -1..1, t (B,) int64, noise like x0.
+    Returns x0 (B, C, H, W) float in -1..1, t (B,) int64, noise like x0.
     """
     size, n = settings.batch_size, len(images)
     first, last = step * size // n, ((step + 1) * size - 1) // n
@@ -1390,13 +1222,99 @@ def training_batch(
     generator = random_stream(settings.seed, "noise", step, device=images.device)
     x0 = to_float(images[indices])
     uniform = torch.rand(size, generator=generator, device=images.device)
-    strata = torch.arange(size, device=images.device)
+    strata, timesteps = torch.arange(size, device=images.device), settings.timesteps
     t = ((strata + uniform) * (timesteps / size)).long().clamp(max=timesteps - 1)
     return x0, t, torch.randn(x0.shape, generator=generator, device=images.device)
 
 
+def draw_images(
+    model: UNet,
+    settings: Settings,
+    name: str,
+    numbers: Sequence[int],
+    steps: int,
+    bar: tqdm | None = None,
+) -> Tensor:
+    """The images ``numbers`` of the series ``name``, each with random streams of its own for its
+    noise and its shots: (len(numbers), C, 28, 28) uint8, on the CPU."""
+    device = next(model.parameters()).device
+    generators, circuits = (
+        [random_stream(settings.seed, kind, k, device=device) for k in numbers]
+        for kind in (name, f"circuit {name}")
+    )
+    model.seed_circuit(circuits)
+    diffusion = GaussianDiffusion(settings.timesteps, device)
+    return to_uint8(diffusion.sample(model, len(numbers), generators, steps, bar)).cpu()
+
+
+class Trainer:
+    """A model in training, its optimizer and EMA; continued from a checkpoint if there is one.
+
+    images: the training set, (n, C, 28, 28) uint8, on the training device.
+    """
+
+    def __init__(self, settings: Settings, images: Tensor, folder: Path | None = None):
+        self.settings, self.images, self.folder = settings, images, folder
+        device, channels = images.device, images.shape[1]
+        self.diffusion = GaussianDiffusion(settings.timesteps, device)
+        self.model, self.average = (build_model(settings, channels).to(device) for _ in range(2))
+        self.ema, self.done = EMA(self.model, settings.ema_decay), 0
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(trainable, settings.lr, (0.9, 0.99), fused=True)
+        self.losses = torch.zeros(settings.steps, device=device)
+        self.checkpoint = folder and folder / "checkpoint.pt"
+        if folder and self.checkpoint.exists():
+            state = load_tensors(self.checkpoint, device)
+            with reading(self.checkpoint, "a checkpoint of this run; remove it to start anew"):
+                self.model.load_state_dict(state["model"])
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.ema.shadow = state["ema"]
+                self.done = self.ema.updates = state["step"]
+                self.losses[: self.done] = state["losses"]
+
+    def step(self) -> None:
+        """One optimizer step; never makes the host wait for the device."""
+        settings, step, device = self.settings, self.done, self.images.device
+        x0, t, noise = training_batch(settings, self.images, step)
+        self.model.seed_circuit(random_stream(settings.seed, "circuit", step, device=device))
+        output = self.model(self.diffusion.q_sample(x0, t, noise), t)
+        errors = (output - self.diffusion.target(x0, t, noise)).square().mean((1, 2, 3))
+        loss = (self.diffusion.noise[t] * errors).mean()  # the noisy end decides the shape
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, settings.steps, settings.lr)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.ema.update(self.model)
+        self.losses[step] = loss.detach()
+        self.done += 1
+
+    def preview(self) -> None:
+        """Samples of the averaged model, always from the same noise, into ``samples/``."""
+        self.average.load_state_dict(self.ema.shadow)
+        numbers = range(self.settings.n_samples)
+        steps = min(PREVIEW_STEPS, self.settings.sample_steps)
+        images = draw_images(self.average, self.settings, "preview", numbers, steps)
+        save_grid(self.folder / "samples" / f"step_{self.done:06d}.png", images)
+
+    def save(self) -> None:
+        """Writes ``loss.csv`` and the checkpoint. Raises DivergedError instead when a loss is not
+        finite, so that the last good checkpoint stays."""
+        losses = self.losses[: self.done].cpu()
+        bad = torch.nonzero(~torch.isfinite(losses))
+        if len(bad):
+            what = f"{self.settings.name}: the loss is not finite at step {bad[0].item() + 1}"
+            way_out = "stopped, the last good checkpoint is kept; try a lower --lr"
+            raise DivergedError(f"{what}; {way_out} with another --save_dir")
+        rows = "".join(f"{k},{loss!r}\n" for k, loss in enumerate(losses.tolist(), 1))
+        write_atomic(self.folder / "loss.csv", "step,loss\n" + rows)
+        state = {"step": self.done, "losses": losses, "ema": self.ema.shadow}
+        state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        save_tensors(self.checkpoint, state)
+
+
 @contextlib.contextmanager
-def deferred_interrupt():
+def deferred_interrupt() -> Iterator[threading.Event]:
     """Ctrl-C only sets the event that is yielded, so that a step is never cut in two."""
     pressed = threading.Event()
     previous = signal.signal(signal.SIGINT, lambda *_: pressed.set())
@@ -1409,96 +1327,52 @@ def deferred_interrupt():
 def train(settings: Settings, images: Tensor, folder: Path) -> None:
     """Trains one model, from its checkpoint if there is one, and writes ``model.pt``.
 
-    images: the training set, (n, C, 28, 28) uint8, on the training device. Raises DivergedError
-    when the loss is not finite (the last good checkpoint stays), UserError for a damaged
-    checkpoint, and KeyboardInterrupt, after saving, when Ctrl-C was pressed.
+    Raises DivergedError, UserError for a damaged checkpoint, and KeyboardInterrupt, after saving,
+    when Ctrl-C was pressed.
     """
-    device, channels = images.device, images.shape[1]
-    diffusion = GaussianDiffusion(settings.timesteps, device)
-    model = build_model(settings, channels).to(device)
-    ema, average = EMA(model, settings.ema_decay), build_model(settings, channels).to(device)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=settings.lr, betas=(0.9, 0.99), fused=True)
-    losses, start = torch.zeros(settings.steps, device=device), 0
-    checkpoint = folder / "checkpoint.pt"
-    if checkpoint.exists():
-        state = load_tensors(checkpoint, device)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema.shadow, ema.updates = state["ema"], state["step"]
-        start = state["step"]
-        losses[:start] = state["losses"]
-    n_frames = settings.n_frames
-    frames = {math.ceil(settings.steps * k / n_frames) for k in range(1, n_frames + 1)}
-
-    def save(step: int) -> None:
-        bad = torch.nonzero(~torch.isfinite(losses[:step]))
-        if len(bad):
-            what = f"{settings.name}: the loss is not finite at step {bad[0].item() + 1}"
-            way_out = "stopped, the last good checkpoint is kept; try a lower --lr"
-            raise DivergedError(f"{what}; {way_out} with another --save_dir")
-        if step in frames:
-            average.load_state_dict(ema.shadow)
-            generators, circuits = (
-                [
-                    random_stream(settings.seed, name, k, device=device)
-                    for k in range(settings.n_samples)
-                ]
-                for name in ("preview", "circuit preview")
-            )
-            average.seed_circuit(circuits)
-            steps = min(PREVIEW_STEPS, settings.sample_steps)
-            preview = diffusion.sample(average, settings.n_samples, generators, steps)
-            save_grid(folder / "samples" / f"step_{step:06d}.png", to_uint8(preview))
-        rows = "".join(f"{k},{loss!r}\n" for k, loss in enumerate(losses[:step].tolist(), 1))
-        write_atomic(folder / "loss.csv", "step,loss\n" + rows)
-        state = {"step": step, "losses": losses[:step].clone(), "ema": ema.shadow}
-        state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        save_tensors(checkpoint, state)
-
     (folder / "samples").mkdir(exist_ok=True)
-    total, size = settings.steps * settings.batch_size, settings.batch_size
-    bar = tqdm(total=total, initial=start * size, desc=settings.name, unit="img", unit_scale=True)
+    trainer, size, steps = Trainer(settings, images, folder), settings.batch_size, settings.steps
+    frames = [math.ceil(steps * k / settings.n_frames) for k in range(1, settings.n_frames + 1)]
+    frames = dict.fromkeys(frames)  # ascending; fewer when there are fewer steps
+    done = trainer.done
+    bar = tqdm(desc=settings.name, total=steps * size, initial=done * size, unit="img",
+               unit_scale=True)  # fmt: skip
     with deferred_interrupt() as interrupted, bar:
-        for step in range(start, settings.steps):
-            x0, t, noise = training_batch(settings, images, step, settings.timesteps)
-            model.seed_circuit(random_stream(settings.seed, "circuit", step, device=device))
-            output = model(diffusion.q_sample(x0, t, noise), t)
-            errors = (output - diffusion.target(x0, t, noise)).square().mean((1, 2, 3))
-            loss = (diffusion.noise[t] * errors).mean()  # the noisy end decides the shape
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, settings.steps, settings.lr)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            ema.update(model)
-            losses[step] = loss.detach()
-            done = step + 1
-            bar.update(settings.batch_size)
+        while trainer.done < steps:
+            trainer.step()
+            done = trainer.done
+            bar.update(size)
             if done % 20 == 0:
-                bar.set_postfix(step=done, loss=f"{losses[done - 20 : done].mean():.4f}")
-            if done in frames or done % 100 == 0 or done == settings.steps or interrupted.is_set():
-                save(done)
+                recent = trainer.losses[done - 20 : done].mean()
+                bar.set_postfix(step=done, loss=f"{recent:.4f}")
+            if done in frames and torch.isfinite(trainer.losses[:done]).all():
+                trainer.preview()
+            if done in frames or done % 100 == 0 or interrupted.is_set():
+                trainer.save()
             if interrupted.is_set():
                 raise KeyboardInterrupt
-    paths = {step: folder / "samples" / f"step_{step:06d}.png" for step in sorted(frames)}
-    pictures = [(f"{settings.name}  step {k}", load_grid(path)) for k, path in paths.items()]
+    pictures = [
+        (f"{settings.name}  step {k}", load_grid(folder / "samples" / f"step_{k:06d}.png"))
+        for k in frames
+    ]
     save_gif(folder / "training_progress.gif", pictures)
-    save_loss_curve(folder / "loss_curve.png", losses.cpu(), settings.name)
-    save_tensors(folder / "model.pt", ema.shadow)
+    save_loss_curve(folder / "loss_curve.png", trainer.losses.cpu(), settings.name)
+    save_tensors(folder / "model.pt", trainer.ema.shadow)
 
 
-def sample_final(
-    settings: Settings, path: Path, n_eval: int, channels: int, device: torch.device
-) -> None:
-    """Brings the grid at ``path`` to ``n_eval`` images with the EMA weights of its run's model.pt.
+def sample_final(settings: Settings, folder: Path, n_eval: int, device: torch.device) -> None:
+    """Brings ``samples_final.png`` to ``n_eval`` images with the EMA weights in ``model.pt``.
 
     Image k has its own random stream, so images that are already there are kept.
     """
-    images = load_grid(path) if path.exists() else torch.empty(0, channels, IMAGE_SIZE, IMAGE_SIZE)
-    model = build_model(settings, channels).to(device)
-    model.load_state_dict(load_tensors(path.with_name("model.pt"), device))
-    diffusion = GaussianDiffusion(settings.timesteps, device)
+    path, weights = folder / "samples_final.png", folder / "model.pt"
+    images = load_grid(path) if path.exists() else torch.empty(0, dtype=torch.uint8)
+    if len(images) >= n_eval:
+        return
+    state = load_tensors(weights, device)
+    with reading(weights, "this run's weights"):
+        model = build_model(settings, state["stem.weight"].shape[1] // 4).to(device)
+        model.load_state_dict(state)
     # The CPU's kernels round differently below eight images, so a small rest is drawn in company.
     least, most = SAMPLE_BATCH
     chunks = range(len(images), n_eval, most)
@@ -1506,13 +1380,8 @@ def sample_final(
         for first in chunks:
             n = min(most, n_eval - first)
             numbers = range(first, first + max(n, least))
-            generators, circuits = (
-                [random_stream(settings.seed, name, k, device=device) for k in numbers]
-                for name in ("image", "circuit image")
-            )
-            model.seed_circuit(circuits)
-            new = diffusion.sample(model, len(numbers), generators, settings.sample_steps, bar)
-            images = torch.cat([images.to(torch.uint8), to_uint8(new[:n]).cpu()])
+            new = draw_images(model, settings, "image", numbers, settings.sample_steps, bar)
+            images = torch.cat([images, new[:n]]) if len(images) else new[:n]
             save_grid(path, images)
 
 
@@ -1526,79 +1395,40 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
-def positive(kind: type):
-    """An argparse type: a finite number above zero."""
-
-    def parse(text: str):
-        value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text}, expected a number above 0")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names the type in its messages
-    return parse
-
-
-def probability(text: str) -> float:
-    """An argparse type: a number in 0..1."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text}, expected a probability, 0 to 1")
-    return value
-
-
-def probabilities(text: str) -> tuple[float, float] | None:
-    """An argparse type: two probabilities, as in 0.001,0.01; None when both are zero."""
-    words = text.split(",")
-    if len(words) != 2:
-        raise argparse.ArgumentTypeError(f"{text}, expected two probabilities, as in 0.001,0.01")
-    pair = probability(words[0]), probability(words[1])
-    return pair if any(pair) else None
-
-
-def json_object(text: str) -> dict | None:
-    """An argparse type: a JSON object; None when it is empty."""
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f'{text}, expected a JSON object, as in {{"seed": 1}}')
-    return value or None
+def training_images(text: str) -> int | None:
+    """An argparse type: a number of images, or all (None)."""
+    if text != "all" and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text}, expected a number of images, or all")
+    return None if text == "all" else int(text)
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that do not depend on the data set. Settings' fields are found by their names."""
-    add, count, number = parser.add_argument, positive(int), positive(float)
-    add("--arm", nargs="+", choices=ARMS, metavar="ARM", help="list, default classical; see below")
+    """The flags that do not depend on the data set; most are the fields of Settings."""
+    add, arm = parser.add_argument, parser.add_mutually_exclusive_group()
+    text = "list, default classical; see below"
+    arm.add_argument("--arm", nargs="+", choices=ARMS, metavar="ARM", help=text)
     text = "shorthand for --arm quantum (True) or --arm classical (False)"
-    add("--use_quantum", nargs="?", const="True", choices=["True", "False"], help=text)
-    add("--n_train", nargs="+", default=["all"], help="training images, list (default: all)")
-    add("--seeds", nargs="+", type=int, default=[0], help="list (default: 0)")
+    arm.add_argument("--use_quantum", nargs="?", const="True", choices=["True", "False"], help=text)
+    text = "numbers of training images, list, or all (default: all)"
+    add("--n_train", nargs="+", type=training_images, default=[None], metavar="N", help=text)
+    add("--seeds", nargs="+", type=between(0, 2**63 - 1), default=[0], help="list (default: 0)")
     length = parser.add_mutually_exclusive_group()
-    text = "optimizer steps (default: 2820, the paper's 30 epochs over a full digit)"
-    length.add_argument("--steps", type=count, default=2820, help=text)
-    length.add_argument("--epochs", type=count, help="instead: passes over the training images")
-    add("--batch_size", type=count, default=64, help="images per step (default: 64)")
-    add("--lr", type=number, default=3e-3, help="peak learning rate (default: 0.003)")
-    add("--ema_decay", type=number, default=0.995, help="target decay, below 1 (default: 0.995)")
-    add("--n_qubits", type=count, default=16, help="qubits, or units (default: 16)")
-    add("--n_layers", type=count, default=3, help="circuit layers (default: 3)")
-    add("--simulator", default="exact", help="exact, or a PennyLane device (default: exact)")
-    text = "the PennyLane device's keyword arguments, as a JSON object"
-    add("--simulator_options", type=json_object, metavar="JSON", help=text)
-    text = "measurements per expectation value (default: exact expectation values)"
-    add("--shots", type=count, help=text)
-    text = (
-        "depolarising probabilities: after every one-qubit gate, and on both qubits of every CNOT"
+    for item in fields(Settings):
+        if item.metadata:
+            where = length if item.name == "steps" else parser
+            default = "" if item.default is None else f" (default: {item.default})"
+            options = {**item.metadata, "help": item.metadata["help"] + default}
+            where.add_argument(f"--{item.name}", default=item.default, **options)
+    text = "instead of --steps: passes over the training images"
+    length.add_argument("--epochs", type=between(1, 10**8), help=text)
+    add(
+        "--n_eval",
+        type=between(1, 10**6),
+        default=25,
+        help="images in the final grid (default: 25)",
     )
-    add("--gate_noise", type=probabilities, metavar="P1,P2", help=text + " (default: none)")
-    text = "probability that a measured bit is flipped (default: 0)"
-    add("--readout_noise", type=probability, default=0.0, metavar="Q", help=text)
-    text = "draws of the gate noise that are averaged, 0: exactly over all (default: 1)"
-    add("--trajectories", type=int, default=1, metavar="K", help=text)
-    add("--timesteps", type=count, default=1000, help="noise levels T (default: 1000)")
-    add("--n_frames", type=count, default=30, help="previews in a run (default: 30)")
-    add("--n_samples", type=count, default=5, help="images per preview (default: 5)")
-    add("--n_eval", type=count, default=25, help="images in the final grid (default: 25)")
-    add("--sample_steps", type=count, help="sampling steps of the final grid (default: timesteps)")
+    text = "train nothing: take each run's model.pt from the run folders in FOLDER and sample it"
+    add("--weights", type=Path, metavar="FOLDER", help=text + " under other conditions")
     add("--save_dir", type=Path, default=Path("runs"), help="of the run folders (default: runs)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
 
@@ -1618,7 +1448,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--labels", nargs="+", help=text + "was made on label 1, which is background)")
     text = "train on the eight rotations and reflections of each image (the paper does not)"
     add("--augment", action="store_true", help=text)
-    text = "auto takes PathMNIST, or without a network scikit-image's tissue (default: auto)"
+    text = "auto (default) takes PathMNIST, or without a network scikit-image's tissue"
     add("--data", choices=["auto", "pathmnist", "tissue"], default="auto", help=text)
     add("--data_dir", type=Path, default=Path("data"), help="of pathmnist.npz (default: data)")
     add_run_flags(parser)
@@ -1634,16 +1464,6 @@ def parse_classes(flag: str, words: Sequence[str], names: Sequence[str]) -> list
         if word not in ids:
             raise UserError(f"{flag} {word}: expected {', '.join(names)}, their numbers, or all")
     return [ids[word] for word in words]
-
-
-def choose_arms(arms: Sequence[str] | None, use_quantum: str | None) -> list[str]:
-    """The arms that --arm and --use_quantum ask for together."""
-    if use_quantum is None:
-        return list(arms or ["classical"])
-    short = "quantum" if use_quantum == "True" else "classical"
-    if arms and list(arms) != [short]:
-        raise UserError(f"--use_quantum={use_quantum} means --arm {short}, not {' '.join(arms)}")
-    return [short]
 
 
 def choose_device(name: str) -> torch.device:
@@ -1692,54 +1512,40 @@ def check_simulator(args: argparse.Namespace, arms: set[str]) -> None:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Finds the mistakes that need no data, before any is read or downloaded."""
-    choose_arms(args.arm, args.use_quantum)
     choose_device(args.device)
-    if (args.sample_steps or 0) > args.timesteps:
-        raise UserError(
-            f"--sample_steps {args.sample_steps}: more than --timesteps {args.timesteps}"
-        )
-    if args.ema_decay >= 1:
-        raise UserError(f"--ema_decay {args.ema_decay}: expected below 1")
-    copies, exact = args.trajectories, args.simulator == "exact"
-    if copies < 0 or copies != 1 and not (args.gate_noise and exact):
-        where = "with --gate_noise and the exact simulator"
-        raise UserError(f"--trajectories {copies}: expected 0 or more, {where}")
-    if args.shots and copies and args.shots % copies:
-        raise UserError(f"--trajectories {copies}: expected a divisor of --shots {args.shots}")
-    if args.simulator_options and exact:
+    steps, timesteps = args.sample_steps, args.timesteps
+    if (steps or 0) > timesteps:
+        raise UserError(f"--sample_steps {steps}: more than --timesteps {timesteps}")
+    if args.simulator_options and args.simulator == "exact":
         raise UserError("--simulator_options: expected a PennyLane device as --simulator")
     if "shots" in (args.simulator_options or {}):
         raise UserError("--simulator_options: use --shots for the number of shots")
-    for size in args.n_train:
-        if size != "all" and not size.isdigit():
-            raise UserError(f"--n_train {size}: expected a number of images, or all")
 
 
-def make_grid(
+def make_runs(
     args: argparse.Namespace, classes: Sequence[int], source: str, images: Tensor, labels: Tensor
 ) -> list[tuple[Settings, Tensor, dict]]:
     """Every run that the flags ask for: settings, training images, and how many there were."""
-    arms = choose_arms(args.arm, args.use_quantum)
-    shared = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
+    arms = args.arm or ["quantum" if args.use_quantum == "True" else "classical"]
+    shared = {f.name: getattr(args, f.name) for f in fields(Settings) if f.metadata}
     shared["sample_steps"] = args.sample_steps or args.timesteps
-    grid = []
-    for label, size, arm, seed in itertools.product(classes, args.n_train, arms, args.seeds):
-        n_train = None if size == "all" else int(size)
+    ideal = {f.name: f.default for f in fields(Settings) if f.name in CIRCUIT_CONDITIONS}
+    runs = []
+    for label, n_train, arm, seed in itertools.product(classes, args.n_train, arms, args.seeds):
         chosen = select_images(images, labels, label, n_train, seed)
         run = {"arm": arm, "data": source, "label": label, "n_train": n_train, "seed": seed}
-        if arm not in QUANTUM_ARMS:
-            run |= CONDITIONS
+        run |= shared if arm in QUANTUM_ARMS else shared | ideal
         if args.epochs:
             run["steps"] = args.epochs * math.ceil(len(chosen) / args.batch_size)
         counts = {"total": len(labels), "available": int((labels == label).sum())}
-        grid.append((Settings(**shared | run), chosen, counts))
-    return grid
+        runs.append((Settings(**run), chosen, counts))
+    return runs
 
 
-def run_grid(
-    grid: Sequence[tuple[Settings, Tensor, dict]], args: argparse.Namespace, argv: Sequence[str]
+def make_all(
+    runs: Sequence[tuple[Settings, Tensor, dict]], args: argparse.Namespace, argv: Sequence[str]
 ) -> None:
-    """Makes every run of the grid, or this process's share of it, that is not there yet.
+    """Makes every run, or this process's share of them, that is not there yet.
 
     A launcher that sets RANK and WORLD_SIZE (torchrun, a job array) gives each process every
     WORLD_SIZE-th run. A run whose loss diverges does not stop the others.
@@ -1748,25 +1554,28 @@ def run_grid(
     hardware = f"cpu, {platform.machine()}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         hardware = f"{device}, {torch.cuda.get_device_name(device)}"
-    check_simulator(args, {settings.arm for settings, _, _ in grid} & set(QUANTUM_ARMS))
-    share = grid[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
-    paths = []
+    check_simulator(args, {settings.arm for settings, _, _ in runs} & set(QUANTUM_ARMS))
+    share = runs[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
     for settings, images, counts in share:
-        config = run_config(settings, images, counts, argv)
+        folder, config = args.save_dir / settings.name, run_config(settings, images, counts, argv)
         config |= {"device": hardware, "n_eval": args.n_eval}
-        paths.append(open_run(args.save_dir / settings.name, config))
+        weights = args.weights and find_weights(args.weights, settings, config)
+        if weights:
+            digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+            config |= {"weights": {"weights_sha256": digest}, "weights_from": str(weights)}
+        open_run(folder, config)
+        if weights and not (folder / "model.pt").exists():
+            write_atomic(folder / "model.pt", weights.read_bytes())
     diverged = []
-    for number, (path, (settings, images, _)) in enumerate(zip(paths, share, strict=True), 1):
+    for number, (settings, images, _) in enumerate(share, 1):
         folder = args.save_dir / settings.name
-        other = "" if path.name == "samples_final.png" else f": only sampled, as {path.name}"
-        print(f"[{number}/{len(share)}] {folder}{other}", flush=True)
+        print(f"[{number}/{len(share)}] {folder}", flush=True)
         try:
             if not (folder / "model.pt").exists():
                 if settings.arm in QUANTUM_ARMS:
                     save_circuit(folder / "circuit.png", settings)
                 train(settings, images.to(device), folder)
-            if n_finished(path) < args.n_eval:
-                sample_final(settings, path, args.n_eval, images.shape[1], device)
+            sample_final(settings, folder, args.n_eval, device)
         except DivergedError as error:
             diverged.append(str(error))
     if diverged:
@@ -1785,10 +1594,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             if args.labels:
                 raise UserError("--labels: the embedded tissue has one class; drop the flag")
             classes = [len(PATHMNIST_CLASSES)]
-        grid = make_grid(args, classes, *data)
+        runs = make_runs(args, classes, *data)
         if args.augment:
-            grid = [(run, symmetries(x), counts | {"symmetries": 8}) for run, x, counts in grid]
-        run_grid(grid, args, argv)
+            runs = [(run, symmetries(x), counts | {"symmetries": 8}) for run, x, counts in runs]
+        make_all(runs, args, argv)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

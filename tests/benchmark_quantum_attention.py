@@ -1,7 +1,6 @@
 """What the exact quantum layer costs, everything side by side in one run. Not a test.
 
-    python tests/benchmark_quantum_attention.py                 # tables 1 to 4, about five minutes
-    python tests/benchmark_quantum_attention.py --default_run   # table 5 as well, ten minutes more
+    python tests/benchmark_quantum_attention.py                 # cost.csv, about five minutes
     python tests/benchmark_quantum_attention.py --trainability  # trainability.csv and .png instead
 
 Batch 64, 16 qubits, 3 layers unless said; medians over interleaved repeats.
@@ -14,7 +13,6 @@ import multiprocessing
 import resource
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -40,26 +38,10 @@ def medians(functions: dict, repeats: int) -> dict:
 
 
 def training_step(arm: str, channels: int = 1, **conditions):
-    """One training step as in the script's loop, drawing the batch included."""
-    torch.manual_seed(0)
-    model, diffusion = mnist.UNet(channels, arm, **conditions), mnist.GaussianDiffusion(1000)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer, ema = torch.optim.Adam(trainable, fused=True), mnist.EMA(model, 0.995)
+    """The script's own training step, drawing the batch included."""
     images = torch.randint(256, (6131, channels, 28, 28), dtype=torch.uint8)
-    fields = dict.fromkeys(mnist.Settings.__annotations__)
-    settings = mnist.Settings(**fields | {"seed": 0, "batch_size": BATCH})
-
-    def step():
-        x0, t, noise = mnist.training_batch(settings, images, 0, 1000)
-        output = model(diffusion.q_sample(x0, t, noise), t)
-        errors = (output - diffusion.target(x0, t, noise)).square().mean((1, 2, 3))
-        loss = (diffusion.noise[t] * errors).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        ema.update(model)
-
-    return step
+    settings = mnist.Settings(arm, "mnist", 3, None, 0, batch_size=BATCH, **conditions)
+    return mnist.Trainer(settings, images).step
 
 
 def convolutions():
@@ -116,36 +98,6 @@ def peak(queue, simulator: str, calls: int):
     queue.put((statistics.median(seconds), (after - before) / 1024))
 
 
-def default_run(data_dir: str) -> None:
-    """Table 5: the wall-clock of ``--use_quantum`` with default flags, by its parts."""
-    spent = {"train": 0.0, "preview": 0.0, "final grid": 0.0}
-
-    def timed(name, function):
-        def wrapper(*args, **kwargs):
-            start = time.perf_counter()
-            result = function(*args, **kwargs)
-            spent[name] += time.perf_counter() - start
-            return result
-
-        return wrapper
-
-    original, inside = (
-        mnist.GaussianDiffusion.sample,
-        timed("preview", mnist.GaussianDiffusion.sample),
-    )
-    mnist.train = timed("train", mnist.train)
-    mnist.sample_final = timed("final grid", mnist.sample_final)
-    mnist.GaussianDiffusion.sample = lambda self, *args: (
-        inside(self, *args) if len(args) == 4 else original(self, *args)  # the bar is the fifth
-    )
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        mnist.main(["--use_quantum", "--data_dir", data_dir, "--save_dir", folder])
-    spent["whole run"] = time.perf_counter() - start
-    spent["train"] -= spent["preview"]
-    print("\n5. default run, seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in spent.items()))
-
-
 ANSATZE = {"quantum": (True, 2), "product": (False, 2), "published": (True, 1)}
 NOISE = {"ideal": None, "noise": (0.001, 0.01)}
 
@@ -176,7 +128,6 @@ def gradient_variances(n: int, layers: int, ansatz: str, noise: str, circuits: i
 
 def trainability(out: Path) -> None:
     """trainability.csv and .png: the variance of gradients against qubits and layers."""
-    out.mkdir(parents=True, exist_ok=True)
     start, rows = time.perf_counter(), []
     qubits, depths = [2, 4, 8, 16, 32, 64, 128], [1, 2, 3, 4]
     for ansatz, noise, layers, n in itertools.product(ANSATZE, NOISE, depths, qubits):
@@ -214,37 +165,26 @@ def trainability(out: Path) -> None:
     print(f"{out}/trainability.csv and .png: {time.perf_counter() - start:.0f} s")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--default_run", action="store_true", help="time a whole run as well")
-    parser.add_argument("--data_dir", default="data", help="for --default_run (default: data)")
-    text = "draw the variance of the circuit's gradients instead"
-    parser.add_argument("--trainability", action="store_true", help=text)
-    text = "where trainability.csv and .png go (default: result_gif/results)"
-    parser.add_argument("--out", type=Path, default=Path("result_gif/results"), help=text)
-    args = parser.parse_args()
-    if args.trainability:
-        trainability(args.out)
-        return
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+def cost(out: Path) -> None:
+    """cost.csv: what the layer costs beside no layer, other gates and other simulators."""
+    rows = []
 
-    for channels, images in ((1, "MNIST"), (3, "PathMNIST")):
-        steps = {arm: training_step(arm, channels) for arm in ("classical", "quantum", "matched")}
+    def add(what: str, value: float, unit: str) -> None:
+        rows.append((what, f"{value:.4g}", unit))
+        print(f"{what:60} {value:10.4g} {unit}", flush=True)
+
+    for channels, data in ((1, ""), (3, ", PathMNIST")):
+        steps = {arm: training_step(arm, channels) for arm in ("classical", "matched", "quantum")}
         if channels == 1:
             noise = {"gate_noise": (0.001, 0.01)}
-            steps["quantum, one trajectory"] = training_step("quantum", **noise)
-            steps["quantum, mean noise"] = training_step("quantum", **noise, trajectories=0)
-            steps["quantum, 1,000 shots"] = training_step("quantum", shots=1000)
+            steps["quantum with noise"] = training_step("quantum", **noise)
+            steps["quantum with 1,000 shots"] = training_step("quantum", shots=1000)
             steps["its convolutions alone"] = convolutions()
         times = medians(steps, 40)
-        print(f"\n1. training step, {images:9}    ms   / classical")
-        for name, seconds in times.items():
-            print(
-                f"   {name:24} {1e3 * seconds:8.1f}   {seconds / times['classical']:.3f}",
-                flush=True,
-            )
+        add(f"training step classical{data}", 1e3 * times["classical"], "ms")
+        for name in [*times][1:]:
+            add(f"training step {name} / classical{data}", times[name] / times["classical"], "")
 
-    print("\n2. layer, forward + backward  seconds   / exact   peak MiB")
     context = multiprocessing.get_context("spawn")
     exact = None
     for simulator, calls in (("exact", 50), ("lightning.qubit", 2), ("default.qubit", 1)):
@@ -254,25 +194,40 @@ def main() -> None:
         seconds, megabytes = queue.get()
         process.join()
         exact = exact or seconds
-        print(
-            f"   {simulator:20} {seconds:15.4f} {seconds / exact:9.0f} {megabytes:10.0f}",
-            flush=True,
-        )
+        add(f"layer {simulator}, forward and backward", 1e3 * seconds, "ms")
+        if simulator != "exact":
+            add(f"layer {simulator} / exact", seconds / exact, "")
+        add(f"layer {simulator}, memory added at the peak", megabytes, "MiB")
 
-    print("\n3. exact layer, forward + backward   ms")
     sizes = [(n, LAYERS) for n in (16, 32, 64, 128)] + [(QUBITS, n) for n in (1, 2, 3, 4)]
     for (n, depth), seconds in medians({s: layer("exact", *s) for s in sizes}, 20).items():
-        print(f"   {n:3} qubits, {depth} layers {1e3 * seconds:16.2f}")
-
-    print("\n4. sampling step              ms   / classical")
+        add(f"layer exact, {n} qubits, {depth} layers", 1e3 * seconds, "ms")
     for batch in (64, 5):
-        steps = {arm: sampling_step(arm, batch) for arm in ("classical", "quantum")}
-        times = medians(steps, 60)
-        for arm, seconds in times.items():
-            ratio = seconds / times["classical"]
-            print(f"   batch {batch:2} {arm:12} {1e3 * seconds:8.2f}   {ratio:.3f}")
-    if args.default_run:
-        default_run(args.data_dir)
+        times = medians({a: sampling_step(a, batch) for a in ("classical", "quantum")}, 60)
+        ratio = times["quantum"] / times["classical"]
+        add(f"sampling step quantum / classical, batch {batch}", ratio, "")
+    machine = f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    rows.append(("machine", machine, ""))
+    with (out / "cost.csv").open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([("what", "value", "unit"), *rows])
+
+
+def processor() -> str:
+    """The CPU's model and family, from Linux's /proc/cpuinfo."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    known = dict(reversed([map(str.strip, line.split(":", 1)) for line in lines if ":" in line]))
+    return f"{known.get('model name')} (family {known.get('cpu family')})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    text = "draw the variance of the circuit's gradients instead"
+    parser.add_argument("--trainability", action="store_true", help=text)
+    text = "where the files go (default: result_gif/results)"
+    parser.add_argument("--out", type=Path, default=Path("result_gif/results"), help=text)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    (trainability if args.trainability else cost)(args.out)
 
 
 if __name__ == "__main__":

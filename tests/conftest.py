@@ -1,4 +1,4 @@
-"""Fixtures for the suites that both training scripts share."""
+"""Fixtures for the suites of the training scripts."""
 
 import re
 import sys
@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import pytest
+import torch
 
 import quantum_diffusion_mnist as mnist
 import quantum_diffusion_pathmnist as pathmnist
@@ -28,7 +29,8 @@ EMBEDDED = {
 
 @pytest.fixture(params=EMBEDDED, ids=lambda module: module.__name__.rsplit("_")[-1])
 def script(request) -> ModuleType:
-    """A training script."""
+    """A training script. Only for what differs between the two: test_shared_definitions.py keeps
+    the rest identical, and it is tested on the first."""
     return request.param
 
 
@@ -38,17 +40,36 @@ def embedded(script) -> Embedded:
 
 
 @pytest.fixture
-def tiny(embedded):
+def tiny():
     """The command line of a run that takes a second: tiny(save_dir, *more)."""
 
-    def argv(save_dir, *more) -> list[str]:
+    def argv(save_dir, *more, script=mnist) -> list[str]:
+        data = EMBEDDED[script]
         return [
-            *("--data", embedded.data, *embedded.classes, "--save_dir", str(save_dir)),
+            *("--data", data.data, *data.classes, "--save_dir", str(save_dir)),
             *("--device", "cpu", "--steps", "6", "--n_train", "8", "--batch_size", "4"),
-            *("--timesteps", "8", "--n_frames", "3", "--n_samples", "2", "--n_eval", "4", *more),
+            *("--timesteps", "8", "--n_frames", "3", "--n_samples", "2", "--n_eval", "4"),
+            *("--n_qubits", "3", "--n_layers", "2", *map(str, more)),
         ]
 
     return argv
+
+
+@pytest.fixture
+def only():
+    """The one run in a folder."""
+
+    def run(folder):
+        (found,) = folder.iterdir()
+        return found
+
+    return run
+
+
+@pytest.fixture
+def weights(only):
+    """What the one run in a folder has learnt."""
+    return lambda folder: torch.load(only(folder) / "model.pt", weights_only=True)
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ DAMAGE = {
     "shape": ({"train_images": np.zeros((90, 64, 64, 3), np.uint8)}, "(90, 28, 28, 3)"),
     "grey": ({"train_images": np.zeros((90, 28, 28), np.uint8)}, "(90, 28, 28, 3)"),
     "type": ({"train_images": np.zeros((90, 28, 28, 3), np.float32)}, "expected uint8"),
-    "label type": ({"train_labels": np.zeros((90, 1), np.float32)}, "expected integers"),
+    "label type": ({"train_labels": np.zeros((90, 1), np.float32)}, "not integers"),
     "label count": ({"train_labels": np.zeros((89, 1), np.uint8)}, "90 images"),
     "label range": ({"train_labels": np.full((90, 1), 9, np.uint8)}, "outside 0-8"),
     "pickled": ({"train_labels": np.array([{}] * 90, dtype=object)}, "allow_pickle=False"),

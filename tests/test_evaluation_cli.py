@@ -1,13 +1,14 @@
 """The evaluation's command line on run folders that are written here: figures, tables, errors."""
 
-import csv
 import hashlib
-import itertools
+import io
 import json
 import re
 import types
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -15,23 +16,34 @@ from scipy import stats
 from torchvision.models import inception_v3
 
 import cal_fid_ssim as evaluation
+import cal_fid_ssim_medmnist
+import quantum_diffusion_mnist as mnist
+import quantum_diffusion_pathmnist as pathmnist
 from quantum_diffusion_mnist import load_images, random_stream, save_grid, select_images
 
 TRAIN = load_images("digits", None, "train")[1:]
 TEST = load_images("digits", None, "test")[1:]
 N = 40
+RESULTS = Path(__file__).parents[1] / "result_gif" / "results"
+BUDGET = {"steps": 2000, "batch_size": 16, "lr": 0.003, "ema_decay": 0.995, "n_qubits": 16}
+BUDGET |= {"n_layers": 3, "timesteps": 1000, "sample_steps": 50}
 
 
-def make_run(root, images, arm="classical", label=3, n_train=None, seed=0, source="digits"):
-    """A finished run folder with these images (N, 1, 28, 28)."""
-    size = "all" if n_train is None else n_train
-    folder = root / f"{arm}_{source}{label}_n{size}_seed{seed}"
+def make_run(
+    root, images, arm="classical", label=3, n_train=None, seed=0, source="digits",
+    condition="", training=None, **provenance,
+):  # fmt: skip
+    """A finished run folder with these images (N, C, 28, 28)."""
+    folder = root / f"{arm}{condition}_{source}{label}_n{n_train or 'all'}_seed{seed}"
     folder.mkdir(parents=True)
-    training = select_images(*TRAIN, label, n_train, seed)
+    if training is None:
+        training = select_images(*TRAIN, label, n_train, seed)
+    digest = hashlib.sha256(training.contiguous().numpy().tobytes()).hexdigest()
     settings = {"arm": arm, "data": source, "label": label, "n_train": n_train, "seed": seed}
     config = {
-        "settings": settings,
-        "images": {"sha256": hashlib.sha256(training.numpy().tobytes()).hexdigest()},
+        "settings": settings | BUDGET,
+        "condition": condition,
+        "images": {"sha256": digest} | provenance,
         "command": "quantum_diffusion_mnist.py --arm classical",
     }
     (folder / "config.json").write_text(json.dumps(config))
@@ -117,6 +129,15 @@ def test_figures_are_those_of_the_functions(tmp_path, evaluate, data_dir):
     assert figures["label_accuracy"] == (evaluation.classify(model, images) == 5).double().mean()
     expected = evaluation.ssim_paired(images, reference[:25])
     assert figures["ssim_paired"] == pytest.approx(expected)
+    usual, _ = evaluation.nearest_images(of_class(TEST, 5), reference)
+    distance, nearest = evaluation.nearest_images(images, reference)
+    assert result["near_copy_threshold"] == np.percentile(usual, 1)
+    assert figures["near_copies"] == (distance <= np.percentile(usual, 1)).mean()
+    assert result["floor"]["near_copies"] == (usual <= np.percentile(usual, 1)).mean()
+    assert figures["distance_ratio"] == pytest.approx(np.median(distance) / np.median(usual))
+    assert figures["ssim_nearest"] == pytest.approx(
+        evaluation.ssim_paired(images, reference[nearest])
+    )
     again = json.loads((run / "metrics.json").read_text())
     assert evaluate(run) == [again]  # deterministic
 
@@ -179,85 +200,193 @@ def test_inception_through_the_command_line(tmp_path, evaluate, capsys):
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory, evaluate):
-    """Two arms, two sizes, three seeds; the second arm has more noise."""
+    """Two arms, one of them under a condition too, two sizes, three seeds; the second arm has more
+    noise, and more yet under its condition."""
     root = tmp_path_factory.mktemp("compared")
+    arms = (("matched", ""), ("quantum", ""), ("quantum", "shots10"))
     runs = [
-        make_run(root, noisy(of_class(TEST, 3)[:20], seed, 20 * k + 5), arm, 3, n_train, seed)
-        for k, arm in enumerate(("matched", "quantum"))
+        make_run(root, noisy(of_class(TEST, 3)[:20], seed, 20 * k + 5), arm, 3, n_train, seed,
+                 condition=condition)
+        for k, (arm, condition) in enumerate(arms)
         for n_train in (10, None)
         for seed in range(3)
-    ]
+    ]  # fmt: skip
     return evaluate(*runs, "--out", root / "out"), root / "out"
+
+
+def tables(text):
+    """The rows of every Markdown table as dictionaries of stripped cells, by their section."""
+    found = {}
+    for section in ("\n" + text).split("\n#"):
+        lines = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("|")]
+        rows = [[cell.strip() for cell in line] for line in lines]
+        title = section.splitlines()[0].strip("# ") if section.strip() else ""
+        found[title] = [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+    return found
 
 
 def test_comparison_files(compared):
     results, out = compared
-    rows = list(csv.DictReader((out / "comparison.csv").open()))
-    assert [row["run"] for row in rows] == [r["run"] for r in results]
-    for row, result in zip(rows, results, strict=True):
-        assert float(row["fid"]) == pytest.approx(result["metrics"]["fid"])
-        assert float(row["floor_fid"]) == pytest.approx(result["floor"]["fid"])
+    frame = pd.read_csv(out / "comparison.csv")
+    assert list(frame["run"]) == [r["run"] for r in results]
+    for prefix, part in (("", "metrics"), ("floor_", "floor")):
+        values = [r[part]["fid"] for r in results]
+        assert frame[f"{prefix}fid"].tolist() == pytest.approx(values)
     text = (out / "comparison.md").read_text()
-    values = [r["metrics"]["fid"] for r in results if "quantum" in r["run"] and "nall" in r["run"]]
+    found = tables(text)
+    arms = {(row["N"], row["arm"]): row for row in found["Comparison of runs"]}
+    assert [arm for size, arm in arms if size == "all"] == [
+        "matched", "quantum", "quantum shots10", evaluation.FLOOR
+    ]  # fmt: skip
+    values = frame[frame["run"].str.match("quantum_.*nall")]["fid"]
     half = stats.t.ppf(0.975, 2) * stats.sem(values)
-    assert f"{np.mean(values):.3g} ± {half:.3g}" in text
-    assert "quantum − matched" in text and "too few seeds" in text and "| yes" not in text
-    assert "Budget: steps" in text and "images 20." in text
-    student = [line.split("|")[8].strip() for line in text.splitlines() if "quantum − mat" in line]
-    student = [cell for cell in student if cell != "–"]
-    left_out = sum(cell.endswith("*") for cell in student)
-    assert 0 < left_out <= len(student)
-    assert f"{left_out} of {len(student)} Student's t intervals leave zero out" in text
+    assert arms["all", "quantum"]["FID"] == f"{values.mean():.3g} ± {half:.3g}"
+    assert "Budget: steps 2000" in text and "images 20." in text
+    rows = found["Paired differences against matched"]
+    assert {row["difference"] for row in rows} == {
+        "quantum − matched", "quantum shots10 − matched"
+    }  # fmt: skip
+    assert {row["clear of 0"] for row in rows} == {"too few seeds"}
+    limits = [row["95 % interval"] for row in rows if row["95 % interval"] != "–"]
+    outside = sum(cell.endswith("*") for cell in limits)
+    assert 0 < outside <= len(limits)
+    assert f"{outside} of {len(limits)} intervals (Student's t over seeds) leave zero out" in text
+    twins = found["Paired differences against quantum"]
+    assert {row["difference"] for row in twins} == {"quantum shots10 − quantum"}
     assert (out / "samples.png").exists()
+
+
+def test_tables_and_figures_are_made_again_from_the_csv(compared, tmp_path):
+    _, out = compared
+    evaluation.write_comparison(tmp_path, evaluation.read_comparison(out / "comparison.csv"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "comparison.md", "comparison.png", "scaling.png"
+    ]  # fmt: skip
+    assert (tmp_path / "comparison.md").read_text() == (out / "comparison.md").read_text()
     for name in ("comparison.png", "scaling.png"):
-        pixels = np.asarray(Image.open(out / name).convert("RGB")).reshape(-1, 3)
-        assert (np.abs(pixels - np.array([0, 0x72, 0xB2])).max(axis=1) < 8).sum() > 100  # quantum
+        pixels, before = (np.asarray(Image.open(path / name)) for path in (tmp_path, out))
+        assert (pixels == before).all()
+        colours = pixels[..., :3].reshape(-1, 3).astype(int)
+        assert (np.abs(colours - (0, 0x72, 0xB2)).max(axis=1) < 8).sum() > 100  # quantum
 
 
-def fake_result(arm, label, seed, fid, n_train=None):
-    settings = {"arm": arm, "label": label, "seed": seed, "n_train": n_train}
-    figures = dict.fromkeys(evaluation.METRICS, float("nan")) | {"fid": fid}
-    return {
-        "settings": settings,
-        "metrics": figures,
-        "floor": figures | {"fid": label / 2 + 0.5},
-        "n_training": n_train or 6000,
-        "n_generated": 100,
-    }
+@pytest.mark.parametrize("name", ["mnist", "scaling", "pathmnist"])
+def test_committed_tables_are_those_of_the_committed_csv(name):
+    frame = evaluation.read_comparison(RESULTS / name / "comparison.csv")
+    expected = (RESULTS / name / "comparison.md").read_text()
+    assert evaluation.comparison_text(frame) == expected
 
 
-def test_seed_means_use_the_classes_that_all_runs_have():
-    results = [fake_result("quantum", label, s, label + s) for label in (1, 3) for s in (0, 1)]
-    results += [fake_result("matched", label, 0, 10 * label) for label in (1, 3, 5)]
-    means = evaluation.seed_means(results, "fid")
-    floor = {(evaluation.FLOOR, None): [1.5]}
-    assert means == {("quantum", None): [2, 3], ("matched", None): [20], **floor}
+def fake(arm, label, seed, fid, n_train=None, condition="", **more):
+    """One run's line of comparison.csv; what is not given could not be measured."""
+    line = {"run": "run", "arm": arm, "condition": condition, "data": "digits", "label": label}
+    line |= {"n_train": n_train, "seed": seed, **BUDGET, "features": "none", "reference": "class"}
+    line |= {"n_generated": 100, "n_real": 6000, "n_training": n_train or 6000, "note": ""}
+    metrics = dict.fromkeys([*evaluation.METRICS, "kid_standard_error"], float("nan"))
+    floor = {f"floor_{key}": value for key, value in metrics.items()}
+    floor |= {"floor_fid": label / 2 + 0.5, "floor_n": 100, "floor_from": "test split"}
+    return line | metrics | {"fid": fid} | floor | more
 
 
-def test_one_panel_a_metric_with_means_and_floor():
-    results = [fake_result("quantum", 3, seed, fid) for seed, fid in enumerate((1.0, 2.0, 4.0))]
-    for against_size in (False, True):
-        (axes,) = evaluation.draw_panels(results, against_size).axes
-        (bar,) = axes.containers
-        assert axes.get_ylabel() == "FID"
-        assert bar.lines[0].get_ydata() == pytest.approx([7 / 3])
-        low, high = bar.lines[2][0].get_segments()[0][:, 1]
-        assert (high - low) / 2 == pytest.approx(evaluation.interval([1.0, 2.0, 4.0])[1])
+def frame_of(runs):
+    return evaluation.read_comparison(io.StringIO(pd.DataFrame(runs).to_csv(index=False)))
+
+
+def differences(runs, baseline="matched"):
+    """The rows of paired differences, by arm."""
+    found = tables(evaluation.comparison_text(frame_of(runs)))
+    rows = found.get(f"Paired differences against {baseline}", [])
+    return {row["difference"].split(" − ")[0]: row for row in rows}
+
+
+def limits_of(row):
+    return [float(limit) for limit in row["95 % interval"].strip("[] *").split(",")]
+
+
+def test_means_use_the_classes_that_all_runs_have():
+    runs = [fake("quantum", label, s, label + s) for label in (1, 3) for s in (0, 1)]
+    runs += [fake("matched", label, 0, 10 * label) for label in (1, 3, 5)]
+    rows = tables(evaluation.comparison_text(frame_of(runs)))["Comparison of runs"]
+    half = stats.t.ppf(0.975, 1) * stats.sem([2, 3])
+    expected = {"quantum": f"2.5 ± {half:.3g}", "matched": "20", evaluation.FLOOR: "1.5"}
+    assert {row["arm"]: row["FID"] for row in rows} == expected
+    assert {row["classes"] for row in rows} == {"1/3"}
+
+
+def test_paired_differences_match_equal_classes_sizes_and_seeds():
+    runs = [fake("matched", 3, s, 100 * s) for s in range(5)]
+    runs += [fake("quantum", 3, s, 100 * s - 2 - s / 10) for s in range(5)]
+    runs += [fake("quantum", 3, 9, 0), fake("quantum", 4, 0, 0), fake("quantum", 3, 0, 0, 10)]
+    runs += [fake("product", 3, s, 100 * s + (-1) ** s) for s in range(5)]
+    runs += [fake("frozen", 3, 0, 7.0), fake("frozen", 3, 1, float("nan"))]
+    rows = differences(runs)
+    row = rows["quantum"]
+    assert (row["N"], row["metric"], row["pairs"], row["seeds"]) == ("all", "FID", "5", "5")
+    assert float(row["mean"]) == pytest.approx(-2.2) and row["clear of 0"] == "yes"
+    values = [-2 - s / 10 for s in range(5)]
+    expected = stats.t.interval(0.95, 4, np.mean(values), stats.sem(values))
+    assert limits_of(row) == pytest.approx(expected, abs=5e-3)
+    assert rows["product"]["clear of 0"] == "no"
+    assert list(rows["frozen"].values())[3:] == ["1", "1", "+7", "–", "too few seeds"]
+
+
+def test_the_interval_is_over_seeds_not_over_classes():
+    """Classes of one seed share its randomness: their differences are averaged first."""
+
+    def row(labels, seeds, step):
+        runs = [fake("matched", k, s, 10.0) for k in range(labels) for s in range(seeds)]
+        runs += [fake("quantum", k, s, 10 + step * (9 + 7 * k + s))
+                 for k in range(labels) for s in range(seeds)]  # fmt: skip
+        return differences(runs)["quantum"]
+
+    runs = [fake(a, k, 0, 5.0 * (a == "quantum")) for a in ("matched", "quantum") for k in (1, 2)]
+    runs[0]["fid"] = float("nan")  # its pair is left out
+    one = differences(runs)["quantum"]
+    assert (one["pairs"], one["mean"], one["95 % interval"]) == ("1", "+5", "–")
+    few = row(2, 2, 0.1)
+    assert (few["pairs"], few["seeds"], few["clear of 0"]) == ("4", "2", "too few seeds")
+    values = [0.1 * (9 + 3.5 + s) for s in range(2)]
+    expected = stats.t.interval(0.95, 1, np.mean(values), stats.sem(values))
+    assert limits_of(few) == pytest.approx(expected, abs=5e-3)
+    many = row(5, 4, 0.1)
+    assert (many["pairs"], many["seeds"], many["clear of 0"]) == ("20", "4", "too few seeds")
+    assert many["95 % interval"].endswith("] *")
+    assert row(7, 1, 0.1)["95 % interval"] == "–"
+    assert row(1, 5, 0.1)["clear of 0"] == "yes"
+    equal = row(1, 5, 0)
+    assert (equal["95 % interval"], equal["clear of 0"]) == ("–", "no")
+
+
+def test_an_arm_under_a_condition_is_compared_with_its_ideal_twin():
+    runs = []
+    for s in range(5):
+        runs += [fake("matched", 3, s, 1.0 + s), fake("quantum", 3, s, 3.0 + s)]
+        runs += [fake("quantum", 3, s, 6.0 + s + s / 100, condition="shots1000")]
+        runs += [fake("published", 3, s, 2.0 + s)]
+    means = {arm: float(row["mean"]) for arm, row in differences(runs).items()}
+    assert means == {"quantum": 2, "quantum shots1000": 5.02, "published": 1}
+    (twin,) = differences(runs, "quantum").values()
+    assert twin["difference"] == "quantum shots1000 − quantum" and twin["clear of 0"] == "yes"
+    assert float(twin["mean"]) == pytest.approx(3.02)
+    assert differences(runs, "published") == {}
+
+
+def bar_of(axes):
+    """Place, mean and half-width of the only error bar."""
+    (bar,) = axes.containers
+    low, high = bar.lines[2][0].get_segments()[0][:, 1]
+    return bar.lines[0].get_xdata(), bar.lines[0].get_ydata(), (high - low) / 2
 
 
 @pytest.mark.parametrize("against_size", [False, True])
-def test_the_panel_below_shows_paired_differences_to_matched(against_size):
+def test_panels_show_means_and_below_them_paired_differences_to_matched(against_size):
     """Two sizes, one of them without quantum; two metrics, the others are not finite."""
-    base, differences, results = [10.0, 20.0, 40.0], [1.0, 2.0, 4.0], []
-    for s, (value, d) in enumerate(zip(base, differences, strict=True)):
-        results += [
-            fake_result("matched", 3, s, value, 25),
-            fake_result("matched", 3, s, value, 100),
-        ]
-        results.append(fake_result("quantum", 3, s, value + d, 100))
-    for r in results:
-        r["metrics"]["near_copies"] = -3 * r["metrics"]["fid"]
-    (fid, copies, below, copies_below) = evaluation.draw_panels(results, against_size).axes
+    base, steps, runs = [10.0, 20.0, 40.0], [1.0, 2.0, 4.0], []
+    half = stats.t.ppf(0.975, 2) * stats.sem(steps)
+    for s, (value, d) in enumerate(zip(base, steps, strict=True)):
+        runs += [fake("matched", 3, s, value, n, near_copies=-3 * value) for n in (25, 100)]
+        runs += [fake("quantum", 3, s, value + d, 100, near_copies=-3 * (value + d))]
+    fid, copies, below, copies_below = evaluation.draw_panels(frame_of(runs), against_size).axes
     assert [a.get_ylabel() for a in (fid, copies)] == ["FID", "near copies"]
     assert below.get_ylabel() == "FID\n− matched"
     for above, axes, factor in ((fid, below, 1), (copies, copies_below, -3)):
@@ -265,136 +394,71 @@ def test_the_panel_below_shows_paired_differences_to_matched(against_size):
         matched, quantum = (c.lines[0] for c in above.containers)
         assert len(matched.get_xdata()) == 2 and len(quantum.get_xdata()) == 1
         assert quantum.get_ydata() == pytest.approx([factor * (70 + 7) / 3])
-        (bar,) = axes.containers
-        assert bar.lines[0].get_ydata() == pytest.approx([factor * 7 / 3])
-        assert bar.lines[0].get_xdata() == quantum.get_xdata()
+        x, mean, width = bar_of(axes)
+        assert mean == pytest.approx([factor * 7 / 3]) and x == quantum.get_xdata()
+        assert width == pytest.approx(abs(factor) * half)
         place, near = (100, 10) if against_size else (1, 0.4)
-        assert abs(quantum.get_xdata()[0] - place) < near
-        assert quantum.get_xdata()[0] > matched.get_xdata()[1]
-        low, high = bar.lines[2][0].get_segments()[0][:, 1]
-        assert (high - low) / 2 == pytest.approx(abs(factor) * evaluation.interval(differences)[1])
+        assert abs(x[0] - place) < near and x[0] > matched.get_xdata()[1]
         assert axes.get_xlim() == above.get_xlim()
         assert axes.lines[-1].get_ydata() == [0, 0]
+    alone = [fake("quantum", 3, s, d) for s, d in enumerate(steps)]
+    (axes,) = evaluation.draw_panels(frame_of(alone), against_size).axes
+    _, mean, width = bar_of(axes)
+    assert axes.get_ylabel() == "FID" and mean == pytest.approx([7 / 3])
+    assert width == pytest.approx(half)
+    runs += [fake("quantum", 3, s, d, 100, "shots10") for s, d in enumerate(steps)]
+    labels = [c.get_label() for c in
+              evaluation.draw_panels(frame_of(runs), against_size).axes[0].containers]  # fmt: skip
+    assert labels == ["matched", "quantum", "quantum shots10"]
 
 
-def test_samples_show_the_training_images_and_one_run_of_each_arm(tmp_path, data_dir):
-    def images(value, n):
-        return torch.full((n, 1, 28, 28), value, dtype=torch.uint8)
+def test_the_report_says_in_what_the_runs_differ():
+    runs = [fake(arm, 3, 0, 1.0) for arm in ("matched", "quantum")]
+    expected = ", ".join(f"{name} {value}" for name, value in BUDGET.items())
+    assert f"Budget: {expected}, images 100.\n" in evaluation.comparison_text(frame_of(runs))
+    runs[0]["sample_steps"] = 1000
+    text = evaluation.comparison_text(frame_of(runs))
+    assert "**sample_steps 1000 / 50 (not the same in all runs)**, images 100." in text
 
-    def run(arm, label, seed, n_train, value, n=20):
+
+def test_samples_show_the_training_images_and_one_run_of_each_arm(tmp_path):
+    def run(arm, label, seed, n_train, value, n=20, condition=""):
         settings = {"arm": arm, "label": label, "seed": seed, "n_train": n_train}
-        return evaluation.Run(tmp_path, settings, "", images(value, n))
+        images = torch.full((n, 1, 28, 28), value, dtype=torch.uint8)
+        return evaluation.Run(tmp_path, settings, condition, "", images)
 
-    runs = [
-        run("quantum", 3, 1, None, 10),
-        run("quantum", 3, 0, 25, 20),
-        run("quantum", 3, 0, None, 30),
-    ]
+    runs = [run("quantum", 3, 1, None, 10), run("quantum", 3, 0, 25, 20)]
+    runs += [run("quantum", 3, 0, None, 30), run("quantum", 3, 0, None, 60, condition="shots10")]
     runs += [run("classical", 3, 0, 25, 40, n=5), run("quantum", 1, 0, None, 50)]
     evaluator = types.SimpleNamespace(dataset=evaluation.MNIST, train=TRAIN)
     axes = evaluation.draw_samples(runs, evaluator).axes
     assert [a.get_ylabel() for a in axes] == [
         "real 1, N = all, seed 0",
-        "quantum, N = all, seed 0",
+        "1: quantum, N = all, seed 0",
         "real 3, N = 25, seed 0",
-        "classical, N = 25, seed 0",
-        "quantum, N = 25, seed 0",
+        "3: classical, N = 25, seed 0",
+        "3: quantum, N = 25, seed 0",
         "real 3, N = all, seed 0",
-        "quantum, N = all, seed 0",
+        "3: quantum, N = all, seed 0",
+        "3: quantum shots10, N = all, seed 0",
     ]
     pictures = [a.get_images()[0].get_array() for a in axes]
-    assert {p.shape for p in pictures} == {(30, 360, 3)}
-    assert [int(pictures[k][15, 15, 0]) for k in (1, 3, 4, 6)] == [50, 40, 20, 30]
-    assert int(pictures[3][15, 135, 0]) == 40 and (pictures[3][:, 150:] == 255).all()
+    assert {p.shape for p in pictures} == {(32, 362)}
+    assert [int(pictures[k][15, 15]) for k in (1, 3, 4, 6, 7)] == [50, 40, 20, 30, 60]
+    assert int(pictures[3][15, 135]) == 40 and (pictures[3][:, 152:] == 255).all()
     for row, n_train in ((2, 25), (5, None)):
         first = select_images(*TRAIN, 3, n_train, 0)[0, 0]
-        assert (pictures[row][1:29, 1:29, 0] == first.numpy()).all()
+        assert (pictures[row][2:30, 2:30] == first.numpy()).all()
 
 
-def test_two_runs_of_the_same_kind_are_refused(tmp_path, evaluate, capsys):
-    runs = [make_run(tmp_path / name, of_class(TEST, 3)[:4]) for name in ("shots", "ideal")]
-    with pytest.raises(SystemExit):
-        evaluate(*runs)
-    assert "have the same arm, class, size and seed" in capsys.readouterr().err
-
-
-def test_interval_is_students():
-    mean, half = evaluation.interval([1.0, 2.0, 4.0])
-    low, high = stats.t.interval(0.95, 2, np.mean([1, 2, 4]), stats.sem([1, 2, 4]))
-    assert (mean - half, mean + half) == pytest.approx((low, high))
-    assert evaluation.interval([5.0])[0] == 5 and np.isnan(evaluation.interval([5.0])[1])
-
-
-def test_paired_differences_match_equal_classes_sizes_and_seeds():
-    results = [fake_result("matched", 3, s, 100 * s) for s in range(5)]
-    results += [fake_result("quantum", 3, s, 100 * s - 2 - s / 10) for s in range(5)]
-    results += [fake_result("quantum", 3, 9, 0), fake_result("quantum", 4, 0, 0)]  # no partner
-    results += [fake_result("product", 3, s, 100 * s + (-1) ** s) for s in range(5)]
-    results += [fake_result("frozen", 3, 0, 7.0)]
-    rows = {row[0]: row for row in evaluation.paired_differences(results, "matched", 0)}
-    name, size, metric, pairs, seeds, mean, bootstrap, student, clear = rows["quantum − matched"]
-    assert (size, metric, pairs, seeds, clear) == ("all", "FID", "5", "5", "yes")
-    assert float(mean) == pytest.approx(-2.2)
-    low, high = map(float, bootstrap.strip("[] *").split(","))
-    assert -2.36 < low < -2.2 < high < -2.04  # of the mean: narrower than the differences
-    differences = [-2 - s / 10 for s in range(5)]
-    expected = stats.t.interval(0.95, 4, np.mean(differences), stats.sem(differences))
-    assert [*map(float, student.strip("[] *").split(","))] == pytest.approx(expected, abs=5e-3)
-    assert rows["product − matched"][-1] == "no"
-    assert rows["frozen − matched"][3:] == ["1", "1", "+7", "–", "–", "too few seeds"]
-
-
-def test_a_difference_must_clear_zero_by_both_intervals():
-    """Five differences whose resampled means never reach zero although Student's t does."""
-    differences = [0.01, 0.02, 0.03, 0.04, 1.0]
-    results = [fake_result("matched", 3, s, 5.0) for s in range(5)]
-    results += [fake_result("quantum", 3, s, 5 + d) for s, d in enumerate(differences)]
-    (row,) = evaluation.paired_differences(results, "matched", 0)
-    assert row[6].endswith("*") and row[7].startswith("[-") and row[-1] == "no"
-
-
-def test_few_pairs_have_no_bootstrap_and_few_seeds_decide_nothing():
-    """Many classes of few seeds are many pairs, but decide nothing; equal figures have no t."""
-
-    def rows(labels, seeds, step):
-        results = [fake_result("matched", k, s, 10.0) for k in range(labels) for s in range(seeds)]
-        for k, s in itertools.product(range(labels), range(seeds)):
-            results.append(fake_result("quantum", k, s, 10 + step * (9 + k + s)))
-        return evaluation.paired_differences(results, "matched", 0)
-
-    ((*_, pairs, seeds, _, bootstrap, student, clear),) = rows(2, 2, 0.1)
-    assert (pairs, seeds, bootstrap, clear) == ("4", "2", "–", "too few seeds")
-    assert student.endswith("] *")
-    ((*_, pairs, seeds, _, bootstrap, student, clear),) = rows(5, 4, 0.1)
-    assert (pairs, seeds, clear) == ("20", "4", "too few seeds") and bootstrap.endswith("] *")
-    assert rows(1, 5, 0.1)[0][-1] == "yes"
-    assert rows(1, 5, 0)[0][7:] == ["–", "no"]
-
-
-def test_pairs_have_equal_sizes_and_finite_figures():
-    results = [fake_result("matched", 3, 0, 1.0, 10), fake_result("quantum", 3, 0, 2.0, 25)]
-    results += [fake_result("matched", 3, 1, 4.0, 25), fake_result("quantum", 3, 1, 9.0, 25)]
-    results += [fake_result("matched", 3, 2, float("nan"), 25), fake_result("quantum", 3, 2, 1, 25)]
-    found = evaluation.pair_differences(results, "fid", "quantum", "matched", 25)
-    assert found == {(3, 1): 5.0}
-    assert evaluation.pair_differences(results, "fid", "quantum", "matched", 10) == {}
-
-
-def test_the_report_says_in_what_the_runs_differ():
-    results = [fake_result(arm, 3, 0, 1.0) for arm in ("matched", "quantum", "published")]
-    common = {"steps": 2000, "batch_size": 16, "lr": 0.003, "ema_decay": 0.995, "n_qubits": 16}
-    common |= {"n_layers": 3, "timesteps": 1000, "sample_steps": 50}
-    for r in results:
-        r["settings"] |= common
-    expected = ", ".join(f"{name} {value}" for name, value in common.items())
-    assert evaluation.budget_text(results) == f"{expected}, images 100."
-    results[0]["settings"]["sample_steps"] = 1000
-    results[1]["settings"]["shots"] = 500  # matched has no circuit, so only published differs
-    text = evaluation.budget_text(results)
-    assert "**sample_steps 1000 / 50 (not the same in all runs)**, images 100" in text
-    assert text.endswith("**shots 500 / None (not the same in all runs)**.")
-    results[2]["settings"]["shots"] = 500
-    assert evaluation.budget_text(results).endswith("images 100, shots 500.")
+def test_tiles_of_one_picture():
+    images = torch.arange(5 * 3 * 4 * 6).reshape(5, 3, 4, 6).byte()
+    picture = evaluation.tile(images, 2, scale=3)
+    assert picture.shape == (3 * (3 * 6 + 2), 3 * (2 * 8 + 2), 3) and picture.dtype == np.uint8
+    assert (
+        picture[6 * 3 + 6 : 6 * 3 + 18 : 3, 30:48:3] == images[3].permute(1, 2, 0).numpy()
+    ).all()
+    assert (picture[:6] == 255).all() and evaluation.tile(images[:, :1], 2).shape == (20, 18, 1)
 
 
 # ------------------------------------------------------------------- the published procedure
@@ -435,88 +499,59 @@ def test_paper_protocol(tmp_path, evaluate, data_dir, capsys):
 # ------------------------------------------------------------------------------------ mistakes
 
 
-def unfinished(root):
-    folder = make_run(root, of_class(TEST, 3)[:5])
-    (folder / "samples_final.png").unlink()
-    return [folder], "not finished"
+def run_of(n, **more):
+    return lambda root: [make_run(root, of_class(TEST, 3)[:n], **more)]
 
 
-def no_run(root):
-    return [root], "not a run folder"
+def spoilt(name, change):
+    """A run of which one file is changed: bytes in, bytes (or None: no file) out."""
+
+    def make(root):
+        (folder,) = run_of(20)(root)
+        data = change((folder / name).read_bytes())
+        (folder / name).unlink()
+        if data is not None:
+            (folder / name).write_bytes(data)
+        return [folder]
+
+    return make
 
 
-def damaged_config(root):
-    folder = make_run(root, of_class(TEST, 3)[:5])
-    (folder / "config.json").write_text("{")
-    return [folder], "not a run's configuration"
+def two_sources(root):
+    return [make_run(root, of_class(TEST, 3)[:5]), make_run(root, TEST[0][:5], source="mnist")]
 
 
-def one_image(root):
-    return [make_run(root, of_class(TEST, 3)[:1])], "at least 2"
+def twice(root):
+    return [make_run(root / name, of_class(TEST, 3)[:4]) for name in "ab"]
 
 
-def truncated(root):
-    folder = make_run(root, of_class(TEST, 3)[:20])
-    grid = folder / "samples_final.png"
-    grid.write_bytes(grid.read_bytes()[:3000])
-    return [folder], "not a readable picture"
+NO_WEIGHTS = ("--features", "inception", "--inception_weights", "none.pth")
+PAPER = ("--protocol", "paper", "--features")
+COLOUR = torch.randint(0, 256, (5, 3, 28, 28), generator=torch.Generator().manual_seed(0)).byte()
+MISTAKES = {  # how the run folders are made, more options, what the error says
+    "unfinished": (spoilt("samples_final.png", lambda _: None), (), "not finished"),
+    "no run": (lambda root: [root], (), "config.json: not a run's configuration"),
+    "config": (spoilt("config.json", lambda _: b"{"), (), "not a run's configuration"),
+    "one image": (run_of(1), (), "at least 2"),
+    "cut": (spoilt("samples_final.png", lambda x: x[:3000]), (), "not a readable picture"),
+    "mixed": (two_sources, (), "mixed data sets"),
+    "twice": (twice, (), "have the same arm, condition, class, size and seed"),
+    "foreign": (run_of(5, source="pathmnist"), (), "cal_fid_ssim_medmnist.py"),
+    "trained": (run_of(5, training=TRAIN[0][:9]), (), "trained on other images"),
+    "colour": (lambda root: [make_run(root, COLOUR)], (), r"images of \(3, 28, 28\)"),
+    "size": (lambda root: [make_run(root, COLOUR[:, :1, :20, :20])], (), r"of \(1, 20, 20\)"),
+    "no weights": (run_of(5), NO_WEIGHTS, "--features classifier"),
+    "paper, none": (run_of(5), (*PAPER, "none"), "needs features"),
+    "paper, 3": (run_of(3), (*PAPER, "classifier"), r"expected \(5, 1, 28, 28\)"),
+    "n_real": (run_of(5), ("--n_real", 1), "--n_real 1"),
+}
 
 
-def mixed(root):
-    runs = [make_run(root, of_class(TEST, 3)[:5]), make_run(root, TEST[0][:5], source="mnist")]
-    return runs, "mixed data sets"
-
-
-def foreign(root):
-    return [make_run(root, of_class(TEST, 3)[:5], source="pathmnist")], "cal_fid_ssim_medmnist.py"
-
-
-def other_training_images(root):
-    folder = make_run(root, of_class(TEST, 3)[:5])
-    config = json.loads((folder / "config.json").read_text())
-    config["images"]["sha256"] = "0" * 64
-    (folder / "config.json").write_text(json.dumps(config))
-    return [folder], "trained on other images"
-
-
-def colour(root):
-    images = torch.randint(0, 256, (5, 3, 28, 28), generator=torch.Generator().manual_seed(0))
-    return [make_run(root, images.byte())], r"images of \(3, 28, 28\)"
-
-
-def large(root):
-    return [make_run(root, torch.zeros(5, 1, 32, 32).byte())], r"images of \(1, 32, 32\)"
-
-
-def no_weights(root):
-    run = make_run(root, of_class(TEST, 3)[:5])
-    options = ["--features", "inception", "--inception_weights", root / "none.pth"]
-    return [run, *options], "--features classifier"
-
-
-def paper_without_features(root):
-    run = make_run(root, of_class(TEST, 3)[:5])
-    return [run, "--protocol", "paper", "--features", "none"], "needs features"
-
-
-def paper_with_three(root):
-    run = make_run(root, of_class(TEST, 3)[:3])
-    return [run, "--protocol", "paper", "--features", "classifier"], "expected \\(5, 1, 28, 28\\)"
-
-
-def n_real(root):
-    return [make_run(root, of_class(TEST, 3)[:5]), "--n_real", 1], "--n_real 1"
-
-
-@pytest.mark.parametrize(
-    "mistake",
-    [unfinished, no_run, damaged_config, one_image, truncated, mixed, foreign, colour, large,
-     other_training_images, no_weights, paper_without_features, paper_with_three, n_real],
-)  # fmt: skip
+@pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_print_one_line_and_exit_2(mistake, tmp_path, evaluate, capsys):
-    arguments, message = mistake(tmp_path)
+    make, options, message = MISTAKES[mistake]
     with pytest.raises(SystemExit) as stop:
-        evaluate(*arguments)
+        evaluate(*make(tmp_path), *options)
     assert stop.value.code == 2
     error = capsys.readouterr().err.split("\r")[-1].strip()  # behind a progress bar
     assert error.startswith("error: ") and "\n" not in error
@@ -528,9 +563,9 @@ def test_class_without_enough_real_images(tmp_path, evaluate, monkeypatch, capsy
     run = make_run(tmp_path, of_class(TEST, 3)[:5], n_train=2)
     keep = (TRAIN[1] != 3) | ((TRAIN[1] == 3).cumsum(0) <= 2)
     few = {"train": (TRAIN[0][keep], TRAIN[1][keep]), "test": TEST}
-    dataset = evaluation.MNIST._replace(load_images=lambda data, _, split: (data, *few[split]))
+    monkeypatch.setattr(mnist, "load_images", lambda data, _, split: (data, *few[split]))
     with pytest.raises(SystemExit) as stop:
-        evaluation.main([str(run), "--data_dir", str(tmp_path / "data")], dataset)
+        evaluation.main([str(run), "--data_dir", str(tmp_path / "data")])
     assert stop.value.code == 2
     assert "2 real images" in capsys.readouterr().err
 
@@ -549,9 +584,6 @@ def test_data_dir_that_cannot_be_written(tmp_path, capsys, monkeypatch):
 
 def test_pathmnist(tmp_path, capsys):
     """The sibling command line: RGB runs against a medmnist file of tinted tiles."""
-    pytest.importorskip("quantum_diffusion_pathmnist")
-    import cal_fid_ssim_medmnist
-
     rng = np.random.default_rng(0)
     arrays = {}
     tint = rng.uniform(60, 200, (9, 1, 1, 3))
@@ -561,56 +593,44 @@ def test_pathmnist(tmp_path, capsys):
         arrays[f"{split}_images"] = images.clip(0, 255).astype(np.uint8)
         arrays[f"{split}_labels"] = labels[:, None].astype(np.uint8)
     np.savez(tmp_path / "pathmnist.npz", **arrays)
-    from quantum_diffusion_pathmnist import load_images as load_tissue
-    from quantum_diffusion_pathmnist import symmetries
+    _, images, labels = pathmnist.load_images("pathmnist", tmp_path, "train")
+    images = images[labels == 8]
+    options = {"label": 8, "source": "pathmnist"}
 
-    source, images, labels = load_tissue("pathmnist", tmp_path, "train")
-    folder = make_run(tmp_path, images[labels == 8][:5], label=8, source="pathmnist")
-    config = json.loads((folder / "config.json").read_text())
-    training = images[labels == 8].numpy().tobytes()
-    config["images"]["sha256"] = hashlib.sha256(training).hexdigest()
-    (folder / "config.json").write_text(json.dumps(config))
-    cal_fid_ssim_medmnist.main([str(folder), "--data_dir", str(tmp_path)])
-    result = json.loads((folder / "metrics.json").read_text())
-    assert source == "pathmnist" and result["n_real"] == 10 and result["n_training"] == 10
+    def measure(folder):
+        cal_fid_ssim_medmnist.main([str(folder), "--data_dir", str(tmp_path)])
+        return json.loads((folder / "metrics.json").read_text())
+
+    result = measure(make_run(tmp_path, images[:5], training=images, **options))
+    assert result["n_real"] == 10 and result["n_training"] == 10
     assert result["metrics"]["near_copies"] == 1
     assert result["metrics"]["label_accuracy"] > 0.9
-    assert cal_fid_ssim_medmnist.PATHMNIST.withdrawn == {
-        "classical": (95.72, 0.4107),
-        "quantum": (84.40, 0.0931),
-    }
     # A run with --augment: its training set are the symmetries of the square, and copies of a
     # turned training image are copies.
-    turned = symmetries(images[labels == 8])
-    config["images"] = {"sha256": hashlib.sha256(turned.numpy().tobytes()).hexdigest()}
-    config["images"]["symmetries"] = 8
-    (folder / "config.json").write_text(json.dumps(config))
-    save_grid(folder / "samples_final.png", images[labels == 8][:5].rot90(1, (2, 3)))
-    cal_fid_ssim_medmnist.main([str(folder), "--data_dir", str(tmp_path)])
-    result = json.loads((folder / "metrics.json").read_text())
+    eight, turned = pathmnist.symmetries(images), images[:5].rot90(1, (2, 3))
+    folder = make_run(tmp_path / "b", turned, training=eight, symmetries=8, **options)
+    result = measure(folder)
     assert result["n_training"] == 80 and result["metrics"]["distance_ratio"] == 0
     assert "trained with augmentation" in result["note"]
     with pytest.raises(SystemExit) as stop:
         evaluation.main([str(folder), "--data_dir", str(tmp_path)])
     assert stop.value.code == 2 and "cal_fid_ssim_medmnist.py" in capsys.readouterr().err
+    assert cal_fid_ssim_medmnist.PATHMNIST.withdrawn == {
+        "classical": (95.72, 0.4107),
+        "quantum": (84.40, 0.0931),
+    }
 
 
 def test_embedded_tissue(tmp_path, capsys):
     """One class: no classifier, and the error says what to do; pixels are measured all the same."""
-    pytest.importorskip("quantum_diffusion_pathmnist")
-    import cal_fid_ssim_medmnist
-
-    _, images, labels = cal_fid_ssim_medmnist.load_images("tissue", tmp_path, "train")
-    folder = make_run(tmp_path, images[:6], label=3, source="tissue")
-    config = json.loads((folder / "config.json").read_text())
-    config["settings"]["label"] = int(labels[0])
-    digest = hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
-    config["images"]["sha256"] = digest
-    (folder / "config.json").write_text(json.dumps(config))
+    _, images, labels = pathmnist.load_images("tissue", tmp_path, "train")
+    label = int(labels[0])
+    folder = make_run(tmp_path, images[:6], label=label, source="tissue", training=images)
+    arguments = [str(folder), "--data_dir", str(tmp_path)]
     with pytest.raises(SystemExit) as stop:
-        cal_fid_ssim_medmnist.main([str(folder), "--data_dir", str(tmp_path)])
+        cal_fid_ssim_medmnist.main(arguments)
     assert stop.value.code == 2 and "--features none" in capsys.readouterr().err
-    cal_fid_ssim_medmnist.main([str(folder), "--data_dir", str(tmp_path), "--features", "none"])
+    cal_fid_ssim_medmnist.main([*arguments, "--features", "none"])
     result = json.loads((folder / "metrics.json").read_text())
     assert "against embedded tissue" in result["note"] and "FID biased" not in result["note"]
     assert result["metrics"]["near_copies"] == 1 and result["metrics"]["label_accuracy"] is None

@@ -72,7 +72,7 @@ def test_the_guard_sees_one_changed_line(sources, side):
         ("GIF_BYTES = 400_000", "GIF_BYTES"),
         ("        self.updates += 1", "EMA"),
         ('    """Sinusoidal embedding (Vaswani', "timestep_embedding"),
-        ("@contextlib.contextmanager", "deferred_interrupt"),
+        ("@dataclass(frozen=True)", "Settings"),
     ]:
         changed = list(sources)
         assert changed[side].count(line) == 1

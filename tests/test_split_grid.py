@@ -110,13 +110,12 @@ FIGURES = [
 ]
 
 
-def expected_count(layout):
-    counts = {"rows": 15, "last_row_short": 13, "column": 3, "small_gap": 8, "single": 1}
-    return counts.get(layout, 4 if layout in ("blue_ground", "high_dpi") else 5)
+COUNTS = {"rows": 15, "last_row_short": 13, "column": 3, "small_gap": 8, "single": 1}
+COUNTS |= {"blue_ground": 4, "high_dpi": 4}
 
 
 def expected_tiles(layout, kind):
-    tiles = TILES[kind](expected_count(layout))
+    tiles = TILES[kind](COUNTS.get(layout, 5))
     return 255 - tiles // 2 if layout == "black_ground" else tiles
 
 
@@ -205,20 +204,8 @@ def test_nearly_white_tile_is_kept(tmp_path):
     assert grid.confidence < 0.9
 
 
-def white_on_white():
-    return pasted(255 - digit_tiles(5), FIVE, 168)
-
-
-def touching():
-    return pasted(digit_tiles(5), [(20 + 168 * k, 15) for k in range(5)], 168)
-
-
-def two_touch():
-    return pasted(digit_tiles(4), [(20, 15), (188, 15), (420, 15), (640, 15)], 168)
-
-
-def hole():
-    return pasted(digit_tiles(4), [FIVE[k] for k in (0, 1, 3, 4)], 168)
+def row(tiles, *lefts, side=168, top=15, **options):
+    return pasted(tiles, [(left, top) for left in lefts], side, **options)
 
 
 def white_tile_inside():
@@ -241,24 +228,10 @@ def loss_curve_beside():
     return picture
 
 
-def too_small():
-    return pasted(digit_tiles(5), [(10 + 30 * k, 10) for k in range(5)], 20, size=(170, 40))
-
-
 def text_only():
     picture = Image.new("RGB", (600, 200), "white")
     ImageDraw.Draw(picture).text((20, 20), "IIII HHHH OOOO no tiles", "black", font_size=44)
     return picture
-
-
-def nothing():
-    return Image.new("RGB", (600, 200), "white")
-
-
-def no_ground():
-    return Image.fromarray(noise_tiles(1)[0, 0].numpy()).resize(
-        (280, 280), Image.Resampling.NEAREST
-    )
 
 
 def centred_last_row():
@@ -266,14 +239,26 @@ def centred_last_row():
     return pasted(digit_tiles(7), places, 100, size=(520, 240))
 
 
-@pytest.mark.parametrize(
-    "figure",
-    [white_on_white, touching, two_touch, hole, white_tile_inside, unequal, loss_curve_beside,
-     too_small, text_only, nothing, no_ground, centred_last_row],
-)  # fmt: skip
+AMBIGUOUS = {
+    "white_on_white": lambda: pasted(255 - digit_tiles(5), FIVE, 168),
+    "touching": lambda: row(digit_tiles(5), *range(20, 860, 168)),
+    "two_touch": lambda: row(digit_tiles(4), 20, 188, 420, 640),
+    "hole": lambda: pasted(digit_tiles(4), [FIVE[k] for k in (0, 1, 3, 4)], 168),
+    "too_small": lambda: row(digit_tiles(5), *range(10, 160, 30), side=20, top=10, size=(170, 40)),
+    "nothing": lambda: Image.new("RGB", (600, 200), "white"),
+    "no_ground": lambda: pasted(noise_tiles(1), [(0, 0)], 280, size=(280, 280)),
+    "white_tile_inside": white_tile_inside,
+    "unequal": unequal,
+    "loss_curve_beside": loss_curve_beside,
+    "text_only": text_only,
+    "centred_last_row": centred_last_row,
+}
+
+
+@pytest.mark.parametrize("figure", AMBIGUOUS)
 def test_ambiguous_layouts_are_refused(figure, tmp_path):
     path = tmp_path / "figure.png"
-    figure().save(path)
+    AMBIGUOUS[figure]().save(path)
     with pytest.raises(UserError, match="ambiguous layout"):
         split_grid(path)
 
