@@ -87,3 +87,17 @@ def test_links_exist(page):
     targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
     local = [target.split("#")[0] for target in targets if "://" not in target]
     assert len(local) >= 3 and all((page.parent / target).exists() for target in local), local
+
+
+def test_costs_are_those_of_the_benchmark():
+    measured = {
+        row["what"]: row["value"]
+        for row in csv.DictReader((ROOT / "result_gif/results/cost.csv").open())
+    }
+    text = (ROOT / "README.md").read_text().split("<!-- table: cost -->")[1].split("\n\n")[0]
+    shown = [line.split("|")[-2].strip() for line in text.splitlines()[3:]]
+    names = ("training step quantum / classical", "training step matched / classical")
+    names += ("layer lightning.qubit / exact", "layer default.qubit / exact")
+    for name, cell in zip(names, shown, strict=True):
+        value = float(measured[name])
+        assert cell == (f"{value:.3f}" if value < 10 else f"{value:,.0f}"), name
