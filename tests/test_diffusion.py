@@ -264,3 +264,14 @@ def test_training_makes_a_model_of_the_digit():
     assert trainer.losses[-50:].mean() < 0.08  # from 0.35
     assert mistimed > 2 * error  # so the model has learnt to use the time
     assert recognised >= 0.8
+
+
+def test_every_resblock_of_the_unet_receives_the_time():
+    unet, seen = qd.UNet(1), []
+    for block in unet.modules():
+        if isinstance(block, qd.ResBlock):
+            block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1].detach()))
+    unet(torch.zeros(1, 1, 28, 28), torch.tensor([10]))
+    unet(torch.zeros(1, 1, 28, 28), torch.tensor([900]))
+    assert len(seen) == 8
+    assert all((a - b).abs().max() > 0.01 for a, b in zip(seen[:4], seen[4:], strict=True))
