@@ -5,7 +5,7 @@ MedMNIST" (arXiv 2504.00034): one denoising diffusion model per digit, a small U
 bottleneck channels are re-weighted by a variational circuit, and the controls that a fair
 comparison needs. README.md lists what differs from the authors' code and why.
 
-    python quantum_diffusion_mnist.py --use_quantum                        # digit 3, ten minutes
+    python quantum_diffusion_mnist.py --use_quantum                        # digit 3
     python quantum_diffusion_mnist.py --arm classical matched quantum --digits 3 8 --n_train 25 100
 """
 
