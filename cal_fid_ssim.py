@@ -404,16 +404,22 @@ def precision_recall(
         return float("nan"), float("nan")
     real, generated = torch.from_numpy(real), torch.from_numpy(generated)
     real_radius, generated_radius = (
-        distances(x, x).kthvalue(k + 1, dim=1).values for x in (real, generated)
+        torch.cat([rows.kthvalue(k + 1, dim=1).values for rows in distances(x, x)])
+        for x in (real, generated)
     )
-    across = distances(real, generated)
-    precision = (across <= real_radius[:, None]).any(dim=0).double().mean().item()
-    return precision, (across <= generated_radius).any(dim=1).double().mean().item()
+    inside_real = torch.zeros(len(generated), dtype=torch.bool)
+    recalled = []
+    for start, rows in zip(range(0, len(real), CHUNK), distances(real, generated), strict=True):
+        inside_real |= (rows <= real_radius[start : start + CHUNK, None]).any(dim=0)
+        recalled.append((rows <= generated_radius).any(dim=1))
+    return inside_real.double().mean().item(), torch.cat(recalled).double().mean().item()
 
 
-def distances(a: Tensor, b: Tensor) -> Tensor:
-    """Euclidean distances (n, m); exact for equal rows, as ties of collapsed samples need."""
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+def distances(a: Tensor, b: Tensor) -> Iterable[Tensor]:
+    """Euclidean distances (CHUNK, m) of successive rows of ``a``; exact for equal rows, as ties
+    of collapsed samples need."""
+    for rows in a.split(CHUNK):
+        yield torch.cdist(rows, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def ssim(a: Tensor, b: Tensor) -> np.ndarray:
