@@ -1,10 +1,7 @@
 """Diffusion on PathMNIST tissue with a 16-qubit quantum attention layer, simulated exactly.
 
-Implements the system of "Quantum Generative Models for Image Generation: Insights from MNIST and
-MedMNIST" (arXiv 2504.00034) on colour images of colon tissue: one denoising diffusion model per
-tissue class, a small U-Net whose bottleneck channels are re-weighted by a variational circuit, and
-the controls that a fair comparison needs. The sibling of quantum_diffusion_mnist.py: what has the
-same name in both is the same. README.md lists what differs from the authors' code and why.
+The sibling of quantum_diffusion_mnist.py (arXiv 2504.00034) for colour images of colon tissue: what
+has the same name in both is the same. README.md lists what differs from the authors' code and why.
 
     python quantum_diffusion_pathmnist.py --use_quantum                 # adenocarcinoma
     python quantum_diffusion_pathmnist.py --arm matched quantum --labels lymphocytes mucus --augment
@@ -18,24 +15,24 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 # OpenMP's threads spin while they wait for each other: on a machine that is busy with other work
 # that makes a step up to thirteen times slower. Spinning for a shorter time costs nothing.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch loads OpenMP
 
+import filelock
 import medmnist
 import numpy as np
 import pennylane as qml
@@ -53,14 +50,10 @@ from tqdm import tqdm
 
 IMAGE_SIZE = 28
 TILE_PADDING = 2  # white pixels between the tiles of a picture, before enlargement
-PREVIEW_STEPS = 50  # respaced sampling steps of the previews
-SAMPLE_BATCH = 16, 64  # least and most images of the final grid that are sampled together
+SAMPLE_STEPS, PREVIEW_STEPS = 50, 25  # network evaluations for the final grid and for previews
 GIF_BYTES = 400_000
 EXACT_LAYERS = 5  # memory and time grow by 16 with every layer
-MIXED_QUBITS = 10  # of PennyLane's default.mixed: 16 MiB a sample, four times as much each qubit
-
-Noise = Sequence[float] | None  # (p1, p2), depolarising probabilities: see quantum_circuit
-Generators = torch.Generator | Sequence[torch.Generator]  # one for all images, or one for each
+MIXED_QUBITS, DEVICE_QUBITS = 10, 24  # what fits into memory on default.mixed, on other devices
 
 ARMS = {
     "classical": "no gate: the paper's classical model",
@@ -72,153 +65,125 @@ ARMS = {
 }
 QUANTUM_ARMS = ("quantum", "published", "product", "frozen")
 PATHMNIST_CLASSES = (  # short for medmnist.INFO["pathmnist"]["label"], in its order
-    "adipose",
-    "background",
-    "debris",
-    "lymphocytes",
-    "mucus",
-    "smooth-muscle",
-    "normal-mucosa",
-    "stroma",
-    "adenocarcinoma",
-)
-CLASS_NAMES = (*PATHMNIST_CLASSES, "immunohistochemistry")  # the last is the embedded image's
+    "adipose", "background", "debris", "lymphocytes", "mucus", "smooth-muscle", "normal-mucosa",
+    "stroma", "adenocarcinoma",
+)  # fmt: skip
+CLASS_NAMES = (*PATHMNIST_CLASSES, "immunohistochemistry")  # the last is the embedded picture's
+CLASS_IDS = {text: k for k, name in enumerate(CLASS_NAMES) for text in (name, str(k))}
+DEFAULT_CLASS = {"pathmnist": "adenocarcinoma", "tissue": "immunohistochemistry"}
 CLASS_PREFIX = "_"  # between data set and class in a run's name
+DATA_FLAGS = {
+    "--labels": {"nargs": "+", "dest": "classes", "choices": [*CLASS_IDS, "all"], "metavar": "NAME"}
+    | {"help": f"list of {', '.join(PATHMNIST_CLASSES)} or 0-8, or all (default: adenocarcinoma)"},
+    "--augment": {"action": "store_true"}
+    | {"help": "train on the eight rotations and reflections of each image (the paper does not)"},
+    "--data": {"choices": ["auto", "pathmnist", "tissue"], "default": "auto"}
+    | {"help": "auto (default) takes PathMNIST, or without a network scikit-image's tissue"},
+    "--data_dir": {"type": Path, "default": "data", "help": "of pathmnist.npz (default: data)"},
+}  # fmt: skip
 
 
 class UserError(Exception):
     """A mistake that the user can mend: printed as one line, exit code 2."""
 
 
-class DivergedError(UserError):
-    """The loss of a run is not finite."""
+def between(low: float, high: float, none: str = "") -> Callable[[str], float | None]:
+    """An argparse type: a number from low to high, whole when low is an int; ``none`` is None."""
 
-
-def between(low: float, high: float) -> Callable[[str], float]:
-    """An argparse type: a number from low to high, whole when ``low`` is an int."""
-
-    def parse(text: str) -> float:
-        value = type(low)(text)
-        if not low <= value <= high:
+    def number(text: str) -> float | None:
+        value = None if text == none else type(low)(text)
+        if value is not None and not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text}, expected {low} to {high}")
         return value
 
-    parse.__name__ = type(low).__name__  # argparse names the type in its messages
-    return parse
+    return number
 
 
-def probabilities(text: str) -> tuple[float, float] | None:
-    """An argparse type: two probabilities, as in 0.001,0.01; None when both are zero."""
-    pair = tuple(map(between(0.0, 1.0), text.split(",")))
-    if len(pair) != 2:
-        raise argparse.ArgumentTypeError(f"{text}, expected two probabilities, as in 0.001,0.01")
-    return pair if any(pair) else None
+def pair(text: str) -> tuple[float, float]:
+    """An argparse type: two probabilities with a comma between."""
+    first, second = map(between(0.0, 1.0), text.split(","))
+    return first, second
 
 
-def json_object(text: str) -> dict | None:
-    """An argparse type: a JSON object; None when it is empty."""
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f'{text}, expected a JSON object, as in {{"seed": 1}}')
-    return value or None
-
-
-def setting(default: Any, kind: Callable, text: str, metavar: str | None = None) -> Any:
+def setting(default: object, kind: Callable, text: str, metavar: str | None = None) -> field:
     """A field of Settings that is a flag of the same name."""
     return field(default=default, metadata={"type": kind, "help": text, "metavar": metavar})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that one run's result depends on."""
+    """Everything that one run's result depends on. Raises UserError where fields disagree."""
 
-    arm: str
-    data: str
-    label: int
-    n_train: int | None
-    seed: int
+    arm: str = "classical"
+    data: str = "digits"
+    label: int = 3
+    n_train: int | None = None
+    seed: int = 0
     steps: int = setting(2820, between(1, 10**8), "optimizer steps: 30 epochs over a full digit")
     batch_size: int = setting(64, between(1, 10**5), "images per step")
-    lr: float = setting(3e-3, between(1e-9, 1e3), "peak learning rate")
+    lr: float = setting(3e-3, between(1e-9, 1e3), "peak learning rate of Adam")
+    muon_lr: float = setting(0.02, between(0.0, 1e3), "that of Muon, for the inner convolutions")
     ema_decay: float = setting(0.995, between(0.0, 0.999999), "target decay of the weights' mean")
     n_qubits: int = setting(16, between(1, 1024), "qubits, or units of the matched gate")
     n_layers: int = setting(3, between(1, 100), "circuit layers")
-    timesteps: int = setting(1000, between(1, 10**5), "noise levels T")
+    timesteps: int = setting(1000, between(2, 10**5), "noise levels T")
     n_frames: int = setting(30, between(1, 1000), "previews in a run")
     n_samples: int = setting(5, between(1, 1000), "images per preview")
-    # How the images are drawn and the circuit is run: CONDITIONS.
-    sample_steps: int | None = setting(
-        None, between(1, 10**5), "sampling steps of the final grid (default: timesteps)"
-    )
+    # The conditions, which may differ from those of training when --weights samples a model
+    sample_steps: int = setting(SAMPLE_STEPS, between(1, 10**5), "network evaluations per image")
     simulator: str = setting("exact", str, "exact, or a PennyLane device")
-    simulator_options: dict | None = setting(
-        None, json_object, "the PennyLane device's keyword arguments, as a JSON object", "JSON"
-    )
-    shots: int | None = setting(
-        None, between(1, 10**6), "measurements per expectation value (default: exact values)"
-    )
-    gate_noise: tuple[float, float] | None = setting(
-        None,
-        probabilities,
-        "depolarising probabilities: after every one-qubit gate, on both qubits of every CNOT",
-        "P1,P2",
-    )
-    readout_noise: float = setting(
-        0.0, between(0.0, 1.0), "probability that a measured bit is flipped", "Q"
-    )
+    simulator_options: dict | None = setting(None, json.loads, "that device's arguments", "JSON")
+    shots: int | None = setting(None, between(1, 10**6), "measurements per value; default: exact")
+    gate_noise: tuple = setting((0.0, 0.0), pair, "depolarising per gate, per CNOT", "P1,P2")
+    readout_noise: float = setting(0.0, between(0.0, 1.0), "share of flipped bits", "P")
 
-    @property
-    def model_name(self) -> str:
-        """Which weights: arm, data, class, size and seed."""
-        size = "all" if self.n_train is None else self.n_train
-        label = CLASS_PREFIX + CLASS_NAMES[self.label]
-        return f"{self.arm}_{self.data}{label}_n{size}_seed{self.seed}"
+    def __post_init__(self):
+        exact, options = self.simulator == "exact", self.simulator_options or {}
+        most = MIXED_QUBITS if self.simulator == "default.mixed" else DEVICE_QUBITS
+        for mistake, message in (
+            (self.sample_steps > max(self.timesteps, SAMPLE_STEPS), "sample_steps: > --timesteps"),
+            (options and (exact or "shots" in options),
+             "simulator_options: expected a PennyLane device as --simulator, and no shots"),
+            (exact and self.arm in QUANTUM_ARMS and self.n_layers > EXACT_LAYERS,
+             f"n_layers: at most {EXACT_LAYERS}, or --simulator default.qubit"),
+            (not exact and self.n_qubits > most, f"n_qubits: memory for {most}; see --simulator"),
+        ):  # fmt: skip
+            if mistake:
+                raise UserError(f"--{message}")
 
     @property
     def condition(self) -> str:
-        """What is not ideal in a run, for example ``shots1000_gate0.001-0.01``; else empty."""
-        words = [] if self.simulator == "exact" else [self.simulator]
-        if self.shots:
-            words.append(f"shots{self.shots}")
-        if self.gate_noise:
-            words.append("gate{}-{}".format(*self.gate_noise))
-        if self.readout_noise:
-            words.append(f"readout{self.readout_noise}")
-        if self.sample_steps not in (None, self.timesteps):
-            words.append(f"steps{self.sample_steps}")
-        return "_".join(words)
+        """What is not as usual in a run, for example ``shots1000_gate0.001-0.01``; else empty."""
+        words = {
+            "": self.simulator != "exact" and self.simulator,
+            "shots": self.shots,
+            "gate": any(self.gate_noise) and "-".join(map(str, self.gate_noise)),
+            "readout": self.readout_noise,
+            "steps": self.sample_steps != SAMPLE_STEPS and self.sample_steps,
+        }
+        return "_".join(f"{word}{value}" for word, value in words.items() if value)
 
     @property
     def name(self) -> str:
         """The run folder's name, for example ``quantum_mnist3_nall_seed0_shots1000``."""
-        return "_".join(filter(None, [self.model_name, self.condition]))
+        label = CLASS_PREFIX + CLASS_NAMES[self.label]
+        name = f"{self.arm}_{self.data}{label}_n{self.n_train or 'all'}_seed{self.seed}"
+        return f"{name}_{self.condition}".rstrip("_")
 
 
-CIRCUIT_CONDITIONS = ("simulator", "simulator_options", "shots", "gate_noise", "readout_noise")
-CONDITIONS = ("sample_steps", *CIRCUIT_CONDITIONS)
+IDEAL = {item.name: item.default for item in fields(Settings)[-5:]}  # a circuit's conditions
 
 
 def random_stream(seed: int, *name: object, device: str | torch.device = "cpu") -> torch.Generator:
-    """A generator that depends on ``seed`` and ``name`` alone.
-
-    Every use of randomness has a stream of its own (batch k, image k, the data subset), so none
-    disturbs another, and nothing but the step number has to be stored to resume a run.
-    """
+    """A generator that depends on ``seed`` and ``name`` alone. Every use of randomness has its own
+    (batch k, image k, the data subset), so none disturbs another, and a run resumes by its step."""
     digest = hashlib.sha256(repr((seed, *name)).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def draw(kind: Callable, generator: Generators | None, *size: int) -> Tensor:
-    """``kind`` (torch.rand or torch.randn) of ``size``, from one generator, or from a sequence of
-    them, one for each entry of the first dimension; None is torch's own."""
-    if isinstance(generator, Sequence):
-        return torch.stack([kind(size[1:], generator=g, device=g.device) for g in generator])
-    return kind(size, generator=generator, device=generator and generator.device)
-
-
 @contextlib.contextmanager
 def reading(path: Path, what: str) -> Iterator[None]:
-    """Whatever reading a file raises becomes a UserError that names it and what it should be."""
+    """The door for foreign files: whatever reading one raises becomes a UserError that names it."""
     try:
         yield
     except Exception as error:
@@ -227,86 +192,66 @@ def reading(path: Path, what: str) -> Iterator[None]:
 
 
 # -------------------------------------------------------------------------------------- data
-
-
 def load_images(data: str, data_dir: Path, split: str = "train") -> tuple[str, Tensor, Tensor]:
-    """Reads one split: (source, images (N, 3, 28, 28) uint8 RGB, labels (N,) int64).
-
-    Args:
-        data: ``pathmnist`` (downloaded when missing; a file with fewer images than the official one
-            will do), ``tissue`` (324 tiles of the colon tissue that scikit-image ships, one class;
-            the last 72, its lowest rows, are the test split), or ``auto``: the first, and without a
-            network the second. The returned source says which.
-        data_dir: the folder of ``pathmnist.npz``.
-        split: ``train`` or ``test``.
-
-    Raises:
-        UserError: PathMNIST was asked for and cannot be had, or its file is damaged.
-    """
-    path = data_dir and data_dir / "pathmnist.npz"
-    if data != "tissue":
-        try:  # medmnist checks the md5 of what it downloads
-            download(path, lambda aside: medmnist.PathMNIST("train", root=aside, download=True))
-            with (
-                reading(path, "PathMNIST; delete it to download again"),
-                np.load(path, allow_pickle=False) as arrays,
-            ):
-                images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-                shape = (len(images), IMAGE_SIZE, IMAGE_SIZE, 3)
-                assert images.shape == shape, f"images of shape {images.shape}, expected {shape}"
-                assert images.dtype == np.uint8, f"images of type {images.dtype}, expected uint8"
-                assert labels.dtype.kind in "ui", f"labels of type {labels.dtype}, not integers"
-                assert labels.shape == (len(images), 1), f"{len(images)} images, {labels.shape}"
-                assert np.isin(labels, range(len(PATHMNIST_CLASSES))).all(), "labels outside 0-8"
-                images = torch.from_numpy(images).permute(0, 3, 1, 2)
-                return "pathmnist", images, torch.from_numpy(labels[:, 0].astype(np.int64))
-        except ConnectionError as error:
-            if data == "pathmnist":
-                way_out = f"copy pathmnist.npz to {data_dir} or use --data tissue"
-                raise UserError(f"{error}; {way_out}") from error
-            notice = "Using scikit-image's colon TISSUE INSTEAD OF PATHMNIST; all names say so."
-            print(f"NOTICE: {error}. {notice}", file=sys.stderr)
+    """Reads one split, ``train`` or ``test``: (source, images (N, 3, 28, 28) uint8, labels (N,)).
+    data: ``pathmnist`` (downloaded when data_dir holds no ``pathmnist.npz``; one with fewer images
+    will do), ``tissue`` (324 tiles of the colon tissue that scikit-image ships, one class; the last
+    72, its lowest rows, are the test split), or ``auto``: the first, and without a network the
+    second; the returned source says which. Raises UserError: PathMNIST was asked for and cannot be
+    had, or its file is damaged."""
+    fetch, name = partial(medmnist.PathMNIST, "train", download=True), "pathmnist.npz"
+    way_out = data == "pathmnist" and f"copy {name} to {data_dir} or use --data tissue"
+    if data != "tissue" and available(data_dir, name, fetch, way_out):
+        path = data_dir / name
+        with reading(path, "PathMNIST; delete it to download again"), np.load(path) as arrays:
+            images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+            assert images.dtype == np.uint8 and labels.dtype.kind in "ui", "not whole numbers"
+            assert images.shape == (len(labels), IMAGE_SIZE, IMAGE_SIZE, 3), images.shape
+            assert labels.shape == (len(labels), 1) and np.isin(labels, range(9)).all(), "labels"
+            images = torch.from_numpy(images).permute(0, 3, 1, 2)
+            return "pathmnist", images, torch.from_numpy(labels[:, 0].astype(np.int64))
     side = 512 // IMAGE_SIZE  # 18 x 18 disjoint tiles of the 512 x 512 picture
     picture = torch.from_numpy(immunohistochemistry())[: side * IMAGE_SIZE, : side * IMAGE_SIZE]
-    tiles = picture.reshape(side, IMAGE_SIZE, side, IMAGE_SIZE, 3).permute(0, 2, 4, 1, 3)
-    tiles = tiles.reshape(-1, 3, IMAGE_SIZE, IMAGE_SIZE)
+    tiles = picture.unfold(0, IMAGE_SIZE, IMAGE_SIZE).unfold(1, IMAGE_SIZE, IMAGE_SIZE)
+    tiles = tiles.flatten(0, 1)  # (324, 3, 28, 28), row by row
     chosen = tiles[252:] if split == "test" else tiles[:252]
     return "tissue", chosen, torch.full((len(chosen),), len(PATHMNIST_CLASSES))
 
 
-def download(path: Path, fetch: Callable[[Path], object]) -> None:
-    """Fetches a data set aside and renames what is to be at ``path``, unless it is there, so that
-    neither a broken download nor a second process leaves half of it. Raises ConnectionError."""
-    if path.exists():
-        return
+def available(data_dir: Path, name: str, fetch: Callable, way_out: str | bool) -> bool:
+    """Whether ``name`` is in data_dir, or can be fetched: aside, to be renamed, so that neither a
+    broken download nor a second process leaves half of it. If not, raises UserError with the
+    way_out, or without one says that embedded data are used."""
+    path = data_dir / name
     try:
-        folder = path.parents[1] if path.name == "raw" else path.parent  # torchvision's layout
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as aside:
-            fetch(Path(aside))
-            path.parent.mkdir(exist_ok=True)
-            (Path(aside) / path.relative_to(folder)).rename(path)
-    except (OSError, RuntimeError) as error:
         if not path.exists():
-            reason = " ".join(str(error).split())
-            raise ConnectionError(f"no {path}, download failed: {reason}") from None
+            data_dir.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=data_dir) as aside:
+                fetch(root=aside)
+                path.parent.mkdir(exist_ok=True)
+                (Path(aside) / name).rename(path)
+    except (OSError, RuntimeError) as error:
+        found = f"no {path}, download failed: {' '.join(str(error).split())}"
+        if way_out and not path.exists():
+            raise UserError(f"{found}; {way_out}") from error
+        print(f"NOTICE: {found}. Using EMBEDDED DATA INSTEAD; all names say so.", file=sys.stderr)
+    return path.exists()
 
 
 def select_images(
     images: Tensor, labels: Tensor, label: int, n_train: int | None, seed: int
 ) -> Tensor:
     """The training images of a run: ``n_train`` of one class (None: all), drawn by the seed.
-
-    Subsets of one seed are nested: 25 are the first of 100. images (N, C, H, W), labels (N,).
-    Raises UserError when ``n_train`` is not between 1 and the size of the class.
-    """
+    Subsets are nested: 25 are the first of 100. Raises UserError when the class has fewer."""
     of_class = images[labels == label]
     n = len(of_class) if n_train is None else n_train
     if not 1 <= n <= len(of_class):
-        has = f"class {CLASS_NAMES[label]} has {len(of_class)} training images"
-        raise UserError(f"--n_train {n}: {has}, expected 1 to {len(of_class)} or all")
+        name, most = CLASS_NAMES[label], len(of_class)
+        raise UserError(
+            f"--n_train {n}: class {name} has {most} training images, expected 1 to {most}"
+        )
     order = torch.randperm(len(of_class), generator=random_stream(seed, "subset"))
-    return of_class if n_train is None else of_class[order[:n]]
+    return of_class[order[:n]]
 
 
 def symmetries(images: Tensor) -> Tensor:
@@ -326,509 +271,312 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------- noise schedule and diffusion
-
-
 def cosine_beta_schedule(timesteps: int, s: float = 0.008) -> Tensor:
-    """beta_1 .. beta_T of the cosine schedule, (timesteps,) float64, clipped to at most 0.999.
-
-    Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 17.
-    """
+    """beta_1 .. beta_T of the cosine schedule, (timesteps,) float64, clipped to at most 0.999:
+    Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 17."""
     t = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
     f = torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2  # alpha_bar(t) = f(t) / f(0)
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)
 
 
 class GaussianDiffusion:
-    """The forward process q and the ancestral sampler p of DDPM (Ho et al. 2020).
+    """The forward process q of DDPM (Ho et al. 2020) and a sampler of second order.
+    Index ``t`` = 0 .. T-1 stands for the paper's t = 1 .. T. With alpha = sqrt(alpha_bar) and
+    sigma = sqrt(1 - alpha_bar), the network predicts v = alpha noise - sigma x0 (Salimans & Ho
+    2022), which stays well-conditioned at the noisy end, where the noise says nothing about x0."""
 
-    Index ``t`` = 0 .. T-1 stands for the paper's t = 1 .. T. The network predicts
-    v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x0 (Salimans & Ho 2022), which stays
-    well-conditioned at the noisy end, where predicting the noise says nothing about x0.
-    """
-
-    def __init__(
-        self, timesteps: int, device: torch.device | str = "cpu", keep: Tensor | None = None
-    ):
-        """``keep`` lists the ascending steps of a respaced process; default all."""
+    def __init__(self, timesteps: int, device: torch.device | str = "cpu"):
         self.timesteps, self.device = timesteps, torch.device(device)
-        steps = torch.arange(timesteps) if keep is None else keep
-        alpha_bar = torch.cumprod(1 - cosine_beta_schedule(timesteps), 0)[steps]
-        previous = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
-        beta = 1 - alpha_bar / previous
+        self.alpha_bar = torch.cumprod(1 - cosine_beta_schedule(timesteps), 0)  # float64
+        squares = torch.stack([self.alpha_bar, 1 - self.alpha_bar])[..., None, None, None]
+        self.alpha, self.sigma = squares.sqrt().float().to(device)
 
-        def table(values: Tensor) -> Tensor:
-            return values.float().to(device)
-
-        self.model_t = steps.to(device)
-        self.signal, self.noise = table(alpha_bar.sqrt()), table((1 - alpha_bar).sqrt())
-        # q(x_{t-1} | x_t, x0), Ho et al. eq. 6 and 7; the variance is beta-tilde.
-        self.mean_x0 = table(previous.sqrt() * beta / (1 - alpha_bar))
-        self.mean_xt = table((1 - beta).sqrt() * (1 - previous) / (1 - alpha_bar))
-        self.std = table((beta * (1 - previous) / (1 - alpha_bar)).sqrt())
-
-    def respaced(self, steps: int) -> "GaussianDiffusion":
-        """The process with ``steps`` of the T steps, evenly spaced, first and last included.
-
-        Nichol & Dhariwal 2021, section 4. Raises ValueError unless 1 <= steps <= T.
-        """
-        if not 1 <= steps <= self.timesteps:
-            raise ValueError(f"steps = {steps}, expected 1 to {self.timesteps}")
-        keep = torch.linspace(self.timesteps - 1, 0, steps, dtype=torch.float64).round().long()
-        return GaussianDiffusion(self.timesteps, self.device, keep.flip(0))
-
-    def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_t given x0 (Ho et al. eq. 4). x0, noise: (B, C, H, W); t: (B,) int64."""
-        return self._at(self.signal, t) * x0 + self._at(self.noise, t) * noise
-
-    def target(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """v, what the network is trained to output for q_sample(x0, t, noise)."""
-        return self._at(self.signal, t) * noise - self._at(self.noise, t) * x0
-
-    def predict_x0(self, x: Tensor, t: Tensor, output: Tensor) -> Tensor:
-        """x0 from x_t and the network's output v, clipped to -1..1."""
-        return (self._at(self.signal, t) * x - self._at(self.noise, t) * output).clamp(-1, 1)
-
-    def p_sample(self, model: nn.Module, x: Tensor, t: int, noise: Tensor) -> Tensor:
-        """One ancestral step x_t -> x_{t-1} with clipped x0; ``noise`` like x, unused at t = 0."""
-        index = torch.full((len(x),), t, device=x.device)
-        x0 = self.predict_x0(x, index, model(x, self.model_t[index]))
-        return self.mean_x0[t] * x0 + self.mean_xt[t] * x + self.std[t] * noise
+    def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """x_t given x0 (Ho et al. eq. 4), and v, which the network is trained to output there. x0,
+        noise: (B, C, H, W); t: (B,) int64."""
+        alpha, sigma = self.alpha[t], self.sigma[t]
+        return alpha * x0 + sigma * noise, alpha * noise - sigma * x0
 
     @torch.no_grad()
     def sample(
-        self,
-        model: nn.Module,
-        n: int,
-        generator: Generators,
-        steps: int | None = None,
-        progress: tqdm | None = None,
+        self, model: nn.Module, seed: int, series: str, numbers: range, steps: int, bar: tqdm
     ) -> Tensor:
-        """Draws n images, (n, C, 28, 28) float32 in -1..1, in ``steps`` of the T steps (all).
+        """Draws the images ``numbers`` of a series, (n, C, 28, 28) float32 in -1..1, with ``steps``
+        evaluations of the model, (x (n, C, 28, 28), t (n,)) -> v; 1 <= steps <= T.
 
-        model: (x (n, C, 28, 28), t (n,)) -> v; its attribute ``channels`` gives C (default 1). With
-        a generator for each image, an image does not depend on those it is drawn with. ``progress``
-        is advanced by one at each step.
-        """
-        process = self if steps is None else self.respaced(steps)
-        size = (n, getattr(model, "channels", 1), IMAGE_SIZE, IMAGE_SIZE)
-        x = draw(torch.randn, generator, *size).to(self.device)
-        for t in reversed(range(len(process.model_t))):
-            noise = draw(torch.randn, generator, *size).to(self.device)
-            x = process.p_sample(model, x, t, noise)
-            if progress is not None:
-                progress.update()
-        return x.clamp(-1, 1)
-
-    @staticmethod
-    def _at(table: Tensor, t: Tensor) -> Tensor:
-        return table[t][:, None, None, None]
+        SDE-DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095). Of first order, with d = x0, it is
+        DDPM's ancestral step; the second order extrapolates from the x0 before. The noise levels
+        lie evenly in lambda = log(alpha / sigma) from -6 on; the first is t = T - 1. An image has
+        random streams of its own, and does not depend on those it is drawn with."""
+        streams = [[seed, series, k] for k in numbers]
+        noise = [random_stream(*name, device=self.device) for name in streams]
+        if model.gate is not None:
+            shots = [random_stream(*name, "shots", device=self.device) for name in streams]
+            model.gate.generators = shots
+        log_snr = (self.alpha_bar / (1 - self.alpha_bar)).log() / 2  # lambda, falls with t
+        wanted = torch.linspace(-6, log_snr[0], steps, dtype=torch.float64)
+        levels, k = (log_snr - wanted[:, None]).abs().argmin(1), torch.arange(steps)
+        levels[0] = self.timesteps - 1  # where two fall on one level, the next free one is taken:
+        levels = (levels + k).clamp(steps - 1, self.timesteps - 1).cummin(0).values - k
+        alpha_bar, log_snr = self.alpha_bar[levels], log_snr[levels].tolist()
+        alpha, sigma = alpha_bar.sqrt().tolist(), (1 - alpha_bar).sqrt().tolist()
+        size, before, h_before = (model.channels, IMAGE_SIZE, IMAGE_SIZE), None, 0.0
+        x = torch.stack([torch.randn(size, generator=g, device=self.device) for g in noise])
+        for k, t in enumerate(levels.tolist()):
+            v = model(x, torch.full((len(x),), t, device=self.device))
+            x0 = (self.alpha[t] * x - self.sigma[t] * v).clamp(-1, 1)
+            bar.update()
+            if k == steps - 1:
+                return x0
+            h = log_snr[k + 1] - log_snr[k]
+            d = x0 if before is None else x0 + (x0 - before) * (h / (2 * h_before))
+            before, h_before = x0, h
+            fresh = -math.expm1(-2 * h)  # the share of the noise's variance that is drawn anew
+            x = (sigma[k + 1] / sigma[k] * math.exp(-h)) * x + (alpha[k + 1] * fresh) * d
+            new = torch.stack([torch.randn(size, generator=g, device=self.device) for g in noise])
+            x = x + (sigma[k + 1] * math.sqrt(fresh)) * new
 
 
 # --------------------------------------------------- quantum circuit and exact simulation
-
-
-def quantum_circuit(
-    angles: Tensor, weights: Tensor, entangle: bool = True, gate_noise: Noise = None
-) -> None:
+def quantum_circuit(angles: Tensor, weights: Tensor, settings: Settings) -> None:
     """The layer's definition in PennyLane operations, on wires 0 .. n-1.
-
     RY(angles[i]), then per layer RZ(weights[l, i, 0]), RY(weights[l, i, 1]) on every qubit and the
-    chain CNOT(0,1), CNOT(1,2), ...
+    chain CNOT(0,1), CNOT(1,2), ... unless the arm is ``product``. angles: (n,) or (B, n), radians;
+    weights: (L, n, 2), radians, or (L, n, 1) for ``published``, RZ alone; the settings' gate_noise:
+    the probabilities p1 of PennyLane's ``DepolarizingChannel`` after every one-qubit gate and p2 of
+    that on both qubits after every CNOT; readout_noise: that a measured bit is flipped."""
+    n_layers, n, kinds = weights.shape
+    p1, p2 = settings.gate_noise
 
-    angles: (n,) or (B, n), radians; weights: (L, n, 2) = (RZ, RY) radians, or (L, n, 1) for the
-    published circuit, RZ alone; entangle: False leaves the CNOTs out; gate_noise: (p1, p2),
-    probabilities of PennyLane's ``DepolarizingChannel``, which follows every one-qubit gate (p1)
-    and stands on both qubits after every CNOT (p2).
-    """
-    n_layers, n_qubits, kinds = weights.shape
-    p1, p2 = gate_noise or (0, 0)
-
-    def depolarise(p: float, *wires: int) -> None:
+    def gate(operation: Callable, p: float, *wires: int) -> None:
+        operation(wires=wires)
         for wire in wires if p else ():
             qml.DepolarizingChannel(p, wires=wire)
 
-    for i in range(n_qubits):
-        qml.RY(angles[..., i], wires=i)
-        depolarise(p1, i)
-    for layer in range(n_layers):
-        for i in range(n_qubits):
-            qml.RZ(weights[layer, i, 0], wires=i)
-            depolarise(p1, i)
-            if kinds == 2:
-                qml.RY(weights[layer, i, 1], wires=i)
-                depolarise(p1, i)
-        for i in range(n_qubits - 1 if entangle else 0):
-            qml.CNOT(wires=[i, i + 1])
-            depolarise(p2, i, i + 1)
+    for i in range(n):
+        gate(partial(qml.RY, angles[..., i]), p1, i)
+    for layer, i in itertools.product(range(n_layers), range(n)):
+        for kind, operation in enumerate((qml.RZ, qml.RY)[:kinds]):
+            gate(partial(operation, weights[layer, i, kind]), p1, i)
+        if i == n - 1 and settings.arm != "product":
+            for control in range(n - 1):
+                gate(qml.CNOT, p2, control, control + 1)
+    for i in range(n if settings.readout_noise else 0):
+        qml.BitFlip(settings.readout_noise, wires=i)
 
 
-def make_qnode(
-    n_qubits: int,
-    n_layers: int,
-    device_name: str = "default.qubit",
-    entangle: bool = True,
-    diff_method: str | None = "best",
-    options: dict | None = None,
-    shots: int | None = None,
-    gate_noise: Noise = None,
-    readout_noise: float = 0.0,
-) -> qml.QNode:
-    """``quantum_circuit`` as a QNode on any PennyLane device; ``options`` are its arguments.
-
-    diff_method is None for inference alone; with shots (measurements of all qubits together; None:
-    exact values) any other means parameter-shift. Noise needs a device that takes channels, such as
-    ``default.mixed``. Returns f(angles (B, n), weights (L, n, 2 or 1)) -> list of n tensors (B,),
-    <Z_i>. Raises qml.exceptions.DeviceError: no such device.
-    """
-    device = qml.device(device_name, wires=n_qubits, **options or {})
-    if shots and diff_method:
-        diff_method = "parameter-shift"
+def make_qnode(settings: Settings, diff_method: str | None = "best") -> qml.QNode:
+    """``quantum_circuit`` as a QNode on the settings' PennyLane device; exact: ``default.qubit``.
+    diff_method is None for inference alone; with shots (measurements of all qubits together) any
+    other means parameter-shift. Noise needs a device that takes channels: ``default.mixed``.
+    Returns f(angles (B, n), weights (L, n, 2 or 1)) -> list of n tensors (B,), <Z_i>."""
+    n, name = settings.n_qubits, settings.simulator.replace("exact", "default.qubit")
+    device = qml.device(name, wires=n, **settings.simulator_options or {})
+    diff_method = "parameter-shift" if settings.shots and diff_method else diff_method
 
     @qml.qnode(device, interface="torch", diff_method=diff_method)
     def expectations(angles: Tensor, weights: Tensor):
-        quantum_circuit(angles, weights, entangle, gate_noise)
-        for i in range(n_qubits if readout_noise else 0):
-            qml.BitFlip(readout_noise, wires=i)
-        return [qml.expval(qml.PauliZ(i)) for i in range(n_qubits)]
+        quantum_circuit(angles, weights, settings)
+        return [qml.expval(qml.PauliZ(i)) for i in range(n)]
 
-    if diff_method == "best":
-        example = torch.zeros(n_qubits), torch.zeros(n_layers, n_qubits, 2)
-        diff_method = qml.workflow.get_best_diff_method(expectations)(*example)
-    if shots:
-        expectations = qml.set_shots(expectations, shots=shots)
-    if diff_method == "parameter-shift":  # which takes no batch of inputs
-        expectations = qml.transforms.broadcast_expand(expectations)
+    if settings.shots:
+        expectations = qml.set_shots(expectations, shots=settings.shots)
+    if diff_method == "parameter-shift" or not name.startswith("default."):
+        expectations = qml.transforms.broadcast_expand(expectations)  # takes no batch of inputs
     return expectations
 
 
-def transfer_matrices(weights: Tensor, gate_noise: Noise = None) -> Tensor:
+# The exact simulation works in the Pauli basis, where all is real: a qubit's density matrix is
+# sum_p v[p] P_p / 2 over P = I, X, Y, Z, and a gate turns the Bloch vector v[1:] about an axis.
+PAULIS = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 0], [0, -1j, 1j, 0], [1, 0, 0, -1]]).view(4, 2, 2)
+# A CNOT is two tensors with a bond between its qubits, on which the control's bit b travels, as a
+# density matrix: COPY [bond, qubit, qubit before] takes |b><d| to |b><d| x |b><d|, and ADD
+# [qubit, qubit before, bond] applies to the target X^b on the left and X^d on the right.
+COPY = torch.einsum("rba,sba,tab->rst", PAULIS, PAULIS, PAULIS).real / 2
+FLIPS = PAULIS[:2]  # X to the power of 0 and 1
+ADD = torch.einsum("tij,bjk,pkl,dli,qbd->tpq", PAULIS, FLIPS, PAULIS, FLIPS, PAULIS).real / 4
+AXES = torch.zeros(2, 4, 4)  # the generators of RZ and RY
+AXES[[0, 1], [2, 1], [1, 3]], AXES[[0, 1], [1, 3], [2, 1]] = 1, -1
+
+
+def depolarising(p: float, like: Tensor) -> Tensor:
+    """PennyLane's ``DepolarizingChannel(p)`` in the Pauli basis, where it is diagonal: (4,)."""
+    return torch.tensor([1.0, *[1 - 4 * p / 3] * 3], dtype=torch.float64).to(like)
+
+
+def gate_matrices(weights: Tensor, p1: float = 0.0) -> Tensor:
+    """RY(w1) RZ(w0) of every layer and qubit, each with depolarising noise of probability p1, on
+    the vectors v of the Pauli basis: (L, n, 2 or 1) radians -> (L, n, 4, 4)."""
+    gates = eye = torch.eye(4).to(weights)
+    for angle, axis in zip(weights[..., None, None].unbind(2), AXES.to(weights), strict=False):
+        rotation = eye + angle.sin() * axis + (1 - angle.cos()) * (axis @ axis)  # Rodrigues
+        gates = depolarising(p1, weights)[:, None] * (rotation @ gates)
+    return gates
+
+
+def transfer_matrices(weights: Tensor, settings: Settings) -> Tensor:
     """The site tensors of the circuit's matrix product state, doubled, for all inputs at once.
+    In every layer, qubit i shares a bond q with its left neighbour, which controls it, and a bond r
+    with its right neighbour, which it controls. From layer to layer, with the gates G of
+    ``gate_matrices``, v becomes sum_{p,t} COPY[r, s, t] ADD[t, p, q] (G v)[p]. After the last layer
+    the bit on r says all about a measurement in the Z basis: of s only I remains, of r and q only I
+    and Z. So the bonds of L layers have D = 2 * 4**(L-1) values together, and nothing is truncated.
+    The input enters by RY(x)|0>, whose v is linear in (1, cos x, sin x), hence three matrices per
+    qubit; all else does not depend on the batch. Noise is diagonal and costs nothing. (The last
+    CNOT's on its control comes after the bit is copied, and is left to the measurement.)
 
-    One CNOT chain per layer means: after layer l, qubit i holds b_l = s + c_l (mod 2), where s is
-    the outcome of its own rotation of b_{l-1}, and c_l is what its left neighbour holds. So the
-    bond to the right carries (b_1 .. b_L) and the site matrix, from bond c to bond b, is
-
-        A_i[c, b] = prod_l U_{l,i}[b_l + c_l, b_{l-1}],    U_{l,i} = RY(w1) RZ(w0).
-
-    Expectations need A and its conjugate: E -> A^T E A* with the last index pair kept diagonal,
-    since <Z_i> reads b_L. This map on E (Hermitian) is what is returned, as a real matrix on
-    Re E + Im E. The input enters through RY(x)|0>, whose density matrix is linear in
-    (1, cos x, sin x), hence three matrices per qubit; all else is independent of the batch.
-
-    Noise costs nothing: a channel maps the pair (b, b*) of one qubit, so it joins the gate before
-    it, and the bond does not grow. The result is the exact mean over all noise. (That of the CNOT
-    which a qubit controls in the last layer changes its own measurement: ``noise_factors``.)
-
-    weights: (L, n, 2) or (L, n, 1), radians; gate_noise: as in ``quantum_circuit``. Returns
-    (n, 3, D, D) with D = 2 * 4**(L-1), indexed [qubit, (1, cos, sin), bond b b*, bond c c*].
-    """
-    n_layers, n, kinds = weights.shape
-    rz = weights[..., 0]
-    half = weights[..., 1] / 2 if kinds == 2 else torch.zeros_like(rz)
-    cos, sin = half.cos(), half.sin()
-    ry = torch.stack([cos, -sin, sin, cos], -1).view(n_layers, n, 2, 2)
-    # RY as rho -> U rho U* on the entries (00, 01, 10, 11) of a qubit's density matrix, and the
-    # CNOT after it: the pair (s, s*) becomes b = s + c, so [b, c, b_before] is [b + c, b_before].
-    tables = (ry[..., :, None, :, None] * ry[..., None, :, None, :]).reshape(n_layers, n, 4, 4)
-    if gate_noise:
-        # Depolarising commutes with RZ. Before RY: the noise of what came before, and of RZ.
-        one, two = (rz.new_full((), 1 - 4 * p / 3) for p in gate_noise)
-        before = one * torch.where(torch.arange(n, device=rz.device) == n - 1, 1, two)
-        before = torch.stack([(one * one).expand(n), *[before] * (n_layers - 1)])
-        tables = tables @ depolarising(before)
-        if kinds == 2:
-            tables = depolarising(one) @ tables
-    pair = torch.arange(4, device=weights.device)
-    source = pair[:, None] ^ pair
-    tables = tables.index_select(2, source.flatten()).view(n_layers, n, 4, 4, 4)
-    if gate_noise:  # on the target of the CNOT, which qubit 0 never is
-        after = torch.where(torch.arange(n, device=rz.device) == 0, 1, two)
-        tables = torch.einsum("nab,lnbcd->lnacd", depolarising(after), tables)
-    # RZ before it touches only 01 and 10, so a circuit of RZ alone is independent of its weights
-    # to the last bit.
-    phase = torch.stack([0 * rz, -rz, rz, 0 * rz], -1)
-    phase = torch.complex(phase.cos(), phase.sin())
-    # RY(x)|0> has rho = (1 + cos x Z + sin x X) / 2.
-    eye, bit = torch.eye(2, dtype=rz.dtype, device=rz.device), torch.arange(2, device=rz.device)
-    data = torch.stack([eye, eye * (1 - 2 * bit), eye.flip(0)]).flatten(1) / 2
-    site = data.view(1, 3, 1, 4, 1).expand(n, 3, 1, 4, 1)  # [qubit, k, older b, newest b, c]
-    for layer in range(n_layers):
-        d = site.shape[-1]
-        site = site * phase[layer, :, None, None, :, None]
-        table = tables[layer]
-        if layer == n_layers - 1:
-            # Measured: of the last pairs only (0, 0) and (1, 1) survive, so this layer keeps E
-            # Hermitian in the others. E = S + iK: T E -> (Re T + Im T transpose)(S + K).
-            table = table[:, ::3, ::3]
-            bits = 2 * layer
-            exchange = [4 + (i ^ 1) for i in range(bits)]  # every c with its c*
-            imag = site.imag.reshape(n, 3, -1, 4, *[2] * bits).permute(0, 1, 2, 3, *exchange)
-            site = site.real + imag.reshape(n, 3, -1, 4, d)
-        table = table.permute(0, 3, 1, 2)[:, None, None, :, :, None]  # (n, 1, 1, b_before, b, 1, c)
-        pairs = table.shape[4]
-        site = site.unsqueeze(4).unsqueeze(6) * table
-        if layer == 0:  # b_0 is the input's, no bond
-            site = site.sum(3)
-        site = site.reshape(n, 3, -1, pairs, d * pairs)
-    return site.reshape(n, 3, site.shape[-1], site.shape[-1])
-
-
-def depolarising(factor: Tensor) -> Tensor:
-    """rho -> factor rho + (1 - factor) / 2 on rho's entries (00, 01, 10, 11), (..., 4, 4)."""
-    eye = {"dtype": factor.dtype, "device": factor.device}
-    trace = torch.eye(2, **eye).flatten()
-    mixed = trace[:, None] * trace / 2  # the trace times the maximally mixed state
-    return mixed + factor[..., None, None] * (torch.eye(4, **eye) - mixed)
+    weights: as in ``quantum_circuit``. Returns (n, D, D, 3), indexed [qubit, bonds to the right,
+    bonds to the left, (1, cos, sin)]."""
+    (n_layers, n, _), (p1, p2) = weights.shape, settings.gate_noise
+    control, target = depolarising(p2, weights).repeat(2, n, 1)
+    control[-1] = target[0] = 1  # the chain's ends
+    copy, add = COPY.to(weights), ADD.to(weights)
+    cnot = torch.einsum("ns,rst,nt,tpq->nrsqp", control, copy, target, add)
+    if settings.arm == "product":  # the bonds carry nothing but the last bit, which is measured
+        cnot = torch.zeros_like(cnot)
+        cnot[:, 0, :, 0], cnot[:, 3, 0, 0, 3] = torch.eye(4), 1
+    layers = torch.einsum("nrsqp,lnpu->lnrsqu", cnot, gate_matrices(weights, p1))
+    site = weights.new_zeros(4, 3)
+    site[[0, 3, 1], [0, 1, 2]] = depolarising(p1, weights)[:3]  # v of RY(x)|0> = (1, sin, 0, cos)
+    site = site.view(1, 4, 1, 1, 3).expand(n, 4, 1, 1, 3)
+    for number, layer in enumerate(layers, 1):
+        if number == n_layers:
+            layer = layer[:, ::3, :1, ::3]
+        site = torch.einsum("nrsqu,nubck->nsbrcqk", layer, site).flatten(4, 5).flatten(2, 3)
+    return site.squeeze(1)
 
 
 def environments(angles: Tensor, transfer: Tensor) -> tuple[Tensor, Tensor]:
     """Everything left and everything right of each bond: one sweep from each end, in one batch.
-
-    left_i = T_i(x_i) left_{i-1} starts at the left edge, where c = 0; right_{i-1} =
-    T_i(x_i)^T right_i starts from all ones (the qubits further right are summed over).
-
-    angles: (B, n), radians; transfer: (n, 3, D, D). Returns left, right, each (n, B, D).
-    """
-    batch, n = angles.shape
-    d = transfer.shape[-1]
-    inputs = torch.stack([torch.ones_like(angles), angles.cos(), angles.sin()], -1)  # (B, n, 3)
-    inputs = inputs.transpose(0, 1)[..., None]
-    inputs = torch.stack([inputs, inputs.flip(0)], 1)  # (n, 2, B, 3, 1)
-    maps = torch.stack([transfer.mT, transfer.flip(0)], 1).view(n, 2, 3 * d, d)
-    edge = angles.new_ones(2, batch, d)
-    edge[0, :, 1:].zero_()
-    bonds = [edge]
+    left_i = T_i(x_i) left_{i-1} starts from a left neighbour whose bit is 0 in all layers;
+    right_{i-1} = T_i(x_i)^T right_i from a bond that nobody reads: the sum over its bit, on either
+    side. angles: (B, n), radians; transfer: (n, D, D, 3). Returns left (n + 1, B, D), with the
+    start first, and right (n, B, D)."""
+    n, d = transfer.shape[:2]
+    edges = torch.tensor([[1.0, 1], [1, 0]])  # left, right; the last layer's bond has I and Z alone
+    while edges.shape[1] < d:
+        layer = torch.tensor([[1.0, 0, 0, 1], [1, 1, 0, 0]])
+        edges = (layer[:, :, None] * edges[:, None]).flatten(1)
+    bonds = [edges.to(angles)[:, None].expand(2, len(angles), d)]
+    inputs = torch.stack([torch.ones_like(angles), angles.cos(), angles.sin()], -1).transpose(0, 1)
+    inputs = torch.stack([inputs, inputs.flip(0)], 1).unsqueeze(3)  # (n, 2, B, 1, 3)
+    maps = torch.stack([transfer.transpose(1, 2), transfer.flip(0)], 1)  # [.., from, to, 3]
+    maps = maps.transpose(3, 4).reshape(n, 2, 3 * d, d)
     for x, site in zip(inputs.unbind(0), maps.unbind(0), strict=True):
-        bonds.append(torch.bmm((x * bonds[-1].unsqueeze(2)).view(2, batch, 3 * d), site))
+        bonds.append(torch.bmm((bonds[-1].unsqueeze(3) * x).flatten(2), site))
     bonds = torch.stack(bonds)
-    return bonds[1:, 0], bonds[:-1].flip(0)[:, 1]
+    return bonds[:, 0], bonds[:-1, 1].flip(0)
 
 
-def sweep(angles: Tensor, transfer: Tensor) -> Tensor:
-    """<Z_i> = sum_b (-1)^{b_L} left_i[b] right_i[b] of every qubit, from ``transfer_matrices``.
-
-    angles: (B, n), radians; transfer: (n, 3, D, D). Returns (B, n) in -1..1.
-    """
-    left, right = environments(angles, transfer)
-    sign = 1 - 2.0 * (torch.arange(left.shape[-1], device=left.device) % 2).to(left)
-    return ((left * right) @ sign).T
+def with_z(left: Tensor) -> Tensor:
+    """Environments (..., D) after Z on the measured qubit: exchanges the last layer's I and Z."""
+    return left.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
 
 
 def sample_outcomes(angles: Tensor, transfer: Tensor, uniform: Tensor) -> Tensor:
     """Measures all qubits together, from left to right: 1 or -1 of every qubit and shot.
-
     What is left of a bond, given the outcomes so far, and all that is right of it give the next
-    qubit's probabilities p(z) = sum of E[b] right[b] over b_L = z. These are the joint distribution
-    of the noisy circuit; every shot has errors of its own, and nothing is approximated.
-
-    angles: (B, n), radians; transfer: (n, 3, D, D); uniform: (B, S, n) random numbers in 0..1, one
-    for each measurement. Returns (B, S, n).
-    """
-    _, right = environments(angles, transfer)
-    inputs = torch.stack([torch.ones_like(angles), angles.cos(), angles.sin()], -1)
-    left = angles.new_zeros(*uniform.shape[:2], transfer.shape[-1])
-    left[..., 0].fill_(1)
-    outcomes = []
-    for i, number in enumerate(uniform.unbind(-1)):
-        left = left @ torch.einsum("bk,kdc->bcd", inputs[:, i], transfer[i])
-        pairs = right[i].unflatten(-1, (-1, 2))  # the last bit of b is the measured one
-        weight = left @ torch.diag_embed(pairs).flatten(1, 2)  # (B, S, 2)
-        zero, one = weight.clamp(min=0).unbind(-1)  # p(0), p(1)
-        bit = number * (zero + one) >= zero
-        kept = torch.stack([~bit, bit], -1) / torch.where(bit, one, zero)[..., None]
-        left = (left.unflatten(-1, (-1, 2)) * kept[..., None, :]).flatten(-2)
-        outcomes.append(1 - 2 * bit.to(angles.dtype))
-    return torch.stack(outcomes, -1)
+    qubit's <Z> and with it the odds of its outcome z, on which (1 + z Z) / 2 then projects. These
+    are the joint distribution of the noisy circuit; every shot has errors of its own. angles:
+    (B, n), radians; transfer: (n, D, D, 3); uniform: (B, S, n) in 0..1. Returns (B, S, n)."""
+    lefts, right = environments(angles, transfer)
+    left = lefts[0].unsqueeze(1).expand(-1, uniform.shape[1], -1)
+    inputs, outcomes = torch.stack([torch.ones_like(angles), angles.cos(), angles.sin()], -1), []
+    for i, numbers in enumerate(uniform.split(1, -1)):
+        left = left @ torch.einsum("rck,bk->bcr", transfer[i], inputs[:, i])
+        total, z_total = left @ right[i].unsqueeze(-1), with_z(left) @ right[i].unsqueeze(-1)
+        outcomes.append(torch.where(2 * numbers * total < total + z_total, 1.0, -1.0).to(left))
+        left = (left + outcomes[-1] * with_z(left)) / (total + outcomes[-1] * z_total)
+    return torch.cat(outcomes, -1)
 
 
-def product_expectations(angles: Tensor, weights: Tensor) -> Tensor:
-    """<Z_i> without CNOTs: every qubit's Bloch vector (x, y, z), turned gate by gate.
-
-    angles: (B, n), weights: (L, n, 2) as in ``quantum_circuit``. Returns (B, n).
-    """
-    x, y, z = angles.sin(), 0 * angles, angles.cos()
-    for rz, ry in weights.mT:  # (n,) each
-        x, y = x * rz.cos() - y * rz.sin(), x * rz.sin() + y * rz.cos()
-        x, z = x * ry.cos() + z * ry.sin(), z * ry.cos() - x * ry.sin()
-    return z
-
-
-def noise_factors(
-    n: int,
-    n_layers: int,
-    entangle: bool = True,
-    gate_noise: Noise = None,
-    readout_noise: float = 0.0,
-) -> Tensor:
-    """By what <Z_i> shrinks behind the sites, (n,): a flip of the measured bit with probability q
-    is a factor 1 - 2 q. Misread bits; the errors of the last CNOT on its control, behind which no
-    site comes; and without CNOTs those of all 1 + 2 L gates of a qubit."""
-    p1, p2 = gate_noise or (0.0, 0.0)
-    factors = torch.full((n,), 1 - 2 * readout_noise, dtype=torch.float64)
-    if not entangle:
-        return factors * (1 - 4 * p1 / 3) ** (1 + 2 * n_layers)
-    factors[:-1] *= 1 - 4 * p2 / 3
-    return factors
-
-
-def staircase_expectations(
-    angles: Tensor, weights: Tensor, entangle: bool = True, gate_noise: Noise = None
+def circuit_expectations(
+    angles: Tensor, weights: Tensor, settings: Settings, generators: Sequence[torch.Generator] = ()
 ) -> Tensor:
     """``quantum_circuit`` simulated exactly: <Z_i> of every qubit, the mean over all errors.
+    With the settings' shots the values are means of so many joint measurements of all qubits,
+    drawn by a generator for each sample; the gradient is still the exact mean's. angles: (B, n),
+    radians; weights: as in ``quantum_circuit``. Returns (B, n) in -1..1, differentiable in both."""
+    n, shots, transfer = angles.shape[1], settings.shots, transfer_matrices(weights, settings)
+    factors = torch.full((n,), 1 - 2 * settings.readout_noise).to(angles)
+    if settings.arm != "product":  # the last CNOTs' noise on their controls: like misread bits
+        factors[:-1] *= 1 - 4 * settings.gate_noise[1] / 3
+    left, right = environments(angles, transfer)
+    mean = factors * (with_z(left[1:]) * right).sum(-1).T
+    if shots:
+        with torch.no_grad():
+            uniform = [torch.rand(2, shots, n, generator=g, device=g.device) for g in generators]
+            uniform = torch.stack(uniform).to(angles)
+            outcomes = sample_outcomes(angles, transfer, uniform[:, 0])
+            outcomes = torch.where(2 * uniform[:, 1] < 1 - factors, -outcomes, outcomes)
+        mean = outcomes.mean(1) + mean - mean.detach()
+    return mean
 
-    A matrix product state of bond dimension 2**L holds the circuit's state, with noise its density
-    matrix, without truncation: time and memory grow linearly with the number of qubits.
 
-    angles: (B, n), radians; weights: (L, n, 2) or with entanglement (L, n, 1), radians. Returns
-    (B, n) in -1..1, differentiable in both.
-    """
-    if entangle:
-        values = sweep(angles, transfer_matrices(weights, gate_noise))
-    else:
-        values = product_expectations(angles, weights)
-    factors = noise_factors(*weights.shape[1::-1], entangle, gate_noise)
-    return values * factors.to(values) if gate_noise else values
-
-
-def check_simulation(arm: str, gate_noise: Noise = None) -> None:
-    """Compares the exact simulation with PennyLane's, on a small random circuit of this arm.
-
-    Raises UserError when values or gradients differ: one was edited without the other.
-    """
-    generator = random_stream(0, "check")
-    entangle, kinds = arm != "product", 1 if arm == "published" else 2
-    angles = torch.randn(2, 4, dtype=torch.float64, generator=generator).requires_grad_()
-    weights = torch.randn(2, 4, kinds, dtype=torch.float64, generator=generator).requires_grad_()
-    device = "default.mixed" if gate_noise else "default.qubit"
-    qnode = make_qnode(4, 2, device, entangle, gate_noise=gate_noise)
-    reference = torch.stack(qnode(angles, weights), -1)
-    exact = staircase_expectations(angles, weights, entangle, gate_noise)
-    probe = torch.randn(2, 4, dtype=torch.float64, generator=generator)
-    ours, theirs = (
-        [values, *torch.autograd.grad((values * probe).sum(), (angles, weights))]
-        for values in (exact, reference)
-    )
-    error = max((a - b).abs().max() for a, b in zip(ours, theirs, strict=True))
-    if not error < (1e-6 if gate_noise else 1e-9):  # PennyLane's channels are float32
-        raise UserError(
-            f"the exact simulation differs from quantum_circuit by {error:.1e}: one was "
-            "edited without the other. Use --simulator default.qubit, or mend transfer_matrices"
-        )
+def check_simulation(settings: Settings) -> None:
+    """Compares the exact simulation with PennyLane's on a small random circuit, values and
+    gradients; with ``--simulator DEVICE`` on this device, and with shots that it runs at all.
+    Raises UserError when they differ (one was edited without the other), or the device fails."""
+    name, generator = settings.simulator, random_stream(0, "check")
+    if name == "exact":
+        name = "default.mixed" if any(settings.gate_noise) else "default.qubit"
+    small = replace(settings, n_qubits=3, n_layers=2, simulator=name)
+    how = {"dtype": torch.float64, "generator": generator, "requires_grad": True}
+    kinds, angles = 1 if settings.arm == "published" else 2, torch.randn(2, 3, **how)
+    weights = torch.randn(2, 3, kinds, **how)
+    results = [circuit_expectations(angles, weights, replace(small, shots=None))]
+    try:
+        results.append(torch.stack(make_qnode(small)(angles, weights), -1).view_as(angles))
+    except Exception as error:  # a plugin may raise anything; the reason is shown
+        reason = " ".join(str(error).split())
+        raise UserError(f"--simulator {name} does not run the circuit: {reason}") from None
+    results += [torch.autograd.grad(y.square().sum(), weights)[0].flatten() for y in results]
+    error = max((results[k] - results[k + 1]).abs().max() for k in (0, 2))
+    if not settings.shots and not error < 1e-5:  # some devices use float32
+        found = f"the exact simulation differs from quantum_circuit on {name} by {error:.1e}"
+        raise UserError(f"{found}: one was edited without the other")
 
 
 # ---------------------------------------------------------------------------- attention gates
+class QuantumAttention(nn.Module):
+    """The gate of the bottleneck: Linear(C, n), the circuit's <Z_i>, Linear(n, C).
+    The arm ``matched`` has no circuit: there each unit applies z <- cos(a z + b) once per layer,
+    with weights (a, b) of its own: as many as the circuit's, in the same range -1..1, not mixing
+    the units. The output starts at zero, so that every arm starts as the classical model. On a
+    PennyLane device the gradient through shots is the parameter-shift rule's, measured as well."""
 
-
-class MatchedAttention(nn.Module):
-    """The control gate: Linear(C, n), a function per unit, Linear(n, C), and no circuit.
-
-    Each unit applies z <- cos(a z + b) once per layer, with weights (a, b) of its own: as many
-    weights as the circuit, the same range -1..1, and nothing that mixes the units. The output
-    projection starts at zero, so that every arm starts as the classical model.
-    """
-
-    def __init__(self, channels: int, n_qubits: int = 16, n_layers: int = 3):
+    def __init__(self, channels: int, settings: Settings):
         super().__init__()
-        self.project_in = nn.Linear(channels, n_qubits)
-        self.project_out = nn.Linear(n_qubits, channels)
-        nn.init.zeros_(self.project_out.weight)
-        nn.init.zeros_(self.project_out.bias)
-        shift = torch.rand(n_layers, n_qubits) * 2 * math.pi
-        self.weights = nn.Parameter(torch.stack([torch.ones_like(shift), shift], -1))
+        self.settings, n = settings, settings.n_qubits
+        self.generators: Sequence[torch.Generator] = ()  # of the shots, one for each sample
+        self.project_in = nn.Linear(channels, n)
+        self.project_out = start_at_zero(nn.Linear(n, channels))
+        kinds = 1 if settings.arm == "published" else 2
+        weights = torch.rand(settings.n_layers, n, kinds) * 2 * math.pi  # as PennyLane's TorchLayer
+        if settings.arm == "matched":
+            weights[..., 0] = 1
+        self.weights = nn.Parameter(weights, requires_grad=settings.arm != "frozen")
+        if settings.simulator != "exact":  # inference has its own, which is much faster on some
+            self.qnode, self.inference_qnode = make_qnode(settings), make_qnode(settings, None)
 
     def expectations(self, angles: Tensor) -> Tensor:
-        """What replaces the circuit. angles (B, n) -> (B, n) in -1..1."""
-        for scale, shift in self.weights.mT:  # (n,) each
-            angles = torch.cos(scale * angles + shift)
-        return angles
+        """<Z_i> in -1..1, or what replaces them. angles: (B, n), radians. Returns (B, n)."""
+        if self.settings.arm == "matched":
+            for scale, shift in self.weights.mT:  # (n,) each
+                angles = torch.cos(scale * angles + shift)
+            return angles
+        if self.settings.simulator == "exact":
+            return circuit_expectations(angles, self.weights, self.settings, self.generators)
+        qnode = self.qnode if torch.is_grad_enabled() else self.inference_qnode
+        values = torch.stack(qnode(angles.cpu(), self.weights.cpu()), -1).to(angles)
+        return values.view_as(angles)  # with shots some devices drop a batch of one
 
     def forward(self, features: Tensor) -> Tensor:
         """features (B, C) -> gate (B, C)."""
         return self.project_out(self.expectations(self.project_in(features)))
 
 
-class QuantumAttention(MatchedAttention):
-    """The gate of the paper: the same projections, with <Z_i> of the circuit between them.
-
-    channels is C; arm one of ``QUANTUM_ARMS``; simulator ``exact``, or a PennyLane device with its
-    keyword arguments. With shots <Z_i> is the mean of so many measurements of all qubits together,
-    each with errors of its own, and the gradient is the exact mean's (straight-through), or on a
-    PennyLane device the parameter-shift rule's, measured as well. ``readout_noise`` is the
-    probability that a measured bit is flipped. The attribute ``generator`` draws the shots.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        n_qubits: int = 16,
-        n_layers: int = 3,
-        arm: str = "quantum",
-        simulator: str = "exact",
-        simulator_options: dict | None = None,
-        shots: int | None = None,
-        gate_noise: Noise = None,
-        readout_noise: float = 0.0,
-    ):
-        super().__init__(channels, n_qubits, n_layers)
-        self.entangle = arm != "product"
-        kinds = 1 if arm == "published" else 2
-        weights = torch.rand(n_layers, n_qubits, kinds) * 2 * math.pi  # as PennyLane's TorchLayer
-        self.weights = nn.Parameter(weights, requires_grad=arm != "frozen")
-        self.shots, self.gate_noise = shots, gate_noise
-        self.noisy = bool(gate_noise or readout_noise)
-        factors = noise_factors(n_qubits, n_layers, self.entangle, gate_noise, readout_noise)
-        self.register_buffer("factors", factors, persistent=False)
-        self.generator: Generators | None = None
-        self.qnode = self.inference_qnode = self.kept = None
-        if simulator != "exact":
-            circuit = (n_qubits, n_layers, simulator, self.entangle)
-            how = (simulator_options, shots, gate_noise, readout_noise)
-            self.qnode = make_qnode(*circuit, "best", *how)
-            self.inference_qnode = make_qnode(*circuit, None, *how)
-
-    def expectations(self, angles: Tensor) -> Tensor:
-        """<Z_i> in -1..1. angles: (B, n), radians. Returns (B, n)."""
-        if self.qnode is not None:
-            qnode = self.qnode if torch.is_grad_enabled() else self.inference_qnode
-            values = torch.stack(qnode(angles.cpu(), self.weights.cpu()), -1).to(angles)
-            return values.view_as(angles)  # with shots some devices drop a batch of one
-        if self.entangle:
-            transfer = self._transfer()
-            mean = sweep(angles, transfer)
-        else:
-            transfer = None
-            mean = product_expectations(angles, self.weights)
-        if self.noisy:
-            mean = mean * self.factors.to(mean)
-        if self.shots:
-            mean = mean + (self._measure(angles, transfer, mean) - mean).detach()
-        return mean
-
-    @torch.no_grad()
-    def _measure(self, angles: Tensor, transfer: Tensor | None, mean: Tensor) -> Tensor:
-        """The mean (B, n) of ``shots`` measurements of all qubits together."""
-        size = len(angles), 1 + self.noisy, self.shots, angles.shape[1]
-        uniform = draw(torch.rand, self.generator, *size).to(angles)
-        if transfer is None:  # the qubits are independent
-            return 2 * (2 * uniform[:, 0] < 1 + mean[:, None]).to(angles).mean(1) - 1
-        bits = sample_outcomes(angles, transfer, uniform[:, 0])
-        if self.noisy:
-            bits = torch.where(2 * uniform[:, 1] < 1 - self.factors.to(bits), -bits, bits)
-        return bits.mean(1)
-
-    def _transfer(self) -> Tensor:
-        """The circuit's transfer matrices; without gradients, kept until the weights change."""
-        if torch.is_grad_enabled():
-            return transfer_matrices(self.weights, self.gate_noise)
-        state = self.weights._version, self.weights.data_ptr(), self.weights.dtype
-        if self.kept is None or self.kept[0] != state:
-            self.kept = state, transfer_matrices(self.weights, self.gate_noise)
-        return self.kept[1]
-
-
 # -------------------------------------------------------------------------------------- U-Net
-
-
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Sinusoidal embedding (Vaswani et al. 2017). t: (B,). Returns (B, dim), dim even."""
     k = torch.arange(dim // 2, device=t.device)
@@ -861,11 +609,10 @@ class ResBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention between the positions of a feature map (not the quantum gate)."""
+    """Attention with four heads between the positions of a feature map (not the quantum gate)."""
 
-    def __init__(self, channels: int, heads: int = 4):
+    def __init__(self, channels: int):
         super().__init__()
-        self.heads = heads
         self.norm = nn.GroupNorm(8, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = start_at_zero(nn.Conv2d(channels, channels, 1))
@@ -873,7 +620,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, channels, H, W) -> the same shape."""
         batch, channels, height, width = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(batch, 3, self.heads, -1, height * width)
+        qkv = self.qkv(self.norm(x)).reshape(batch, 3, 4, -1, height * width)
         q, k, v = qkv.transpose(3, 4).unbind(1)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(2, 3)
         return x + self.out(mixed.reshape(batch, channels, height, width))
@@ -881,27 +628,14 @@ class SelfAttention(nn.Module):
 
 class UNet(nn.Module):
     """The denoiser: 28x28 folded to 14x14, then 7x7, where the gate sits; a skip at both.
+    channels: of the images, 1 or 3; the settings tell the arm and, of its gate, the circuit. The
+    initial weights depend on the settings' seed alone and are equal in all arms."""
 
-    channels: of the images, 1 or 3; arm: one of ``ARMS``; width: feature channels at 14x14;
-    bottleneck: feature channels at 7x7 (C of the gate); conditions: how the circuit is run, see
-    ``QuantumAttention``. Raises ValueError for an unknown arm.
-    """
-
-    def __init__(
-        self,
-        channels: int = 1,
-        arm: str = "classical",
-        n_qubits: int = 16,
-        n_layers: int = 3,
-        width: int = 48,
-        bottleneck: int = 128,
-        **conditions: object,
-    ):
+    def __init__(self, channels: int, settings: Settings):
         super().__init__()
-        if arm not in ARMS:
-            raise ValueError(f"arm {arm!r}, expected one of {', '.join(ARMS)}")
+        torch.manual_seed(settings.seed)
         self.channels = channels
-        embedding = 128
+        width, bottleneck, embedding = 48, 128, 128  # channels at 14x14, at 7x7, of the time
         self.embed = nn.Sequential(
             nn.Linear(64, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
         )
@@ -918,17 +652,8 @@ class UNet(nn.Module):
         self.norm = nn.GroupNorm(8, width)
         self.head = start_at_zero(nn.Conv2d(width, 4 * channels, 3, padding=1))
         # Built last: the same seed gives the same U-Net in every arm.
-        self.gate: nn.Module | None = None
-        if arm == "matched":
-            self.gate = MatchedAttention(bottleneck, n_qubits, n_layers)
-        elif arm != "classical":
-            self.gate = QuantumAttention(bottleneck, n_qubits, n_layers, arm, **conditions)
+        self.gate = None if settings.arm == "classical" else QuantumAttention(bottleneck, settings)
         self.to(memory_format=torch.channels_last)
-
-    def seed_circuit(self, generator: Generators) -> None:
-        """Where the circuit's shots come from: one for the batch, or one a sample."""
-        if isinstance(self.gate, QuantumAttention):
-            self.gate.generator = generator
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x (B, channels, H, W), H and W multiples of 4; t (B,) int64 -> v, shaped like x."""
@@ -946,40 +671,18 @@ class UNet(nn.Module):
         return F.pixel_shuffle(self.head(F.silu(self.norm(h))), 2)
 
 
-class EMA:
-    """Exponential moving average of a model's weights, with decay min(target, (1+k)/(10+k)).
-
-    The warm-up in the number of updates k (as in TensorFlow's ExponentialMovingAverage) forgets
-    the random initial weights within tens of steps instead of thousands.
-    """
-
-    def __init__(self, model: nn.Module, decay: float):
-        self.decay, self.updates = decay, 0
-        self.shadow = {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """shadow <- decay * shadow + (1 - decay) * model."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        self.updates += 1
-        new = list(model.state_dict().values())
-        torch._foreach_lerp_(list(self.shadow.values()), new, 1 - decay)
-
-
 # ----------------------------------------------------------------------------------- pictures
-
-
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Writes to a temporary name and renames, so ``path`` is never half written."""
+def write_atomic(path: Path, data: bytes | str | dict) -> None:
+    """Writes bytes, text or a dict of tensors aside and renames the file: all or none."""
+    if isinstance(data, dict):
+        torch.save(data, buffer := io.BytesIO())
+        data = buffer.getvalue()
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         aside.write_bytes(data.encode() if isinstance(data, str) else data)
         os.replace(aside, path)
-    except BaseException as error:
+    finally:
         aside.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
 
 
 def tile(images: Tensor, columns: int, scale: int = 1) -> np.ndarray:
@@ -993,9 +696,8 @@ def tile(images: Tensor, columns: int, scale: int = 1) -> np.ndarray:
 
 
 def save_grid(path: Path, images: Tensor) -> None:
-    """Saves images (N, C, H, W) uint8 as one lossless PNG, with a description to split it by:
-    the text chunk ``grid`` holds count, columns, tile size, padding, scale, channels and value
-    range as JSON. Tile k stands at row k // columns, column k % columns."""
+    """Saves images (N, C, H, W) uint8 as one lossless PNG, with a description to split it by: the
+    text chunk ``grid``, JSON. Tile k stands at row k // columns, column k % columns."""
     n, channels, height, width = images.shape
     columns = min(n, max(5, math.ceil(math.sqrt(n))))
     scale = max(1, min(4, 640 // (columns * (width + TILE_PADDING))))
@@ -1009,29 +711,24 @@ def save_grid(path: Path, images: Tensor) -> None:
 
 
 def load_grid(path: Path) -> Tensor:
-    """The images (N, C, H, W) uint8 of a PNG that ``save_grid`` wrote, to the bit.
-
-    Raises UserError: no such file, damaged, or without the description.
-    """
+    """The images (N, C, H, W) uint8 of a PNG that ``save_grid`` wrote, to the bit. Raises
+    UserError: no such file, damaged, or not as its description says."""
     with reading(path, "a sample grid of this project"), Image.open(path) as picture:
-        picture.load()
         grid = json.loads(picture.text["grid"])
-        half, scale = grid["padding"] // 2, grid["scale"]
-        canvas = torch.from_numpy(np.array(picture)[::scale, ::scale])
-        canvas = canvas.view(*canvas.shape[:2], grid["channels"])[half:-half, half:-half]
-        height, width = grid["tile_height"] + 2 * half, grid["tile_width"] + 2 * half
-        rows = canvas.unfold(0, height, height).unfold(1, width, width)
-        assert rows.shape[:2] == (-(-grid["count"] // grid["columns"]), grid["columns"])
-        return rows.flatten(0, 1)[: grid["count"], :, half:-half, half:-half].contiguous()
+        n, columns, scale, padding = (grid[k] for k in ("count", "columns", "scale", "padding"))
+        height, width = grid["tile_height"] + padding, grid["tile_width"] + padding
+        size = columns * width + padding, -(-n // columns) * height + padding
+        assert picture.size == (scale * size[0], scale * size[1]), f"{picture.size} pixels"
+        canvas, half = torch.from_numpy(np.array(picture)[::scale, ::scale]), padding // 2
+        canvas = canvas.view(*size[::-1], grid["channels"])[half:-half, half:-half]
+        tiles = canvas.unfold(0, height, height).unfold(1, width, width).flatten(0, 1)[:n]
+        return tiles[..., half:-half, half:-half].contiguous()
 
 
 def save_gif(path: Path, frames: Sequence[tuple[str, Tensor]]) -> None:
-    """Saves (caption, images (N, C, H, W) uint8) frames as an animation below ``GIF_BYTES``.
-
-    Shows at most ten images a frame. The enlargement shrinks from 4, and then every other frame
-    goes, until the file is small enough.
-    """
-    for scale, stride in [(4, 1), (3, 1), (2, 1), (1, 1), (1, 2), (1, 4), (1, 8)]:
+    """Saves (caption, images (N, C, H, W) uint8) frames as an animation, at most ten images each.
+    The enlargement shrinks from 4, and then every other frame goes, until it has ``GIF_BYTES``."""
+    for scale, stride in ((4, 1), (3, 1), (2, 1), (1, 1), (1, 2), (1, 4), (1, 8)):
         pictures = []
         for caption, images in frames[::-1][::stride][::-1]:  # the last frame always stays
             strip = Image.fromarray(tile(images[:10], 10, scale).squeeze())
@@ -1040,9 +737,8 @@ def save_gif(path: Path, frames: Sequence[tuple[str, Tensor]]) -> None:
             ImageDraw.Draw(canvas).text((3, 1), caption, fill="black")
             pictures.append(canvas.quantize(64))
         buffer = io.BytesIO()
-        duration = [200] * (len(pictures) - 1) + [2000]  # milliseconds; rests on the last frame
-        options = {"append_images": pictures[1:], "duration": duration, "loop": 0}
-        pictures[0].save(buffer, "gif", save_all=True, **options)
+        options = {"duration": [200] * (len(pictures) - 1) + [2000], "loop": 0}  # milliseconds
+        pictures[0].save(buffer, "gif", save_all=True, append_images=pictures[1:], **options)
         if buffer.tell() < GIF_BYTES:
             break
     write_atomic(path, buffer.getvalue())
@@ -1059,56 +755,55 @@ def save_figure(path: Path, figure: Figure) -> None:
 def save_loss_curve(path: Path, losses: Tensor, title: str) -> None:
     """Draws the loss of every step and its mean over a hundredth of the run."""
     window = max(1, len(losses) // 100)
-    smooth = losses[: len(losses) // window * window].view(-1, window).mean(1)
-    figure = Figure(figsize=(5, 3))
+    smooth, figure = F.avg_pool1d(losses[None], window, 1)[0], Figure(figsize=(5, 3))
     axes = figure.subplots()
-    axes.plot(range(1, len(losses) + 1), losses, color="#bbbbbb", lw=0.5, label="each step")
-    centres = (torch.arange(len(smooth)) + 0.5) * window + 0.5
-    axes.plot(centres, smooth, color="#0072b2", lw=1.2, label=f"mean of {window}")
-    label = "weighted squared error of v"
-    axes.set(xlabel="optimizer step", ylabel=label, title=title, yscale="log")
+    axes.semilogy(torch.arange(len(losses)) + 1, losses, "#bbbbbb", lw=0.5, label="each step")
+    centres = torch.arange(len(smooth)) + (window + 1) / 2
+    axes.semilogy(centres, smooth, "#0072b2", lw=1.2, label=f"mean of {window}")
+    axes.set(xlabel="optimizer step", ylabel="weighted squared error of v", title=title)
     axes.legend(frameon=False)
     save_figure(path, figure)
 
 
 def save_circuit(path: Path, settings: Settings) -> None:
-    """Draws the gate's circuit by PennyLane."""
-    kinds = 1 if settings.arm == "published" else 2
-    n, layers = settings.n_qubits, settings.n_layers
-    qnode = make_qnode(n, layers, entangle=settings.arm != "product")
-    figure, _ = qml.draw_mpl(qnode)(torch.zeros(n), torch.zeros(layers, n, kinds))
+    """Draws the gate's circuit by PennyLane, or of a very large one its first qubits and layers."""
+    n, layers = min(settings.n_qubits, 32), min(settings.n_layers, EXACT_LAYERS)
+    weights = torch.zeros(layers, n, 1 if settings.arm == "published" else 2)
+    qnode = make_qnode(Settings(settings.arm, n_qubits=n, n_layers=layers))
+    figure, axes = qml.draw_mpl(qnode)(torch.zeros(n), weights)
+    axes.set_title(f"{n} of {settings.n_qubits} qubits, {layers} of {settings.n_layers} layers")
     save_figure(path, figure)
     plt.close(figure)
 
 
 # ------------------------------------------------------------------ run folder and checkpoints
-
-
-def run_config(settings: Settings, images: Tensor, counts: dict, argv: Sequence[str]) -> dict:
+def run_config(settings: Settings, images: Tensor, counts: dict, device: torch.device) -> dict:
     """What made a run, for ``config.json``. ``images`` are those trained on, (n, C, H, W) uint8."""
-    model = build_model(settings, images.shape[1])
-    parameters = {"model": list(model.parameters()), "gate": []}
-    if model.gate is not None:
-        parameters |= {"gate": list(model.gate.parameters()), "gate_weights": [model.gate.weights]}
-    parameters["trainable"] = [p for p in model.parameters() if p.requires_grad]
-    commit = ""
+    weights = list(UNet(images.shape[1], settings).named_parameters())
+    counted = {"model": weights, "gate": [item for item in weights if item[0].startswith("gate.")]}
+    counted["trainable"] = [item for item in weights if item[1].requires_grad]
+    commit, hardware = "", "unknown"
     with contextlib.suppress(FileNotFoundError):  # no git on this machine
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-        command = [*git, "--abbrev=40", "--exclude=*"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = done.stdout.strip()
+    with contextlib.suppress(OSError, TypeError):  # Linux tells the model
+        hardware = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else hardware
     digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
     config = {
-        "name": settings.name,
         "condition": settings.condition,
-        "command": shlex.join([Path(__file__).name, *argv]),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "settings": asdict(settings) | {"label_name": CLASS_NAMES[settings.label]},
-        "images": {"source": settings.data, "split": "train", **counts, "used": len(images)}
-        | {"sha256": digest},
+        "images": {"split": "train", **counts, "used": len(images), "sha256": digest},
         "weights": {"weights_sha256": None},
-        "parameters": {name: sum(p.numel() for p in part) for name, part in parameters.items()},
-        "versions": {"python": platform.python_version()}
+        "n_eval": 0,  # images in samples_final.png, once they are all there
+        "parameters": {k: sum(p.numel() for _, p in part) for k, part in counted.items()},
+        "versions": {"python": sys.version.split()[0]}
         | {module.__name__: module.__version__ for module in (torch, qml, np)},
-        "git": {"commit": commit.removesuffix("-dirty"), "dirty": commit.endswith("-dirty")},
+        "git": commit,
+        "device": f"{device}, {hardware}, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
     }
     return json.loads(json.dumps(config))
 
@@ -1118,299 +813,245 @@ def read_config(path: Path) -> dict:
     with reading(path, "a run's configuration of this version"):
         config = json.loads(path.read_text())
         assert all(isinstance(config[part], dict) for part in ("settings", "images", "weights"))
-        assert isinstance(config["n_eval"], int), "no number of images"
         return config
 
 
-def differences(known: dict, asked: dict, skip: Sequence[str] = ()) -> str:
-    """In what two configurations differ, as text for an error; empty when in nothing."""
+def differences(path: Path, config: dict, skip: Sequence[str] = ()) -> str:
+    """In what a run's ``config.json`` differs from ``config``, for an error; empty: in nothing."""
+    known = read_config(path)
     return ", ".join(
         f"{key} {known[part].get(key)!r} (asked for: {value!r})"
         for part in ("settings", "images", "weights")
-        for key, value in asked[part].items()
+        for key, value in config[part].items()
         if key not in skip and known[part].get(key) != value
     )
 
 
-def open_run(folder: Path, config: dict) -> None:
-    """Creates the run folder, or makes sure that the existing one belongs to this very run.
-
-    Raises UserError when the folder holds something else, and names the settings that differ.
-    """
+@contextlib.contextmanager
+def open_run(folder: Path, config: dict) -> Iterator[None]:
+    """Creates the run folder, or makes sure that it is this very run's and no other process works
+    in it. Raises UserError otherwise, and names the settings that differ."""
     path = folder / "config.json"
+    if not path.exists() and any(not f.name.startswith(".") for f in folder.glob("*")):
+        raise UserError(f"{folder} has no config.json: not a run; use another --save_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = filelock.FileLock(folder / ".lock").acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"{folder} is in use by another process") from None
+    with lock:
+        for left in folder.rglob(".*.tmp"):  # by a process that was killed while it wrote
+            left.unlink()
+        if not path.exists():
+            write_atomic(path, json.dumps(config, indent=2))
+        if found := differences(path, config):
+            raise UserError(f"{folder} is another run: {found}; use another --save_dir")
+        yield
+
+
+def find_weights(folder: Path, settings: Settings, config: dict) -> dict:
+    """The ``model.pt`` of the ideal run of the same arm, data, class, size and seed in ``folder``,
+    as entries of ``config.json``. Raises UserError: there is none, or it was trained otherwise."""
+    path = folder / replace(settings, **IDEAL, sample_steps=SAMPLE_STEPS).name / "model.pt"
     if not path.exists():
-        if folder.exists() and any(not f.name.endswith(".tmp") for f in folder.iterdir()):
-            raise UserError(f"{folder} has no config.json: not a run; use another --save_dir")
-        folder.mkdir(parents=True, exist_ok=True)
-        return write_atomic(path, json.dumps(config, indent=2) + "\n")
-    for left in folder.rglob(".*.tmp"):  # by a process that was killed while it wrote
-        left.unlink()
-    known = read_config(path)
-    if found := differences(known, config):
-        found = f"a run with other settings: {found}"
-        raise UserError(f"{folder} holds {found}; use another --save_dir or remove that folder")
-    if config["n_eval"] > known["n_eval"]:
-        write_atomic(path, json.dumps(known | {"n_eval": config["n_eval"]}, indent=2) + "\n")
-
-
-def find_weights(folder: Path, settings: Settings, config: dict) -> Path:
-    """The ``model.pt`` that a run of the same arm, data, class, size and seed left in ``folder``.
-
-    Raises UserError when there is none, several different ones, or one that was trained otherwise.
-    """
-    name = settings.model_name
-    paths = [folder / name / "model.pt"]
-    if not paths[0].exists():  # perhaps trained under a condition, or with other sampling steps
-        paths = sorted(folder.glob(f"{name}_*/model.pt"))
-    if len({path.read_bytes() for path in paths}) != 1:
-        found = f"{len(paths)} trained models {name}"
-        raise UserError(f"--weights {folder}: {found}, expected one; train it, or name its folder")
-    known = read_config(paths[0].with_name("config.json"))
-    if found := differences(
-        known, config, (*CONDITIONS, "n_frames", "n_samples", "weights_sha256")
-    ):
-        raise UserError(f"--weights {folder}: {name} was trained with {found}")
-    return paths[0]
-
-
-def save_tensors(path: Path, tensors: dict) -> None:
-    """torch.save, atomically; a full disk is an OSError like everywhere else."""
-    buffer = io.BytesIO()
-    torch.save(tensors, buffer)
-    write_atomic(path, buffer.getvalue())
-
-
-def load_tensors(path: Path, device: torch.device) -> dict:
-    """What ``save_tensors`` wrote; unpickles nothing. Raises UserError when damaged or foreign."""
-    with reading(path, "a file of this run; remove it to start from step 0"):
-        return torch.load(path, map_location=device, weights_only=True)
+        raise UserError(f"--weights {folder}: no {path}; train it, or name its folder")
+    skip = (*IDEAL, "sample_steps", "n_frames", "n_samples", "weights_sha256")
+    if found := differences(path.with_name("config.json"), config, skip):
+        raise UserError(f"--weights {folder}: {path} was trained with {found}")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"weights": {"weights_sha256": digest}, "weights_from": str(path)}
 
 
 # ------------------------------------------------------------------------------------ training
-
-
-def build_model(settings: Settings, channels: int) -> UNet:
-    """The U-Net with initial weights that depend on the seed alone, equal in all arms."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        size = settings.n_qubits, settings.n_layers
-        conditions = {name: getattr(settings, name) for name in CIRCUIT_CONDITIONS}
-        return UNet(channels, settings.arm, *size, **conditions)
-
-
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first 100 steps (at most a tenth), then half a cosine to zero."""
-    warm_up = min(100, max(1, steps // 10))
-    return peak * min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-
-
 def training_batch(settings: Settings, images: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Images, timesteps and noise of one step; depends on the seed and the step alone.
-
+    """One step's x0 (B, C, H, W) float in -1..1, t (B,) int64 and noise like x0, by seed and step.
     The images are consecutive pieces of one shuffle of the training set after another. The
-    timesteps are stratified, one in each of B equal parts of 0..T, which lowers the variance.
-    Returns x0 (B, C, H, W) float in -1..1, t (B,) int64, noise like x0.
-    """
-    size, n = settings.batch_size, len(images)
+    timesteps are stratified, one in each of B equal parts of 0..T, which lowers the variance."""
+    size, n, device = settings.batch_size, len(images), images.device
     first, last = step * size // n, ((step + 1) * size - 1) // n
     shuffles = [
         torch.randperm(n, generator=random_stream(settings.seed, "shuffle", epoch))
         for epoch in range(first, last + 1)
     ]
     start = step * size - first * n
-    indices = torch.cat(shuffles)[start : start + size].to(images.device, non_blocking=True)
-    generator = random_stream(settings.seed, "noise", step, device=images.device)
-    x0 = to_float(images[indices])
-    uniform = torch.rand(size, generator=generator, device=images.device)
-    strata, timesteps = torch.arange(size, device=images.device), settings.timesteps
-    t = ((strata + uniform) * (timesteps / size)).long().clamp(max=timesteps - 1)
-    return x0, t, torch.randn(x0.shape, generator=generator, device=images.device)
+    x0 = to_float(images[torch.cat(shuffles)[start : start + size].to(device, non_blocking=True)])
+    generator = random_stream(settings.seed, "noise", step, device=device)
+    uniform = torch.rand(size, generator=generator, device=device)
+    t = (torch.arange(size, device=device) + uniform) * (settings.timesteps / size)
+    t = t.long().clamp(max=settings.timesteps - 1)
+    return x0, t, torch.randn(x0.shape, generator=generator, device=device)
 
 
-def draw_images(
-    model: UNet,
-    settings: Settings,
-    name: str,
-    numbers: Sequence[int],
-    steps: int,
-    bar: tqdm | None = None,
-) -> Tensor:
-    """The images ``numbers`` of the series ``name``, each with random streams of its own for its
-    noise and its shots: (len(numbers), C, 28, 28) uint8, on the CPU."""
-    device = next(model.parameters()).device
-    generators, circuits = (
-        [random_stream(settings.seed, kind, k, device=device) for k in numbers]
-        for kind in (name, f"circuit {name}")
-    )
-    model.seed_circuit(circuits)
-    diffusion = GaussianDiffusion(settings.timesteps, device)
-    return to_uint8(diffusion.sample(model, len(numbers), generators, steps, bar)).cpu()
+@torch.no_grad()
+def muon_step(weights: Sequence[Tensor], momenta: Sequence[Tensor], lr: float) -> None:
+    """One step of Muon (Jordan et al. 2024) on convolutions, each weight taken as a matrix of
+    out x (in * kh * kw): Nesterov momentum, whose singular values all become about 1 by five steps
+    x <- (a + b x x^T + c (x x^T)^2) x. As they commute with x x^T, they are done on this smaller
+    matrix, and x is multiplied once."""
+    for weight, momentum in zip(weights, momenta, strict=True):
+        momentum.lerp_(weight.grad, 0.05)
+        x = weight.grad.lerp(momentum, 0.95).flatten(1)
+        scale, wide = max(1, len(x) / x.shape[1]) ** 0.5, len(x) <= x.shape[1]
+        x = (x if wide else x.mT) / (x.norm() + 1e-7)
+        gram, total = x @ x.mT, torch.eye(min(x.shape), device=x.device)
+        for _ in range(5):
+            factor = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+            factor.diagonal().add_(3.4445)
+            gram, total = factor @ gram @ factor, factor @ total
+        x = total @ x
+        weight.add_((x if wide else x.mT).view_as(weight), alpha=-lr * scale)
 
 
 class Trainer:
-    """A model in training, its optimizer and EMA; continued from a checkpoint if there is one.
+    """A model in training, its average and optimizers; continued from ``checkpoint`` if it exists.
+    images: the training set, (n, C, 28, 28) uint8, on the training device. Muon trains all
+    convolutions but the first and the last, Adam the rest."""
 
-    images: the training set, (n, C, 28, 28) uint8, on the training device.
-    """
-
-    def __init__(self, settings: Settings, images: Tensor, folder: Path | None = None):
-        self.settings, self.images, self.folder = settings, images, folder
-        device, channels = images.device, images.shape[1]
+    def __init__(self, settings: Settings, images: Tensor, checkpoint: Path):
+        self.settings, self.images, self.checkpoint = settings, images, checkpoint
+        self.done, device, channels = 0, images.device, images.shape[1]  # done: steps
         self.diffusion = GaussianDiffusion(settings.timesteps, device)
-        self.model, self.average = (build_model(settings, channels).to(device) for _ in range(2))
-        self.ema, self.done = EMA(self.model, settings.ema_decay), 0
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(trainable, settings.lr, (0.9, 0.99), fused=True)
+        self.model, self.average = (UNet(channels, settings).to(device) for _ in range(2))
+        rest = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
+        hidden = [k for k, p in rest.items() if p.ndim == 4 and k[:5] not in ("stem.", "head.")]
+        self.hidden = [rest.pop(name) for name in hidden]
+        self.momenta = [torch.zeros_like(p) for p in self.hidden]
+        self.adam = torch.optim.Adam(rest.values(), settings.lr, (0.9, 0.99), fused=True)
         self.losses = torch.zeros(settings.steps, device=device)
-        self.checkpoint = folder and folder / "checkpoint.pt"
-        if folder and self.checkpoint.exists():
-            state = load_tensors(self.checkpoint, device)
-            with reading(self.checkpoint, "a checkpoint of this run; remove it to start anew"):
-                self.model.load_state_dict(state["model"])
-                self.optimizer.load_state_dict(state["optimizer"])
-                self.ema.shadow = state["ema"]
-                self.done = self.ema.updates = state["step"]
+        if checkpoint.exists():
+            with reading(checkpoint, "a checkpoint of this run; remove it to start anew"):
+                assert zipfile.ZipFile(checkpoint).testzip() is None, "checksum"
+                state = torch.load(checkpoint, map_location=device, weights_only=True)
+                assert state["name"] == settings.name, f"of {state['name']}"
+                for name in ("model", "average", "adam"):
+                    getattr(self, name).load_state_dict(state[name])
+                self.momenta, self.done = state["momenta"], state["step"]
                 self.losses[: self.done] = state["losses"]
 
     def step(self) -> None:
         """One optimizer step; never makes the host wait for the device."""
         settings, step, device = self.settings, self.done, self.images.device
         x0, t, noise = training_batch(settings, self.images, step)
-        self.model.seed_circuit(random_stream(settings.seed, "circuit", step, device=device))
-        output = self.model(self.diffusion.q_sample(x0, t, noise), t)
-        errors = (output - self.diffusion.target(x0, t, noise)).square().mean((1, 2, 3))
-        loss = (self.diffusion.noise[t] * errors).mean()  # the noisy end decides the shape
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, settings.steps, settings.lr)
-        self.optimizer.zero_grad()
+        if settings.shots:
+            streams = [(settings.seed, "circuit", step, k) for k in range(len(x0))]
+            self.model.gate.generators = [random_stream(*name, device=device) for name in streams]
+        x, v = self.diffusion.q_sample(x0, t, noise)
+        errors = (self.model(x, t) - v).square()
+        loss = (self.diffusion.sigma[t] * errors).mean()  # the noisy end decides the shape
+        self.model.zero_grad()
         loss.backward()
-        self.optimizer.step()
-        self.ema.update(self.model)
+        # Learning rates: linear warm-up over 100 steps, at most a tenth, then half a cosine
+        warm_up = min(100, max(1, settings.steps // 10))
+        rate = min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / settings.steps))
+        self.adam.param_groups[0]["lr"] = rate * settings.lr
+        self.adam.step()
+        muon_step(self.hidden, self.momenta, rate * settings.muon_lr)
+        # That of the average (as in TensorFlow) forgets the initial weights within tens of steps
+        decay, new = min(settings.ema_decay, (1 + step) / (10 + step)), self.model.parameters()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.parameters()), list(new), 1 - decay)
         self.losses[step] = loss.detach()
         self.done += 1
 
-    def preview(self) -> None:
-        """Samples of the averaged model, always from the same noise, into ``samples/``."""
-        self.average.load_state_dict(self.ema.shadow)
-        numbers = range(self.settings.n_samples)
-        steps = min(PREVIEW_STEPS, self.settings.sample_steps)
-        images = draw_images(self.average, self.settings, "preview", numbers, steps)
-        save_grid(self.folder / "samples" / f"step_{self.done:06d}.png", images)
-
     def save(self) -> None:
-        """Writes ``loss.csv`` and the checkpoint. Raises DivergedError instead when a loss is not
-        finite, so that the last good checkpoint stays."""
+        """Writes ``loss.csv`` and the checkpoint. Raises UserError instead, and keeps the last good
+        checkpoint, when a loss or a weight is not finite."""
         losses = self.losses[: self.done].cpu()
-        bad = torch.nonzero(~torch.isfinite(losses))
-        if len(bad):
-            what = f"{self.settings.name}: the loss is not finite at step {bad[0].item() + 1}"
-            way_out = "stopped, the last good checkpoint is kept; try a lower --lr"
-            raise DivergedError(f"{what}; {way_out} with another --save_dir")
+        finite = losses.isfinite()
+        finite[-1] &= all(p.isfinite().all() for p in self.model.parameters())
+        if not finite.all():
+            found = f"the loss or a weight is not finite at step {finite.int().argmin() + 1}"
+            raise UserError(f"{self.settings.name}: {found}; try a lower --lr, another --save_dir")
         rows = "".join(f"{k},{loss!r}\n" for k, loss in enumerate(losses.tolist(), 1))
-        write_atomic(self.folder / "loss.csv", "step,loss\n" + rows)
-        state = {"step": self.done, "losses": losses, "ema": self.ema.shadow}
-        state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        save_tensors(self.checkpoint, state)
-
-
-@contextlib.contextmanager
-def deferred_interrupt() -> Iterator[threading.Event]:
-    """Ctrl-C only sets the event that is yielded, so that a step is never cut in two."""
-    pressed = threading.Event()
-    previous = signal.signal(signal.SIGINT, lambda *_: pressed.set())
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, previous)
+        write_atomic(self.checkpoint.with_name("loss.csv"), "step,loss\n" + rows)
+        state = {k: getattr(self, k).state_dict() for k in ("model", "average", "adam")}
+        state |= {"momenta": self.momenta, "step": self.done, "losses": losses}
+        write_atomic(self.checkpoint, state | {"name": self.settings.name})
 
 
 def train(settings: Settings, images: Tensor, folder: Path) -> None:
-    """Trains one model, from its checkpoint if there is one, and writes ``model.pt``.
-
-    Raises DivergedError, UserError for a damaged checkpoint, and KeyboardInterrupt, after saving,
-    when Ctrl-C was pressed.
-    """
+    """Trains one model, from its checkpoint if there is one, and writes ``model.pt``. Raises
+    UserError when it diverges, and KeyboardInterrupt, after saving, when Ctrl-C was pressed."""
     (folder / "samples").mkdir(exist_ok=True)
-    trainer, size, steps = Trainer(settings, images, folder), settings.batch_size, settings.steps
-    frames = [math.ceil(steps * k / settings.n_frames) for k in range(1, settings.n_frames + 1)]
-    frames = dict.fromkeys(frames)  # ascending; fewer when there are fewer steps
-    done = trainer.done
-    bar = tqdm(desc=settings.name, total=steps * size, initial=done * size, unit="img",
-               unit_scale=True)  # fmt: skip
-    with deferred_interrupt() as interrupted, bar:
-        while trainer.done < steps:
-            trainer.step()
-            done = trainer.done
-            bar.update(size)
-            if done % 20 == 0:
-                recent = trainer.losses[done - 20 : done].mean()
-                bar.set_postfix(step=done, loss=f"{recent:.4f}")
-            if done in frames and torch.isfinite(trainer.losses[:done]).all():
-                trainer.preview()
-            if done in frames or done % 100 == 0 or interrupted.is_set():
-                trainer.save()
-            if interrupted.is_set():
+    steps, size, n = settings.steps, settings.batch_size, settings.n_frames
+    frames = [math.ceil(steps * k / n) for k in range(1, n + 1)]
+    trainer = Trainer(settings, images, folder / "checkpoint.pt")
+    previews = {k: folder / "samples" / f"step_{k:06d}.png" for k in frames}
+    preview_steps = min(PREVIEW_STEPS, settings.sample_steps, settings.timesteps)
+    interrupted = []  # Ctrl-C only fills it, so that a step is never cut in two
+    handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+    counts = {"total": steps * size, "initial": trainer.done * size}
+    bar = tqdm(desc=settings.name, **counts, unit="img", unit_scale=True)
+    try:
+        while True:
+            done, path = trainer.done, previews.get(trainer.done)
+            if path and not path.exists():
+                how = "preview", range(settings.n_samples), preview_steps, tqdm(disable=True)
+                new = trainer.diffusion.sample(trainer.average, settings.seed, *how)
+                save_grid(path, to_uint8(new))
+            if interrupted:
                 raise KeyboardInterrupt
-    pictures = [
-        (f"{settings.name}  step {k}", load_grid(folder / "samples" / f"step_{k:06d}.png"))
-        for k in frames
-    ]
-    save_gif(folder / "training_progress.gif", pictures)
+            if done == steps:
+                break
+            trainer.step()
+            bar.update(size)
+            if trainer.done in previews or trainer.done % 100 == 0 or interrupted:
+                trainer.save()
+                bar.set_postfix(step=trainer.done, loss=f"{trainer.losses[done].item():.4f}")
+    finally:
+        bar.close()
+        signal.signal(signal.SIGINT, handler)
+    kept = [(f"{settings.name}  step {k}", load_grid(p)) for k, p in previews.items() if p.exists()]
+    if len(kept) < len(previews):
+        print(f"NOTICE: {len(previews) - len(kept)} lost previews left out", file=sys.stderr)
+    save_gif(folder / "training_progress.gif", kept)
     save_loss_curve(folder / "loss_curve.png", trainer.losses.cpu(), settings.name)
-    save_tensors(folder / "model.pt", trainer.ema.shadow)
+    write_atomic(folder / "model.pt", trainer.average.state_dict())
 
 
 def sample_final(settings: Settings, folder: Path, n_eval: int, device: torch.device) -> None:
-    """Brings ``samples_final.png`` to ``n_eval`` images with the EMA weights in ``model.pt``.
-
-    Image k has its own random stream, so images that are already there are kept.
-    """
+    """Brings ``samples_final.png`` to ``n_eval`` images with the averaged weights in ``model.pt``.
+    Image k has its own random stream, so images that are already there are kept."""
     path, weights = folder / "samples_final.png", folder / "model.pt"
-    images = load_grid(path) if path.exists() else torch.empty(0, dtype=torch.uint8)
-    if len(images) >= n_eval:
-        return
-    state = load_tensors(weights, device)
+    images = [load_grid(path)] if path.exists() else []
     with reading(weights, "this run's weights"):
-        model = build_model(settings, state["stem.weight"].shape[1] // 4).to(device)
+        assert zipfile.ZipFile(weights).testzip() is None, "checksum"
+        state = torch.load(weights, map_location=device, weights_only=True)
+        model = UNet(state["stem.weight"].shape[1] // 4, settings).to(device)
         model.load_state_dict(state)
-    # The CPU's kernels round differently below eight images, so a small rest is drawn in company.
-    least, most = SAMPLE_BATCH
-    chunks = range(len(images), n_eval, most)
-    with tqdm(total=len(chunks) * settings.sample_steps, desc="sampling", unit="step") as bar:
+        assert all(p.isfinite().all() for p in model.parameters()), "not finite"
+    chunks = range(sum(map(len, images)), n_eval, 64)
+    steps = min(settings.sample_steps, settings.timesteps)
+    diffusion = GaussianDiffusion(settings.timesteps, device)
+    with tqdm(total=len(chunks) * steps, desc="sampling", unit="step") as bar:
         for first in chunks:
-            n = min(most, n_eval - first)
-            numbers = range(first, first + max(n, least))
-            new = draw_images(model, settings, "image", numbers, settings.sample_steps, bar)
-            images = torch.cat([images, new[:n]]) if len(images) else new[:n]
-            save_grid(path, images)
+            n = min(64, n_eval - first)
+            # The CPU's kernels round differently below eight images: a small rest has company.
+            numbers = range(first, first + max(n, 16))
+            new = diffusion.sample(model, settings.seed, "image", numbers, steps, bar)
+            images.append(to_uint8(new[:n]).cpu())
+            save_grid(path, torch.cat(images))
+    config = read_config(folder / "config.json")
+    config["n_eval"] = sum(map(len, images))
+    write_atomic(folder / "config.json", json.dumps(config, indent=2))
 
 
 # -------------------------------------------------------------------------------- command line
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
-
-    def error(self, message: str):
-        self.exit(2, f"error: {message}\n")
-
-
-def training_images(text: str) -> int | None:
-    """An argparse type: a number of images, or all (None)."""
-    if text != "all" and not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text}, expected a number of images, or all")
-    return None if text == "all" else int(text)
-
-
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that do not depend on the data set; most are the fields of Settings."""
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; most flags are the fields of Settings."""
+    epilog = "arms:\n" + "\n".join(f"  {arm:10} {text}" for arm, text in ARMS.items())
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=epilog, formatter_class=formatter)
+    parser.error = lambda message: parser.exit(2, f"error: {' '.join(message.split())}\n")
     add, arm = parser.add_argument, parser.add_mutually_exclusive_group()
-    text = "list, default classical; see below"
-    arm.add_argument("--arm", nargs="+", choices=ARMS, metavar="ARM", help=text)
+    for flag, options in DATA_FLAGS.items():
+        add(flag, **options)
+    arm.add_argument("--arm", nargs="+", choices=ARMS, metavar="ARM", help="list; see below")
     text = "shorthand for --arm quantum (True) or --arm classical (False)"
     arm.add_argument("--use_quantum", nargs="?", const="True", choices=["True", "False"], help=text)
     text = "numbers of training images, list, or all (default: all)"
-    add("--n_train", nargs="+", type=training_images, default=[None], metavar="N", help=text)
+    count = {"type": between(1, 10**9, "all"), "default": [None], "metavar": "N"}
+    add("--n_train", nargs="+", **count, help=text)
     add("--seeds", nargs="+", type=between(0, 2**63 - 1), default=[0], help="list (default: 0)")
     length = parser.add_mutually_exclusive_group()
     for item in fields(Settings):
@@ -1419,185 +1060,84 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
             default = "" if item.default is None else f" (default: {item.default})"
             options = {**item.metadata, "help": item.metadata["help"] + default}
             where.add_argument(f"--{item.name}", default=item.default, **options)
-    text = "instead of --steps: passes over the training images"
-    length.add_argument("--epochs", type=between(1, 10**8), help=text)
-    add(
-        "--n_eval",
-        type=between(1, 10**6),
-        default=25,
-        help="images in the final grid (default: 25)",
-    )
-    text = "train nothing: take each run's model.pt from the run folders in FOLDER and sample it"
-    add("--weights", type=Path, metavar="FOLDER", help=text + " under other conditions")
+    length.add_argument("--epochs", type=between(1, 10**6), help="passes over the training images")
+    add("--n_eval", type=between(1, 10**5), default=25, help="images to draw finally (default: 25)")
+    text = "train nothing: sample the models in the run folders of FOLDER, under other conditions"
+    add("--weights", type=Path, metavar="FOLDER", help=text)
     add("--save_dir", type=Path, default=Path("runs"), help="of the run folders (default: runs)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    names = ", ".join(f"{k} {name}" for k, name in enumerate(PATHMNIST_CLASSES))
-    parser = OneLineParser(
-        description="Train and sample diffusion models of PathMNIST tissue, one per class, with\n"
-        "or without a quantum attention layer. Lists of arms, classes, sizes and seeds make\n"
-        "a grid of runs; finished runs are skipped and interrupted ones continued.",
-        epilog="arms:\n" + "\n".join(f"  {arm:10} {text}" for arm, text in ARMS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    text = f"list of ids or names ({names}), or all (default: adenocarcinoma; the paper's table "
-    add("--labels", nargs="+", help=text + "was made on label 1, which is background)")
-    text = "train on the eight rotations and reflections of each image (the paper does not)"
-    add("--augment", action="store_true", help=text)
-    text = "auto (default) takes PathMNIST, or without a network scikit-image's tissue"
-    add("--data", choices=["auto", "pathmnist", "tissue"], default="auto", help=text)
-    add("--data_dir", type=Path, default=Path("data"), help="of pathmnist.npz (default: data)")
-    add_run_flags(parser)
     return parser
 
 
-def parse_classes(flag: str, words: Sequence[str], names: Sequence[str]) -> list[int]:
-    """Class ids from names, ids or ``all``. Raises UserError that lists what there is."""
-    if list(words) == ["all"]:
-        return list(range(len(names)))
-    ids = {name: k for k, name in enumerate(names)} | {str(k): k for k in range(len(names))}
-    for word in words:
-        if word not in ids:
-            raise UserError(f"{flag} {word}: expected {', '.join(names)}, their numbers, or all")
-    return [ids[word] for word in words]
+def this_process(device: str) -> tuple[torch.device, int, int]:
+    """The device, and which process this is, of how many: RANK and WORLD_SIZE, set by torchrun or a
+    job array; LOCAL_RANK gives each a GPU. Raises UserError when there is none, or no such rank."""
+    names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    rank, size, local = (os.environ.get(name, default) for name, default in names.items())
+    if not ((rank + size + local).isdecimal() and int(rank) < int(size)):
+        found = f"RANK={rank} WORLD_SIZE={size} LOCAL_RANK={local}"
+        raise UserError(f"{found}: expected whole numbers with 0 <= RANK < WORLD_SIZE")
+    count = torch.cuda.device_count()
+    device = device.replace("auto", "cuda" if count else "cpu")
+    if device == "cuda" and count:
+        device = f"cuda:{int(local) % count}"
+    if device not in ("cpu", *(f"cuda:{k}" for k in range(count))):
+        expected = f"auto, cpu, cuda or cuda:N; {count} CUDA devices found; use --device cpu"
+        raise UserError(f"--device {device}: expected {expected}")
+    return torch.device(device), int(rank), int(size)
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of this process; under a launcher each process takes a GPU of its own."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
-    device, count = torch.device(name), torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise UserError(f"--device {name}: {count} CUDA devices found; use --device cpu")
-    if name == "cuda":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % count)
-    return device
-
-
-def check_simulator(args: argparse.Namespace, arms: set[str]) -> None:
-    """Makes sure that the simulator runs these arms' circuits, and that they are the right ones."""
-    if not arms:
-        return
-    if args.simulator == "exact":
-        if args.n_layers > EXACT_LAYERS:
-            limit = f"the exact simulation is made for up to {EXACT_LAYERS}"
-            raise UserError(f"--n_layers {args.n_layers}: {limit}; use --simulator default.qubit")
-        for arm in arms:
-            check_simulation(arm, args.gate_noise)
-        return
-    if args.simulator == "default.mixed" and args.n_qubits > MIXED_QUBITS:
-        gigabytes = 2 ** (2 * args.n_qubits - 26)
-        found = f"a density matrix of {args.n_qubits} qubits takes {gigabytes} GiB a sample"
-        way_out = f"use at most {MIXED_QUBITS} qubits, or --simulator exact, which takes noise too"
-        raise UserError(f"--simulator default.mixed: {found}; {way_out}")
-    how = args.simulator_options, args.shots, args.gate_noise, args.readout_noise
-    try:
-        for method in ("best", None):
-            qnode = make_qnode(2, 1, args.simulator, True, method, *how)
-            angles = torch.zeros(2, 2, requires_grad=method is not None)
-            values = torch.stack(qnode(angles, torch.zeros(1, 2, 2)), -1)
-            if method:
-                values.sum().backward()
-    except Exception as error:  # a plugin may raise anything; the reason is shown
-        reason = " ".join(str(error).split())
-        what = f"neither exact nor a PennyLane device that runs this circuit ({reason})"
-        raise UserError(f"--simulator {args.simulator}: {what}") from None
-
-
-def check_flags(args: argparse.Namespace) -> None:
-    """Finds the mistakes that need no data, before any is read or downloaded."""
-    choose_device(args.device)
-    steps, timesteps = args.sample_steps, args.timesteps
-    if (steps or 0) > timesteps:
-        raise UserError(f"--sample_steps {steps}: more than --timesteps {timesteps}")
-    if args.simulator_options and args.simulator == "exact":
-        raise UserError("--simulator_options: expected a PennyLane device as --simulator")
-    if "shots" in (args.simulator_options or {}):
-        raise UserError("--simulator_options: use --shots for the number of shots")
-
-
-def make_runs(
-    args: argparse.Namespace, classes: Sequence[int], source: str, images: Tensor, labels: Tensor
-) -> list[tuple[Settings, Tensor, dict]]:
-    """Every run that the flags ask for: settings, training images, and how many there were."""
+def make_all(args: argparse.Namespace, augment: Callable | None = None) -> None:
+    """Makes every run that the flags ask for, or this process's share, that is not there yet.
+    ``augment`` makes eight of each image. Mistakes are found before any work; a run that fails does
+    not stop the others, and a UserError names it."""
+    device, rank, processes = this_process(args.device)
     arms = args.arm or ["quantum" if args.use_quantum == "True" else "classical"]
-    shared = {f.name: getattr(args, f.name) for f in fields(Settings) if f.metadata}
-    shared["sample_steps"] = args.sample_steps or args.timesteps
-    ideal = {f.name: f.default for f in fields(Settings) if f.name in CIRCUIT_CONDITIONS}
-    runs = []
-    for label, n_train, arm, seed in itertools.product(classes, args.n_train, arms, args.seeds):
+    options = {f.name: getattr(args, f.name) for f in fields(Settings) if f.metadata}
+    for settings in [Settings(arm, **options) for arm in arms if arm in QUANTUM_ARMS]:
+        check_simulation(settings)
+    source, images, labels = load_images(args.data, args.data_dir)
+    names, runs, failed = args.classes or [DEFAULT_CLASS[source]], [], []
+    ids = labels.unique().tolist() if "all" in names else map(CLASS_IDS.get, names)
+    grid = itertools.product(dict.fromkeys(ids), args.n_train, arms, args.seeds)
+    for label, n_train, arm, seed in itertools.islice(grid, rank, None, processes):
         chosen = select_images(images, labels, label, n_train, seed)
-        run = {"arm": arm, "data": source, "label": label, "n_train": n_train, "seed": seed}
-        run |= shared if arm in QUANTUM_ARMS else shared | ideal
-        if args.epochs:
-            run["steps"] = args.epochs * math.ceil(len(chosen) / args.batch_size)
         counts = {"total": len(labels), "available": int((labels == label).sum())}
-        runs.append((Settings(**run), chosen, counts))
-    return runs
-
-
-def make_all(
-    runs: Sequence[tuple[Settings, Tensor, dict]], args: argparse.Namespace, argv: Sequence[str]
-) -> None:
-    """Makes every run, or this process's share of them, that is not there yet.
-
-    A launcher that sets RANK and WORLD_SIZE (torchrun, a job array) gives each process every
-    WORLD_SIZE-th run. A run whose loss diverges does not stop the others.
-    """
-    device = choose_device(args.device)
-    hardware = f"cpu, {platform.machine()}, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        hardware = f"{device}, {torch.cuda.get_device_name(device)}"
-    check_simulator(args, {settings.arm for settings, _, _ in runs} & set(QUANTUM_ARMS))
-    share = runs[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
-    for settings, images, counts in share:
-        folder, config = args.save_dir / settings.name, run_config(settings, images, counts, argv)
-        config |= {"device": hardware, "n_eval": args.n_eval}
-        weights = args.weights and find_weights(args.weights, settings, config)
-        if weights:
-            digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-            config |= {"weights": {"weights_sha256": digest}, "weights_from": str(weights)}
-        open_run(folder, config)
-        if weights and not (folder / "model.pt").exists():
-            write_atomic(folder / "model.pt", weights.read_bytes())
-    diverged = []
-    for number, (settings, images, _) in enumerate(share, 1):
+        if augment:
+            chosen, counts["symmetries"] = augment(chosen), 8
+        if args.epochs:
+            options["steps"] = args.epochs * math.ceil(len(chosen) / args.batch_size)
+        how = options if arm in QUANTUM_ARMS else options | IDEAL
+        settings = Settings(arm, source, label, n_train, seed, **how)
+        config = run_config(settings, chosen, counts, device)
+        if args.weights:
+            config |= find_weights(args.weights, settings, config)
+        with open_run(args.save_dir / settings.name, config):
+            runs.append((settings, chosen, config))
+    for number, (settings, chosen, config) in enumerate(runs, 1):
         folder = args.save_dir / settings.name
-        print(f"[{number}/{len(share)}] {folder}", flush=True)
+        print(f"[{number}/{len(runs)}] {folder}", flush=True)
         try:
-            if not (folder / "model.pt").exists():
-                if settings.arm in QUANTUM_ARMS:
-                    save_circuit(folder / "circuit.png", settings)
-                train(settings, images.to(device), folder)
-            sample_final(settings, folder, args.n_eval, device)
-        except DivergedError as error:
-            diverged.append(str(error))
-    if diverged:
-        raise UserError("; ".join(diverged))
+            with open_run(folder, config):
+                model = folder / "model.pt"
+                if args.weights and not model.exists():
+                    write_atomic(model, Path(config["weights_from"]).read_bytes())
+                if not model.exists():
+                    if settings.arm in QUANTUM_ARMS:
+                        save_circuit(folder / "circuit.png", settings)
+                    train(settings, chosen.to(device), folder)
+                sample_final(settings, folder, args.n_eval, device)
+        except UserError as error:
+            failed.append(str(error))
+    if failed:
+        raise UserError("; ".join(failed))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 2 a mistake of the user's, 130 interrupted."""
-    argv = sys.argv[1:] if argv is None else list(argv)
     args = build_parser().parse_args(argv)
     try:
-        check_flags(args)
-        classes = parse_classes("--labels", args.labels or ["adenocarcinoma"], PATHMNIST_CLASSES)
-        data = load_images(args.data, args.data_dir)
-        if data[0] == "tissue":
-            if args.labels:
-                raise UserError("--labels: the embedded tissue has one class; drop the flag")
-            classes = [len(PATHMNIST_CLASSES)]
-        runs = make_runs(args, classes, *data)
-        if args.augment:
-            runs = [(run, symmetries(x), counts | {"symmetries": 8}) for run, x, counts in runs]
-        make_all(runs, args, argv)
+        make_all(args, symmetries if args.augment else None)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
