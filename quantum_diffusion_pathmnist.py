@@ -133,7 +133,7 @@ class Settings:
     sample_steps: int = setting(SAMPLE_STEPS, between(1, 10**5), "network evaluations per image")
     simulator: str = setting("exact", str, "exact, or a PennyLane device")
     simulator_options: dict | None = setting(None, json.loads, "that device's arguments", "JSON")
-    shots: int | None = setting(None, between(1, 10**6), "measurements per value; default: exact")
+    shots: int | None = setting(None, between(1, 10**5), "measurements per value; default: exact")
     gate_noise: tuple = setting((0.0, 0.0), pair, "depolarising per gate, per CNOT", "P1,P2")
     readout_noise: float = setting(0.0, between(0.0, 1.0), "share of flipped bits", "P")
 
@@ -142,7 +142,7 @@ class Settings:
         most = MIXED_QUBITS if self.simulator == "default.mixed" else DEVICE_QUBITS
         for mistake, message in (
             (self.sample_steps > max(self.timesteps, SAMPLE_STEPS), "sample_steps: > --timesteps"),
-            (options and (exact or "shots" in options),
+            (options and (exact or "shots" in str(options)),
              "simulator_options: expected a PennyLane device as --simulator, and no shots"),
             (exact and self.arm in QUANTUM_ARMS and self.n_layers > EXACT_LAYERS,
              f"n_layers: at most {EXACT_LAYERS}, or --simulator default.qubit"),
@@ -1061,7 +1061,7 @@ def build_parser() -> argparse.ArgumentParser:
             options = {**item.metadata, "help": item.metadata["help"] + default}
             where.add_argument(f"--{item.name}", default=item.default, **options)
     length.add_argument("--epochs", type=between(1, 10**6), help="passes over the training images")
-    add("--n_eval", type=between(1, 10**5), default=25, help="images to draw finally (default: 25)")
+    add("--n_eval", type=between(1, 50_000), default=25, help="images drawn finally (default: 25)")
     text = "train nothing: sample the models in the run folders of FOLDER, under other conditions"
     add("--weights", type=Path, metavar="FOLDER", help=text)
     add("--save_dir", type=Path, default=Path("runs"), help="of the run folders (default: runs)")
@@ -1116,7 +1116,7 @@ def make_all(args: argparse.Namespace, augment: Callable | None = None) -> None:
             runs.append((settings, chosen, config))
     for number, (settings, chosen, config) in enumerate(runs, 1):
         folder = args.save_dir / settings.name
-        print(f"[{number}/{len(runs)}] {folder}", flush=True)
+        print(f"[{number}/{len(runs)}] {settings.name}", flush=True)
         try:
             with open_run(folder, config):
                 model = folder / "model.pt"

@@ -40,14 +40,21 @@ def medians(functions: dict, repeats: int) -> dict:
 def training_step(arm: str, channels: int = 1, **conditions):
     """The script's own training step, drawing the batch included."""
     images = torch.randint(256, (6131, channels, 28, 28), dtype=torch.uint8)
-    settings = mnist.Settings(arm, "mnist", 3, None, 0, batch_size=BATCH, **conditions)
-    return mnist.Trainer(settings, images).step
+    settings = mnist.Settings(arm, batch_size=BATCH, **conditions)
+    return mnist.Trainer(settings, images, Path("no checkpoint")).step
+
+
+def muon_step():
+    """What Muon adds to a step."""
+    weights = [p for p in mnist.UNet(1, mnist.Settings()).parameters() if p.ndim == 4][1:-1]
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    return lambda: mnist.muon_step(weights, [p.grad for p in weights], 1e-3)
 
 
 def convolutions():
     """Forward and backward of the U-Net's convolutions alone, on inputs of their shapes."""
-    torch.manual_seed(0)
-    model, calls = mnist.UNet(1, "classical"), []
+    model, calls = mnist.UNet(1, mnist.Settings()), []
     for layer in model.modules():
         if isinstance(layer, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
             layer.register_forward_hook(lambda *call: calls.append(call))
@@ -64,22 +71,16 @@ def convolutions():
 
 
 def sampling_step(arm: str, batch: int):
-    """One denoising step."""
-    torch.manual_seed(0)
-    model, diffusion = mnist.UNet(1, arm), mnist.GaussianDiffusion(1000)
-    x = torch.randn(batch, 1, 28, 28)
-
-    @torch.no_grad()
-    def step():
-        diffusion.p_sample(model, x, 500, x)
-
-    return step
+    """One evaluation of the network in sampling."""
+    model, x = mnist.UNet(1, mnist.Settings(arm)), torch.randn(batch, 1, 28, 28)
+    return torch.no_grad()(lambda: model(x, torch.full((batch,), 500)))
 
 
 def layer(simulator: str, qubits: int = QUBITS, layers: int = LAYERS):
     """Forward and backward of the circuit alone."""
     torch.manual_seed(0)
-    gate = mnist.QuantumAttention(128, qubits, layers, simulator=simulator)
+    settings = mnist.Settings("quantum", n_qubits=qubits, n_layers=layers, simulator=simulator)
+    gate = mnist.QuantumAttention(128, settings)
     angles = torch.randn(BATCH, qubits, requires_grad=True)
     return lambda: gate.expectations(angles).square().sum().backward()
 
@@ -98,8 +99,8 @@ def peak(queue, simulator: str, calls: int):
     queue.put((statistics.median(seconds), (after - before) / 1024))
 
 
-ANSATZE = {"quantum": (True, 2), "product": (False, 2), "published": (True, 1)}
-NOISE = {"ideal": None, "noise": (0.001, 0.01)}
+ANSATZE = {"quantum": 2, "product": 2, "published": 1}  # rotations per layer
+NOISE = {"ideal": (0.0, 0.0), "noise": (0.001, 0.01)}
 
 
 def gradient_variances(n: int, layers: int, ansatz: str, noise: str, circuits: int) -> dict:
@@ -109,15 +110,15 @@ def gradient_variances(n: int, layers: int, ansatz: str, noise: str, circuits: i
     over all weights, or all inputs, of the variance of d<Z_last>/d(.), and of the sum over i of the
     variances of d<Z_i>/d(.), by one probe with random signs ("all").
     """
-    entangle, kinds = ANSATZE[ansatz]
+    settings = mnist.Settings(ansatz, gate_noise=NOISE[noise])
     generator = torch.Generator().manual_seed(0)
     squares = dict.fromkeys(itertools.product(("last", "all"), ("weights", "inputs")), 0.0)
     for _ in range(circuits):
-        weights = torch.rand(layers, n, kinds, dtype=torch.float64, generator=generator)
+        weights = torch.rand(layers, n, ANSATZE[ansatz], dtype=torch.float64, generator=generator)
         weights = (weights * 2 * torch.pi).requires_grad_()
         angles = torch.rand(1, n, dtype=torch.float64, generator=generator)
         angles = ((angles * 2 - 1) * torch.pi).requires_grad_()
-        values = mnist.staircase_expectations(angles, weights, entangle, NOISE[noise])[0]
+        values = mnist.circuit_expectations(angles, weights, settings)[0]
         signs = torch.randint(2, (n,), generator=generator) * 2 - 1.0
         for observable, value in (("last", values[-1]), ("all", values @ signs.double())):
             gradients = torch.autograd.grad(value, (weights, angles), retain_graph=True)
@@ -180,6 +181,7 @@ def cost(out: Path) -> None:
             steps["quantum with noise"] = training_step("quantum", **noise)
             steps["quantum with 1,000 shots"] = training_step("quantum", shots=1000)
             steps["its convolutions alone"] = convolutions()
+            steps["its Muon alone"] = muon_step()
         times = medians(steps, 40)
         add(f"training step classical{data}", 1e3 * times["classical"], "ms")
         for name in [*times][1:]:
