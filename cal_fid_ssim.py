@@ -257,6 +257,7 @@ class Extractor(NamedTuple):
     preprocessing: str
     model: nn.Module
     prepare: Callable[[Tensor], Tensor]
+    channels: int  # grey images are repeated to as many
     device: torch.device | str
 
     def __str__(self) -> str:
@@ -273,10 +274,12 @@ class Extractor(NamedTuple):
             return cached(path, record, make)["state"].numpy()
         with torch.inference_mode():
             rows = [
-                self.model(self.prepare(x).to(self.device)).double().cpu()
+                self.model(
+                    self.prepare(x.expand(-1, self.channels, -1, -1)).to(self.device)
+                ).double()
                 for x in tqdm(images.split(batch), self.name, delay=2, leave=False)
             ]
-        return torch.cat(rows).numpy()
+        return torch.cat(rows).cpu().numpy()
 
 
 def inception_extractor(weights: Path | None, device: torch.device | str) -> Extractor:
@@ -297,13 +300,7 @@ def inception_extractor(weights: Path | None, device: torch.device | str) -> Ext
             model = inception_v3(aux_logits=False, transform_input=True, init_weights=False)
         model.load_state_dict({k: v for k, v in state.items() if not k.startswith("AuxLogits.")})
     model.fc, transform = nn.Identity(), official.transforms()
-    return Extractor(
-        "inception",
-        str(transform),
-        model.eval().to(device),
-        lambda images: transform(images.expand(-1, 3, -1, -1)),
-        device,
-    )
+    return Extractor("inception", str(transform), model.eval().to(device), transform, 3, device)
 
 
 def build_classifier(channels: int, classes: int, seed: int) -> nn.Sequential:
@@ -438,9 +435,8 @@ def read_run(folder: Path, dataset: DataSet) -> Run:
     return Run(folder, name, f"{arm} {condition}".strip(), condition, settings, trained_on, images)
 
 
-Sample = tuple[
-    Tensor, np.ndarray
-]  # images (N, C, H, W) uint8 and features (N, d), (N, 0) without an extractor
+# Images (N, C, H, W) uint8 and their features (N, d); (N, 0) without an extractor.
+Sample = tuple[Tensor, np.ndarray]
 
 
 class Evaluator:
@@ -459,10 +455,9 @@ class Evaluator:
                 source, self.folder, self.train, self.test, options.seed
             )
         if options.features == "classifier":
+            made_by, channels = ("classifier", "x / 127.5 - 1"), self.train[0].shape[1]
             layers = copy.deepcopy(self.classifier[:-1]).to(device)
-            self.extractor = Extractor(
-                "classifier", "x / 127.5 - 1", layers, mnist.to_float, device
-            )
+            self.extractor = Extractor(*made_by, layers, mnist.to_float, channels, device)
         elif options.features == "inception":
             self.extractor = inception_extractor(options.inception_weights, device)
         self.stream = functools.partial(random_stream, options.seed, "evaluation")
@@ -473,15 +468,6 @@ class Evaluator:
         none = np.empty((len(images), 0))
         return images, self.extractor(images, folder) if self.extractor else none
 
-    def of_class(self, split: tuple[Tensor, Tensor], label: int) -> Tensor:
-        """The images of a class in a split. Raises UserError when they are too few to measure."""
-        images = split[0][split[1] == label]
-        if len(images) <= NEIGHBOURS:
-            found = f"class {label}: {len(images)} real images of a split in"
-            expected = f"expected more than {NEIGHBOURS}"
-            raise UserError(f"{self.source}, {found} {self.options.data_dir}, {expected}")
-        return images
-
     def real(self, label: int) -> list[Sample]:
         """Reference images (training split) and held-out images (test split), at most ``--n_real``
         of each, of the class or of all classes."""
@@ -489,7 +475,10 @@ class Evaluator:
         if key not in self.kept:
             self.kept[key] = []
             for split in (self.train, self.test):
-                images = split[0] if key == "all" else self.of_class(split, label)
+                images = split[0] if key == "all" else split[0][split[1] == label]
+                if len(images) <= NEIGHBOURS:
+                    found = f"class {key}: {len(images)} real images in {self.options.data_dir}"
+                    raise UserError(f"{self.source}, {found}, expected more than {NEIGHBOURS}")
                 if len(images) > self.options.n_real:
                     order = torch.randperm(len(images), generator=self.stream("reference"))
                     images = images[order[: self.options.n_real].sort().values]
@@ -543,7 +532,7 @@ class Evaluator:
             training = self.dataset.module.symmetries(training)
         if run.trained_on.get("sha256") != hashlib.sha256(training.numpy().tobytes()).hexdigest():
             raise UserError(f"{run.folder}: trained on other images than are in {options.data_dir}")
-        held_out = self.of_class(self.test, label)
+        held_out = self.dataset.module.select_images(*self.test, label, None, seed)
         figures = self.compare(self.sample(images), reference)
         floor = dict(self.floor(label, len(images)))
         # The threshold is the first percentile of images that the model never saw: a generator of
@@ -852,14 +841,6 @@ def draw_samples(runs: Sequence[Run], evaluator: Evaluator) -> Figure:
     return figure
 
 
-def write_comparison(out: Path, frame: pd.DataFrame) -> None:
-    """``comparison.md`` and ``.png``, and of several training-set sizes ``scaling.png``."""
-    mnist.write_atomic(out / "comparison.md", comparison_text(frame))
-    mnist.save_figure(out / "comparison.png", draw_panels(frame, against_size=False))
-    if frame["n_train"].nunique() > 1:
-        mnist.save_figure(out / "scaling.png", draw_panels(frame, against_size=True))
-
-
 # ----------------------------------------------------------------------- the published procedure
 
 
@@ -890,9 +871,9 @@ def paper_protocol(evaluator: Evaluator, runs: list[Run]) -> str:
             fives = (torch.randperm(len(order), generator=generator) for _ in range(PAPER_DRAWS))
             draws = (tuple(part[five[:PAPER_IMAGES]] for part in pool) for five in fives)
             drawn[label] = np.array([*map(scores, draws)])
-        record = {"n_generated": len(sample), "n_real": PAPER_IMAGES, "draws": PAPER_DRAWS}
-        record["features"] = str(evaluator.extractor)
-        row = [run.name, str(len(sample)), str(PAPER_IMAGES), str(evaluator.extractor)]
+        record = {"n_generated": len(sample), "n_real": PAPER_IMAGES}
+        record |= {"draws": PAPER_DRAWS, "features": str(evaluator.extractor)}
+        row = [run.name, str(len(sample)), str(PAPER_IMAGES), record["features"]]
         found = scores(evaluator.sample(sample))
         for key, value, real in zip(("fid", "ssim_paired"), found, drawn[label].T, strict=True):
             limits = np.percentile(real, [2.5, 97.5]).tolist()
@@ -978,7 +959,10 @@ def evaluate(options: argparse.Namespace, dataset: DataSet) -> None:
     print(result_table(frame))
     if options.out:
         mnist.write_atomic(options.out / "comparison.csv", text)
-        write_comparison(options.out, frame)
+        mnist.write_atomic(options.out / "comparison.md", comparison_text(frame))
+        mnist.save_figure(options.out / "comparison.png", draw_panels(frame, against_size=False))
+        if frame["n_train"].nunique() > 1:
+            mnist.save_figure(options.out / "scaling.png", draw_panels(frame, against_size=True))
         mnist.save_figure(options.out / "samples.png", draw_samples(runs, evaluator))
         print(f"written to {options.out}")
 

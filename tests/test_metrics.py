@@ -258,7 +258,7 @@ def test_inception_features(digits, tmp_path):
 def test_what_is_computed_once_is_kept_by_what_it_was_made_of(digits, tmp_path, capsys):
     """Same images, same weights: read from the file. One pixel or one weight more: computed."""
     model = metrics.build_classifier(1, 10, 0)[:-1].eval()
-    extractor = metrics.Extractor("classifier", "", model, to_float, "cpu")
+    extractor = metrics.Extractor("classifier", "", model, to_float, 1, "cpu")
     images = digits[:6]
     first = extractor(images, tmp_path)
     (file,) = tmp_path.iterdir()

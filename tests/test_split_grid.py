@@ -365,13 +365,3 @@ def test_debug_img_reports_and_checks_the_count(tmp_path, capsys):
         assert stop.value.code == 2 and line.startswith("error: ")
         assert line.count("\n") == 1 and message in line, line
     assert path.read_bytes() == before and other.exists()
-
-
-def test_an_interrupt_is_one_line(monkeypatch, capsys):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(debug_img, "split_grid", interrupt)
-    with pytest.raises(SystemExit) as stop:
-        debug_img.main(["a.png"])
-    assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
