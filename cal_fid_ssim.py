@@ -148,9 +148,7 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     return float(estimate(aa, bb, ab, n, m)), float(np.sqrt(variance))
 
 
-def precision_recall(
-    real: np.ndarray, generated: np.ndarray, k: int = NEIGHBOURS
-) -> tuple[float, float]:
+def precision_recall(real: np.ndarray, generated: np.ndarray, k: int) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019, section 3), each in [0, 1].
 
     Precision: share of generated features inside a ball around some real feature that reaches to
@@ -343,10 +341,11 @@ def train_classifier(images: Tensor, labels: Tensor, seed: int) -> nn.Sequential
     return model
 
 
-def classify(model: nn.Sequential, images: Tensor) -> Tensor:
-    """The class (N,) that the classifier gives each uint8 image (N, C, 28, 28)."""
+def accuracy(model: nn.Sequential, images: Tensor, labels: Tensor | int) -> float:
+    """Share of uint8 images (N, C, 28, 28) that the classifier gives these labels, (N,) or one."""
     with torch.inference_mode():
-        return torch.cat([model(mnist.to_float(x)).argmax(dim=1) for x in images.split(CHUNK)])
+        guesses = [model(mnist.to_float(x)).argmax(dim=1) for x in images.split(CHUNK)]
+    return (torch.cat(guesses) == labels).double().mean().item()
 
 
 def load_classifier(
@@ -366,8 +365,7 @@ def load_classifier(
 
     def make() -> dict[str, Any]:
         model = train_classifier(*train, seed)
-        right = (classify(model, test[0]) == test[1]).double()
-        tested = {"test_accuracy": right.mean().item(), "n_test": len(right)}
+        tested = {"test_accuracy": accuracy(model, *test), "n_test": len(test[0])}
         return {"record": record | tested, "state": model.state_dict()}
 
     path = folder / f"classifier_{source}_seed{seed}.pt"
@@ -444,16 +442,13 @@ class Evaluator:
 
     def __init__(self, dataset: DataSet, source: str, options: argparse.Namespace) -> None:
         self.dataset, self.source, self.options = dataset, source, options
-        self.train, self.test = (
-            dataset.module.load_images(source, options.data_dir, split)[1:]
-            for split in ("train", "test")
-        )
+        load = dataset.module.load_images
+        self.train, self.test = (load(source, options.data_dir, s)[1:] for s in ("train", "test"))
         self.folder, device = options.data_dir / "evaluation", options.device
         self.extractor, self.classifier, self.record = None, None, None
         if options.features == "classifier" or len(self.train[1].unique()) > 1:
-            self.classifier, self.record = load_classifier(
-                source, self.folder, self.train, self.test, options.seed
-            )
+            splits = self.train, self.test, options.seed
+            self.classifier, self.record = load_classifier(source, self.folder, *splits)
         if options.features == "classifier":
             made_by, channels = ("classifier", "x / 127.5 - 1"), self.train[0].shape[1]
             layers = copy.deepcopy(self.classifier[:-1]).to(device)
@@ -497,7 +492,9 @@ class Evaluator:
             figures["kid"], figures["kid_standard_error"] = kernel_distance(a, b)
             size = min(len(a), len(b))
             chosen = torch.randperm(len(b), generator=self.stream("equal"))[:size]
-            figures["precision"], figures["recall"] = precision_recall(b[chosen], a[:size])
+            figures["precision"], figures["recall"] = precision_recall(
+                b[chosen], a[:size], NEIGHBOURS
+            )
         return figures
 
     def floor(self, label: int, n: int) -> dict[str, Any]:
@@ -545,8 +542,7 @@ class Evaluator:
             part["distance_ratio"] = float(np.median(distance) / middle) if middle else float("nan")
             part["near_copies"] = float((distance <= threshold).mean())
             if self.classifier:
-                right = classify(self.classifier, own) == label
-                part["label_accuracy"] = right.double().mean().item()
+                part["label_accuracy"] = accuracy(self.classifier, own, label)
         draw_closest_pairs(run, training, *closest, threshold)
         few = self.extractor and len(images) < FID_WARNING_BELOW
         notes = {

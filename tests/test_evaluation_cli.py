@@ -130,13 +130,15 @@ def test_figures_are_those_of_the_functions(tmp_path, evaluate, data_dir):
         "fid": evaluation.frechet_distance(a, b),
         "kid": kid[0],
         "kid_standard_error": kid[1],
-        "label_accuracy": (evaluation.classify(model, images) == 5).double().mean(),
+        "label_accuracy": evaluation.accuracy(model, images, 5),
         "ssim_paired": evaluation.ssim(images, reference),
         "near_copies": (distance <= threshold).mean(),
         "distance_ratio": np.median(distance) / np.median(usual),
         "ssim_nearest": evaluation.ssim(images, reference[nearest]),
     }
-    expected |= zip(("precision", "recall"), evaluation.precision_recall(b[chosen], a), strict=True)
+    expected |= zip(
+        ("precision", "recall"), evaluation.precision_recall(b[chosen], a, 3), strict=True
+    )
     for key, value in expected.items():
         assert figures[key] == pytest.approx(float(value), rel=1e-4), key
     assert figures["fid_infinity"] is None  # 25 images, 64 features
@@ -171,12 +173,13 @@ def test_floor_is_what_held_out_images_score(tmp_path, evaluate, monkeypatch):
     assert f"floor at n = {result['floor']['n']}" in result["note"]
 
 
-def test_flags_change_what_they_should(tmp_path, evaluate):
+def test_flags_change_what_they_should(tmp_path, evaluate, monkeypatch):
     run = make_run(tmp_path, noisy(of_class(TEST, 3)[:20], 2), n_train=25)
     (plain,) = evaluate(run)
     (everything,) = evaluate(run, "--reference", "all", "--n_real", 200)
     assert everything["n_real"] == 200 and plain["n_real"] == len(of_class(TRAIN, 3))
     assert everything["metrics"]["fid"] > 2 * plain["metrics"]["fid"]
+    monkeypatch.setattr(evaluation, "CLASSIFIER_STEPS", 20)
     (other_seed,) = evaluate(run, "--n_real", 60, "--seed", 1)
     assert other_seed["n_real"] == 60 and other_seed["features"] != plain["features"]
     assert other_seed["metrics"]["ssim_paired"] != plain["metrics"]["ssim_paired"]
@@ -217,7 +220,9 @@ def compared(tmp_path_factory, evaluate):
         for n_train in (10, None)
         for seed in range(2)
     ]  # fmt: skip
-    return evaluate(*runs, "--out", root / "out"), root / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "draw_closest_pairs", lambda *_: None)
+        return evaluate(*runs, "--out", root / "out"), root / "out"
 
 
 def tables(text):
@@ -564,8 +569,9 @@ def test_data_dir_that_cannot_be_written_then_ctrl_c(tmp_path, capsys, monkeypat
 # ----------------------------------------------------------------------------------- PathMNIST
 
 
-def test_pathmnist(tmp_path, capsys):
+def test_pathmnist(tmp_path, capsys, monkeypatch):
     """The sibling command line: RGB runs against a medmnist file of tinted tiles."""
+    monkeypatch.setattr(evaluation, "CLASSIFIER_STEPS", 40)
     rng = np.random.default_rng(0)
     arrays = {}
     tint = rng.uniform(60, 200, (9, 1, 1, 3))

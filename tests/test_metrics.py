@@ -142,7 +142,7 @@ def test_precision_of_collapsed_samples():
     """Ten copies of one real image far from the origin: balls of radius 0, with that
     image on their edge: exactly it is recalled."""
     real = normal(30, 24, 0, shift=100.3)
-    assert metrics.precision_recall(real, real[7:8].repeat(10, axis=0)) == (1.0, 1 / 30)
+    assert metrics.precision_recall(real, real[7:8].repeat(10, axis=0), 3) == (1.0, 1 / 30)
 
 
 # --------------------------------------------------------------------------- other libraries
@@ -174,7 +174,7 @@ def test_values_equal_other_libraries():
     kids.append(torchmetrics_kid.poly_mmd(u, v).item())
     assert [metrics.kernel_distance(a, b)[0]] * 2 == pytest.approx(kids, rel=1e-6)
     theirs = prc_features_to_metric(y, x, prc_neighborhood=3, verbose=False)
-    ours = metrics.precision_recall(a, b)
+    ours = metrics.precision_recall(a, b, 3)
     assert ours == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
     assert 0 < ours[0] < 1 and 0 < ours[1] < 1
 

@@ -102,6 +102,7 @@ LAYOUTS = {
     "single": lambda x: matplotlib_figure(x(1), size=(3, 3), titles="epoch 3"),
 }
 SLOW = ("titles", "suptitle", "high_dpi", "last_row_short", "published_151", "blue_ground")
+SLOW += ("rows", "column", "uneven", "large_title", "plain", "black_ground")
 FIGURES = [
     (layout, tiles)
     for layout in LAYOUTS
@@ -208,7 +209,7 @@ def test_tiles_that_melt_into_the_ground_are_never_some_of_the_tiles(tmp_path):
 @pytest.mark.parametrize("resampling", [Image.Resampling.NEAREST, Image.Resampling.BICUBIC])
 @pytest.mark.parametrize("kind", TILES)
 def test_a_single_enlarged_image_is_no_crop_of_itself(kind, resampling):
-    for k, image in enumerate(TILES[kind](25).expand(-1, 3, -1, -1)):
+    for k, image in enumerate(TILES[kind](10).expand(-1, 3, -1, -1)):
         picture = Image.fromarray(image.permute(1, 2, 0).numpy())
         large = np.array(picture.resize([(140, 140), (300, 300)][k % 2], resampling))
         with pytest.raises(UserError, match="ambiguous layout"):
@@ -217,7 +218,7 @@ def test_a_single_enlarged_image_is_no_crop_of_itself(kind, resampling):
 
 @pytest.mark.parametrize("kind", ["tissue", "noise", "light"])
 def test_frames_are_cut_off_or_refused(kind, tmp_path):
-    for points in (0.8, 1.5, 4, 8):
+    for points in (0.8, 4):
         figure = Figure(figsize=(10, 2), dpi=100)
         tiles = TILES[kind](5)
         for axes, image in zip(figure.subplots(1, 5), tiles, strict=True):
