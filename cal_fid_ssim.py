@@ -21,7 +21,6 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -112,10 +111,9 @@ def frechet_infinity(features: np.ndarray, reference: np.ndarray, seed: int) -> 
     if n < 2 * d:
         return float("nan")
     sizes = np.linspace(n / 4, n, FID_INFINITY_SIZES).astype(int)
-    generator, values = random_stream(seed, "fid_infinity"), []
-    for size in sizes:
-        subset = features[torch.randperm(n, generator=generator)[:size]]
-        values.append(frechet_distance(subset, reference))
+    generator = random_stream(seed, "fid_infinity")
+    subsets = (features[torch.randperm(n, generator=generator)[:size]] for size in sizes)
+    values = [frechet_distance(subset, reference) for subset in subsets]
     return float(np.polyfit(1 / sizes, values, 1)[1])
 
 
@@ -140,12 +138,13 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     )
     across_a, across_b = row_sums(a, b), row_sums(b, a)
     aa, bb, ab = within_a.sum(), within_b.sum(), across_a.sum()
+    value = float(estimate(aa, bb, ab, n, m))
     if min(n, m) < 3:
-        return float(estimate(aa, bb, ab, n, m)), float("nan")
+        return value, float("nan")
     without_a = estimate(aa - 2 * within_a, bb, ab - across_a, n - 1, m)
     without_b = estimate(aa, bb - 2 * within_b, ab - across_b, n, m - 1)
     variance = (n - 1) * without_a.var() + (m - 1) * without_b.var()
-    return float(estimate(aa, bb, ab, n, m)), float(np.sqrt(variance))
+    return value, float(np.sqrt(variance))
 
 
 def precision_recall(real: np.ndarray, generated: np.ndarray, k: int) -> tuple[float, float]:
@@ -160,8 +159,8 @@ def precision_recall(real: np.ndarray, generated: np.ndarray, k: int) -> tuple[f
     distances = functools.partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
 
     def covered(points: Tensor, centres: Tensor) -> float:
-        own = [distances(x, centres).kthvalue(k + 1).values for x in centres.split(CHUNK)]
-        radii = torch.cat(own)
+        radii = [distances(x, centres).kthvalue(k + 1).values for x in centres.split(CHUNK)]
+        radii = torch.cat(radii)
         found = [(distances(x, centres) <= radii).any(dim=1) for x in points.split(CHUNK)]
         return torch.cat(found).double().mean().item()
 
@@ -246,10 +245,8 @@ def cached(path: Path, record: dict[str, Any], make: Callable[[], dict]) -> dict
 
 
 class Extractor(NamedTuple):
-    """A network with what it needs of an image: uint8 (N, C, H, W) in, float64 (N, d) out.
-
-    The images, the preprocessing and the weights' checksum are all that the features depend on.
-    """
+    """A network with what it needs of an image: uint8 (N, C, H, W) in, float64 (N, d) out. Features
+    depend on the images, the preprocessing and the weights' checksum alone."""
 
     name: str
     preprocessing: str
@@ -357,9 +354,8 @@ def load_classifier(
     Raises UserError when there is but one class.
     """
     if len(train[1].unique()) < 2:
-        found = f"{source} has a single class: no classifier can be trained on it"
         ways = "--features inception, or --features none for the figures that need no features"
-        raise UserError(f"{found}; use {ways}")
+        raise UserError(f"{source} has a single class, which trains no classifier; use {ways}")
     record = {"source": source, "seed": seed, "steps": CLASSIFIER_STEPS, "n_train": len(train[0])}
     record["trained_on"] = content_hash(*train)
 
@@ -384,7 +380,7 @@ class DataSet(NamedTuple):
     (load_images, select_images, UserError, perhaps symmetries), the data sources, and the paper's
     table: arm, FID and paired SSIM."""
 
-    module: ModuleType
+    module: Any
     sources: tuple[str, ...]
     withdrawn: dict[str, tuple[float, float]]
 
@@ -415,8 +411,8 @@ def read_run(folder: Path, dataset: DataSet) -> Run:
     with reading(path, "a run's configuration"):
         settings, trained_on, condition = (config[k] for k in ("settings", "images", "condition"))
         source, arm, n_train, *numbers = (settings[key] for key in ("data", "arm", *PAIR, *BUDGET))
-        assert arm in ARMS and isinstance(condition, str), f"arm {arm}, condition {condition}"
-        assert isinstance(n_train, (int, type(None))), f"n_train {n_train}"
+        texts = arm in ARMS and isinstance(condition, str)
+        assert texts and isinstance(n_train, (int, type(None))), f"{arm} {condition} {n_train}"
         assert all(isinstance(number, (int, float)) for number in numbers), f"{numbers}"
     if source not in dataset.sources:
         raise UserError(
@@ -581,8 +577,7 @@ def draw_closest_pairs(
     pairs = torch.cat([run.images[closest], training[nearest[closest]]])
     show_tiles(axes, pairs, len(closest))
     side = pairs.shape[-1] + mnist.TILE_PADDING
-    places = (np.arange(len(closest)) + 0.5) * side
-    axes.set_xticks(places, [f"{x:.3f}" for x in distance[closest]])
+    axes.set_xticks((np.arange(len(closest)) + 0.5) * side, [f"{x:.3f}" for x in distance[closest]])
     axes.set_yticks([side / 2, 1.5 * side], ["generated", "training"])
     axes.tick_params(length=0, labelsize=7)
     title = f"closest pairs, RMS difference (near copy: ≤ {threshold:.3f})"
@@ -784,8 +779,8 @@ def draw_panels(frame: pd.DataFrame, against_size: bool) -> Figure:
             found = {size: interval(group) for size, group in values.groupby("n_train")}
             x, (middle, half) = places[[*found]], np.array([*found.values()]).T
             if name == FLOOR:
-                ends = x - 0.45 * unit * len(names), x + 0.45 * unit * len(names)
-                axes.hlines(middle, *ends, "#666666", "--", label=FLOOR, lw=1)
+                wide = 0.45 * unit * len(names)
+                axes.hlines(middle, x - wide, x + wide, "#666666", "--", label=FLOOR, lw=1)
                 continue
             x = x + 0.8 * unit * (names.index(name) - (len(names) - 1) / 2)
             conditions = [other for other in names if other.split()[0] == name.split()[0]]

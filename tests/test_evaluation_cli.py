@@ -355,13 +355,12 @@ def test_an_arm_under_a_condition_is_compared_with_its_ideal_twin():
     runs = []
     for s in range(5):
         runs += [fake("matched", 3, s, 1.0 + s), fake("quantum", 3, s, 3.0 + s)]
-        runs += [fake("quantum", 3, s, 6.0 + s + s / 100, condition="shots1000")]
+        runs += [fake("quantum", 3, s, 6.0 + s, condition="shots1000")]
         runs += [fake("published", 3, s, 2.0 + s)]
-    means = {arm: float(row["mean"]) for arm, row in differences(runs).items()}
-    assert means == {"quantum": 2, "quantum shots1000": 5.02, "published": 1}
+    means = {arm: row["mean"] for arm, row in differences(runs).items()}
+    assert means == {"quantum": "+2", "quantum shots1000": "+5", "published": "+1"}
     (twin,) = differences(runs, "quantum").values()
-    assert twin["difference"] == "quantum shots1000 − quantum" and twin["clear of 0"] == "yes"
-    assert float(twin["mean"]) == pytest.approx(3.02)
+    assert (twin["difference"], twin["mean"]) == ("quantum shots1000 − quantum", "+3")
     assert differences(runs, "published") == {}
 
 
@@ -416,28 +415,23 @@ def test_samples_show_the_training_images_and_one_run_of_each_arm(tmp_path):
         images = torch.full((n, 1, 28, 28), value, dtype=torch.uint8)
         return evaluation.Run(tmp_path, "run", name, condition, settings, {}, images)
 
-    runs = [run("quantum", 3, 1, None, 10), run("quantum", 3, 0, 25, 20)]
-    runs += [run("quantum", 3, 0, None, 30), run("quantum", 3, 0, None, 60, condition="shots10")]
-    runs += [run("classical", 3, 0, 25, 40, n=5), run("quantum", 1, 0, None, 50)]
+    runs = [run("quantum", 3, 1, None, 10), run("quantum", 3, 0, None, 30)]
+    runs += [run("quantum", 3, 0, None, 60, condition="shots10"), run("quantum", 1, 0, None, 50)]
+    runs += [run("classical", 3, 0, 25, 40, n=5)]
     evaluator = types.SimpleNamespace(dataset=evaluation.MNIST, train=TRAIN)
-    axes = evaluation.draw_samples(runs, evaluator).axes
-    assert [a.get_ylabel() for a in axes] == [
-        "real 1, N = all, seed 0",
-        "1: quantum, N = all, seed 0",
-        "real 3, N = 25, seed 0",
-        "3: classical, N = 25, seed 0",
-        "3: quantum, N = 25, seed 0",
-        "real 3, N = all, seed 0",
-        "3: quantum, N = all, seed 0",
-        "3: quantum shots10, N = all, seed 0",
+    rows = {a.get_ylabel(): a.get_images()[0].get_array() for a in
+            evaluation.draw_samples(runs, evaluator).axes}  # fmt: skip
+    expected = {"1: quantum, N = all": 50, "3: classical, N = 25": 40, "3: quantum, N = all": 30}
+    expected |= {"3: quantum shots10, N = all": 60}
+    drawn = {title: int(pixels[15, 15]) for title, pixels in rows.items() if "real" not in title}
+    assert drawn == {f"{title}, seed 0": level for title, level in expected.items()}
+    assert [title for title in rows if "real" in title] == [
+        f"real {of}, seed 0" for of in ("1, N = all", "3, N = 25", "3, N = all")
     ]
-    pictures = [a.get_images()[0].get_array() for a in axes]
-    assert {p.shape for p in pictures} == {(32, 362)}
-    assert [int(pictures[k][15, 15]) for k in (1, 3, 4, 6, 7)] == [50, 40, 20, 30, 60]
-    assert int(pictures[3][15, 135]) == 40 and (pictures[3][:, 152:] == 255).all()
-    for row, n_train in ((2, 25), (5, None)):
-        first = select_images(*TRAIN, 3, n_train, 0)[0, 0]
-        assert (pictures[row][2:30, 2:30] == first.numpy()).all()
+    five = rows["3: classical, N = 25, seed 0"]
+    assert int(five[15, 135]) == 40 and (five[:, 152:] == 255).all() and five.shape == (32, 362)
+    first = select_images(*TRAIN, 3, 25, 0)[0, 0].numpy()
+    assert (rows["real 3, N = 25, seed 0"][2:30, 2:30] == first).all()
 
 
 # ------------------------------------------------------------------- the published procedure
@@ -464,10 +458,8 @@ def test_paper_protocol(tmp_path, evaluate, data_dir, capsys):
     real = np.mean([evaluation.ssim(draw, TRAIN[0][:5]) for draw in draws])
     assert record["ssim_paired"]["real_mean"] == pytest.approx(real)
     low, high = record["fid"]["real_95"]
-    assert low < record["fid"]["real_mean"] < high
     assert low < expected < high  # real held-out digits cannot be told from real ones
     printed = capsys.readouterr().out
-    assert f"{expected:.2f}" in printed
     written = (tmp_path / "out" / "paper_protocol.md").read_text()
     assert written in printed and len([*(tmp_path / "out").iterdir()]) == 1
     cells = [[cell.strip() for cell in line.split("|")] for line in written.splitlines()]

@@ -242,52 +242,36 @@ def test_resample_undoes_enlargement_exactly():
         assert np.array_equal(resample(large, 28), tile)
 
 
-def test_nearly_white_tile_is_kept(tmp_path):
-    """A tile that melts into the ground but for a few pixels still has its place."""
-    tiles = digit_tiles(5)
-    tiles[2] = 255
-    tiles[2, 0, 8:20, 10:20] = 90
-    pasted(tiles, FIVE, 168).save(tmp_path / "figure.png")
-    grid = split_grid(tmp_path / "figure.png")
-    assert torch.equal(grid.images, tiles)
-    assert grid.confidence < 0.9
-
-
 def row(tiles, *lefts, side=168, top=15, **options):
     return pasted(tiles, [(left, top) for left in lefts], side, **options)
 
 
-def white_tile_inside():
+def with_white(*rows):
+    """Five digits, the third white but for these rows, in which it is grey."""
     tiles = digit_tiles(5)
     tiles[2] = 255
-    return pasted(tiles, FIVE, 168)
+    tiles[2, 0, slice(*rows), 10:20] = 90
+    return tiles
 
 
-def unequal():
-    picture = pasted(digit_tiles(4), FIVE[:4], 168)
-    picture.paste(pasted(digit_tiles(1), [(0, 0)], 120, size=(120, 120)), (820, 15))
+def test_nearly_white_tile_is_kept(tmp_path):
+    """A tile that melts into the ground but for a few pixels still has its place."""
+    pasted(with_white(8, 20), FIVE, 168).save(tmp_path / "figure.png")
+    grid = split_grid(tmp_path / "figure.png")
+    assert torch.equal(grid.images, with_white(8, 20)) and grid.confidence < 0.9
+
+
+def beside(*shapes, n=4):
+    """n digits in a row, and beside them what ImageDraw draws: (method, coordinates, fill)."""
+    picture = pasted(digit_tiles(n), FIVE[:n], 168) if n else Image.new("RGB", (1000, 200), "white")
+    for method, place, fill in shapes:
+        getattr(ImageDraw.Draw(picture), method)(place, fill=fill)
     return picture
 
 
-def loss_curve_beside():
-    picture = pasted(digit_tiles(3), FIVE[:3], 168)
-    draw = ImageDraw.Draw(picture)
-    draw.rectangle((640, 15, 980, 182), outline="black", width=2)
-    draw.line([(650, 30), (760, 150), (970, 170)], "black", 3)
-    return picture
-
-
-def text_only():
-    picture = Image.new("RGB", (600, 200), "white")
-    ImageDraw.Draw(picture).text((20, 20), "IIII HHHH OOOO no tiles", "black", font_size=44)
-    return picture
-
-
-def centred_last_row():
-    places = [(20 + 120 * k, 10) for k in range(4)] + [(80 + 120 * k, 130) for k in range(3)]
-    return pasted(digit_tiles(7), places, 100, size=(520, 240))
-
-
+CURVE = [("line", [(640, 15), (640, 182), (980, 182)], "black")]
+CURVE += [("line", [(650, 30), (760, 150), (970, 170)], "black")]
+CENTRED = [(20 + 120 * k, 10) for k in range(4)] + [(80 + 120 * k, 130) for k in range(3)]
 AMBIGUOUS = {
     "white_on_white": lambda: pasted(255 - digit_tiles(5), FIVE, 168),
     "touching": lambda: row(digit_tiles(5), *range(20, 860, 168)),
@@ -296,11 +280,13 @@ AMBIGUOUS = {
     "too_small": lambda: row(digit_tiles(5), *range(10, 160, 30), side=20, top=10, size=(170, 40)),
     "nothing": lambda: Image.new("RGB", (600, 200), "white"),
     "no_ground": lambda: pasted(noise_tiles(1), [(0, 0)], 280, size=(280, 280)),
-    "white_tile_inside": white_tile_inside,
-    "unequal": unequal,
-    "loss_curve_beside": loss_curve_beside,
-    "text_only": text_only,
-    "centred_last_row": centred_last_row,
+    "white_tile_inside": lambda: pasted(with_white(0, 0), FIVE, 168),
+    "unequal": lambda: beside(("rectangle", (820, 15, 940, 135), "black")),
+    "loss_curve_beside": lambda: beside(*CURVE, n=3),
+    "bars_only": lambda: beside(
+        *(("rectangle", (x, 9, x + 20, 190), "black") for x in (9, 50)), n=0
+    ),
+    "centred_last_row": lambda: pasted(digit_tiles(7), CENTRED, 100, size=(520, 240)),
 }
 
 
