@@ -332,8 +332,8 @@ def train_classifier(images: Tensor, labels: Tensor, seed: int) -> nn.Sequential
     # KID's kernel expects features of about 1. ReLU hands a factor on: the classes stay the same.
     with torch.no_grad():
         scale = model[:-1](mnist.to_float(images[:CLASSIFIER_BATCH])).square().mean().sqrt()
-        for parameter in (model[-3].weight, model[-3].bias):
-            parameter /= scale
+        model[-3].weight *= 1 / scale
+        model[-3].bias /= scale
         model[-1].weight *= scale
     return model
 
