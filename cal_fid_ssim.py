@@ -18,7 +18,6 @@ import hashlib
 import io
 import itertools
 import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +35,7 @@ from tqdm import tqdm
 
 import quantum_diffusion_mnist as mnist
 from debug_img import exit_codes, show_tiles, split_grid
-from quantum_diffusion_mnist import ARMS, UserError, random_stream, reading
+from quantum_diffusion_mnist import ARMS, UserError, between, random_stream, reading
 
 FID_WARNING_BELOW = 1000  # images
 FID_INFINITY_SIZES = 15  # subsets
@@ -73,6 +72,7 @@ BASELINES = ("matched", "classical")
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe & Ito
 ARM_COLOURS = dict(zip(ARMS, COLOURS, strict=True))
 MARKERS = "os^Dvp"  # of an arm's conditions
+Sample = tuple[Tensor, np.ndarray]  # images (N, C, H, W) uint8, features (N, d); d = 0: none
 
 
 # ----------------------------------------------------------------------------------- metrics
@@ -85,9 +85,8 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
     With A = X.T X and B = Y.T Y the last trace is the sum of the singular values of X Y.T: no
     matrix root, which loses half the digits or turns complex when a covariance has not full rank
-    (n <= d, dead features), and no epsilon on the diagonal.
-
-    Both of 2 or more images. Raises UserError for features that are not finite.
+    (n <= d, dead features), and no epsilon on the diagonal. Both are of 2 or more images. Raises
+    UserError for features that are not finite.
     """
     means, roots = [], []
     for features in (a, b):
@@ -152,16 +151,14 @@ def precision_recall(real: np.ndarray, generated: np.ndarray, k: int) -> tuple[f
 
     Precision: share of generated features inside a ball around some real feature that reaches to
     its k-th nearest other real feature; recall: the two sets exchanged. On the ball is inside.
-    Both sets should be of one size. NaN with k or fewer images.
+    Both sets should be of one size. NaN with k or fewer images. Distances are exact for equal rows,
+    as ties of collapsed samples need.
     """
+    distance = functools.partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
 
-    # Exact for equal rows, as ties of collapsed samples need.
-    distances = functools.partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
-
-    def covered(points: Tensor, centres: Tensor) -> float:
-        radii = [distances(x, centres).kthvalue(k + 1).values for x in centres.split(CHUNK)]
-        radii = torch.cat(radii)
-        found = [(distances(x, centres) <= radii).any(dim=1) for x in points.split(CHUNK)]
+    def covered(points: Tensor, balls: Tensor) -> float:
+        radii = torch.cat([distance(x, balls).kthvalue(k + 1).values for x in balls.split(CHUNK)])
+        found = [(distance(x, balls) <= radii).any(dim=1) for x in points.split(CHUNK)]
         return torch.cat(found).double().mean().item()
 
     if min(len(real), len(generated)) <= k:
@@ -350,9 +347,7 @@ def load_classifier(
 ) -> tuple[nn.Sequential, dict[str, Any]]:
     """The data set's classifier and its record (source, seed, steps, content hash of the training
     images and labels, test accuracy). Trained when ``folder`` has none with the same record.
-
-    Raises UserError when there is but one class.
-    """
+    Raises UserError when there is but one class."""
     if len(train[1].unique()) < 2:
         ways = "--features inception, or --features none for the figures that need no features"
         raise UserError(f"{source} has a single class, which trains no classifier; use {ways}")
@@ -415,10 +410,8 @@ def read_run(folder: Path, dataset: DataSet) -> Run:
         assert texts and isinstance(n_train, (int, type(None))), f"{arm} {condition} {n_train}"
         assert all(isinstance(number, (int, float)) for number in numbers), f"{numbers}"
     if source not in dataset.sources:
-        raise UserError(
-            f"{folder}: data set {source}; this script measures {' and '.join(dataset.sources)} "
-            "(cal_fid_ssim.py: MNIST, cal_fid_ssim_medmnist.py: PathMNIST)"
-        )
+        scripts = "cal_fid_ssim.py measures MNIST, cal_fid_ssim_medmnist.py PathMNIST"
+        raise UserError(f"{folder}: data set {source}; {scripts}")
     if not grid.exists():
         raise UserError(f"{folder}: not finished, no {grid.name}; {config.get('command', '')}")
     images = split_grid(grid, config["n_eval"]).images
@@ -427,10 +420,6 @@ def read_run(folder: Path, dataset: DataSet) -> Run:
         raise UserError(f"{grid}: {len(images)} images, {expected}")
     name = " ".join(folder.resolve().name.encode(errors="replace").decode().split())
     return Run(folder, name, f"{arm} {condition}".strip(), condition, settings, trained_on, images)
-
-
-# Images (N, C, H, W) uint8 and their features (N, d); (N, 0) without an extractor.
-Sample = tuple[Tensor, np.ndarray]
 
 
 class Evaluator:
@@ -591,7 +580,7 @@ def draw_closest_pairs(
 def comparison_csv(results: list[dict[str, Any]]) -> str:
     """One line a run: settings, figures, floors."""
     frame = pd.json_normalize(results, sep="_")
-    frame.columns = [re.sub("^(settings|metrics)_", "", column) for column in frame.columns]
+    frame.columns = [name.removeprefix("settings_").removeprefix("metrics_") for name in frame]
     columns = ["run", "arm", "condition", "data", "label", "n_train", "seed", *BUDGET, "features"]
     columns += ["reference", "n_generated", "n_real", "n_training", "note"]
     columns += [column for column in frame if column.startswith("floor_") or column in METRICS]
@@ -603,8 +592,7 @@ def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
     """``comparison.csv``, one row a run, from which every table and figure is made.
 
     ``n_train`` is infinite for a whole class; ``name``, an ordered category that ends with FLOOR,
-    is the arm with its condition.
-    """
+    is the arm with its condition."""
     with reading(file, "a comparison of runs"):
         frame = pd.read_csv(file, dtype={"run": str, "condition": str, "note": str})
         frame = frame.fillna({"condition": "", "note": "", "n_train": np.inf})
@@ -701,21 +689,20 @@ def difference_rows(frame: pd.DataFrame, baseline: str) -> list[list[str]]:
     minus ``baseline``.
 
     The classes' differences are averaged for each seed; the interval is Student's t over seeds, a
-    star where zero is outside. Fewer than DECIDING_SEEDS seeds decide nothing.
-    """
+    star where zero is outside. Fewer than DECIDING_SEEDS seeds decide nothing."""
     rows, pairs = [], pair_differences(frame, baseline)
     means = over_seeds(pairs, skipna=True)
     for (name, size), group in pairs.groupby(["name", "n_train"], observed=True):
         for key in (key for key in METRICS if group[key].notna().any()):
             seeds, form = means.loc[(size, name), key], METRICS[key][1].replace("{:", "{:+")
             mean, half = interval(seeds)
-            limits, clear = "–", "no"
-            if half > 0 or (half == 0 and mean):
-                limits = f"[{form.format(mean - half)}, {form.format(mean + half)}]"
-                if abs(mean) > half:
-                    limits, clear = f"{limits} *", "yes"
-            if seeds.count() < DECIDING_SEEDS:
-                clear = "too few seeds"
+            outside = bool(abs(mean) > half)
+            limits = f"[{form.format(mean - half)}, {form.format(mean + half)}]{' *' * outside}"
+            if not (half > 0 or outside):
+                limits = "–"
+            clear = (
+                "too few seeds" if seeds.count() < DECIDING_SEEDS else "yes" if outside else "no"
+            )
             counts = [METRICS[key][0], str(group[key].count()), str(seeds.count())]
             row = [f"{name} − {baseline}", show(size, "{:.0f}", "all"), *counts, form.format(mean)]
             rows.append([*row, limits, clear])
@@ -739,8 +726,7 @@ def comparison_text(frame: pd.DataFrame) -> str:
         arm_table(frame),
     ]
     header = ["difference", "N", "metric", "pairs", "seeds", "mean", "95 % interval", "clear of 0"]
-    twins = [arm for arm in ARMS if arm in set(frame["name"]) and arm not in BASELINES]
-    for baseline in (*BASELINES, *twins):
+    for baseline in (*BASELINES, *(arm for arm in ARMS if arm not in BASELINES)):
         if rows := difference_rows(frame, baseline):
             parts += [f"## Paired differences against {baseline}", table(header, rows)]
         if limits := [row[6] for row in rows if row[6] != "–"]:
@@ -840,8 +826,8 @@ def paper_protocol(evaluator: Evaluator, runs: list[Run]) -> str:
     with the paper's own figures, and ``metrics_paper.json`` in each run folder.
 
     Published: 5 generated images against the first 5 training images of any class, FID and paired
-    SSIM. A perfect generator would draw its 5 images from the run's own class: PAPER_DRAWS times
-    5 real images of that class show how far chance alone moves both figures.
+    SSIM. Beside it PAPER_DRAWS times 5 real images of the run's own class, as a perfect generator
+    would draw them: how far chance alone moves both figures.
     """
     images, labels = evaluator.train
     first, others = evaluator.sample(images[:PAPER_IMAGES]), torch.arange(len(images))
@@ -899,7 +885,7 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
     add("--inception_weights", type=Path, metavar="FILE", help="a local copy of the weights")
     add("--reference", choices=("class", "all"), default="class",
         help="real training images to compare with: of the run's class or of all")  # fmt: skip
-    add("--n_real", type=mnist.between(NEIGHBOURS + 1, 10**6), default=10_000,
+    add("--n_real", type=between(NEIGHBOURS + 1, 10**6), default=10_000,
         help="at most so many real images, drawn by the seed")  # fmt: skip
     add("--data_dir", type=Path, default=Path("data"), help="data set; keeps classifier, features")
     add("--out", type=Path, metavar="DIR",
@@ -907,8 +893,7 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
         "with --protocol paper only paper_protocol.md")  # fmt: skip
     add("--protocol", choices=("full", "paper"), default="full",
         help="paper: 5 images against the first 5 training images, as published")  # fmt: skip
-    add("--seed", type=mnist.between(0, 2**32 - 1), default=0,
-        help="of classifier, subsets and floors")  # fmt: skip
+    add("--seed", type=between(0, 2**32 - 1), default=0, help="of classifier, subsets and floors")
     add("--device", default="auto", help="for the features: auto, cpu, cuda or cuda:N")
     options = parser.parse_args(argv)
     options.device = mnist.choose_device(options.device)
@@ -936,8 +921,7 @@ def evaluate(options: argparse.Namespace, dataset: DataSet) -> None:
     if evaluator.record:
         print("classifier: {test_accuracy:.2%} of {n_test} test images".format(**evaluator.record))
     if options.protocol == "paper":
-        text = paper_protocol(evaluator, runs)
-        print(text)
+        print(text := paper_protocol(evaluator, runs))
         if options.out:
             mnist.write_atomic(options.out / "paper_protocol.md", text + "\n")
         return

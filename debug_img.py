@@ -258,6 +258,9 @@ def draw_split(path: Path, grid: Grid) -> Figure:
 def exit_codes(*mistakes: type[Exception]) -> Iterator[None]:
     """A user's mistake, or a file that cannot be read or written, prints one line and exits 2;
     Ctrl-C exits 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names that are not UTF-8
     try:
         yield
     except (UserError, OSError, *mistakes) as error:
@@ -298,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"method      {grid.method}")
         print(f"confidence  {grid.confidence:.2f}")
         mnist.save_figure(out, draw_split(path, grid))
-        print("figure     ", str(out).encode(errors="replace").decode())
+        print(f"figure      {out}")
         if options.expect not in (None, len(grid.images)):
             found = f"{len(grid.images)} images, --expect {options.expect}"
             raise UserError(f"{path}: {found}; see {out}")

@@ -311,6 +311,7 @@ def test_unreadable_files(tmp_path):
 
 CHANGES = [{"count": 99}, {"columns": 0}, {"tile_width": 400}, {"scale": "4"}, {"padding": None}]
 CHANGES += [{"scale": 2}, {"count": 10**8}, {"padding": 4}, {"columns": 4}]
+CHANGES += [{}]  # one pixel beside those that are read
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -320,6 +321,8 @@ def test_description_that_contradicts_the_picture(change, tmp_path):
     with Image.open(path) as picture:
         text = PngImagePlugin.PngInfo()
         text.add_text("grid", json.dumps(json.loads(picture.text["grid"]) | change))
+        if not change:
+            picture.putpixel((picture.width // 4 * 4 - 1, 21), 99)
         picture.save(tmp_path / "changed.png", pnginfo=text)
     with pytest.raises(UserError, match="changed.png"):
         split_grid(tmp_path / "changed.png")
@@ -337,7 +340,7 @@ def test_debug_img_reports_and_checks_the_count(tmp_path, capsys):
         colours = np.asarray(drawn.convert("RGB")).reshape(-1, 3)
     assert (np.abs(colours.astype(int) - (0xD5, 0x5E, 0x00)).max(axis=1) < 10).sum() > 500
     (tmp_path / "link.png").symlink_to(path)
-    before, other = path.read_bytes(), tmp_path / "new" / "a$b$.png"
+    before, other = path.read_bytes(), tmp_path / "new" / "a$b$\udcff.png"
     mistakes = {
         (path, "--expect", "4", "--out", other): "5 images, --expect 4",
         (path, "--out", tmp_path / "link.png"): "is the picture itself",
