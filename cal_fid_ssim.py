@@ -235,7 +235,7 @@ def cached(path: Path, record: dict[str, Any], make: Callable[[], dict]) -> dict
     kept = make()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        mnist.save_tensors(path, kept)
+        mnist.write_atomic(path, kept)
     except OSError as error:
         print(f"note: {path} not kept ({error.strerror}): --data_dir is not writable", flush=True)
     return kept
@@ -477,9 +477,8 @@ class Evaluator:
             figures["kid"], figures["kid_standard_error"] = kernel_distance(a, b)
             size = min(len(a), len(b))
             chosen = torch.randperm(len(b), generator=self.stream("equal"))[:size]
-            figures["precision"], figures["recall"] = precision_recall(
-                b[chosen], a[:size], NEIGHBOURS
-            )
+            pair = precision_recall(b[chosen], a[:size], NEIGHBOURS)
+            figures["precision"], figures["recall"] = pair
         return figures
 
     def floor(self, label: int, n: int) -> dict[str, Any]:
@@ -517,8 +516,7 @@ class Evaluator:
         held_out = self.dataset.module.select_images(*self.test, label, None, seed)
         figures = self.compare(self.sample(images), reference)
         floor = dict(self.floor(label, len(images)))
-        # The threshold is the first percentile of images that the model never saw: a generator of
-        # new images makes about 1 % near copies, whatever the class and the number of images.
+        # The threshold is the first percentile of held-out images: new images score about 1 %.
         closest, usual = (nearest_images(x, training) for x in (images, held_out))
         threshold, middle = np.percentile(usual[0], 1), np.median(usual[0])
         parts = (figures, images, *closest), (floor, held_out, *usual)
@@ -871,7 +869,7 @@ def paper_protocol(evaluator: Evaluator, runs: list[Run]) -> str:
 
 def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Namespace:
     """The command line's options."""
-    parser = mnist.OneLineParser(
+    parser = argparse.ArgumentParser(
         description="FID, KID, precision, recall, SSIM, label accuracy and copies of run folders "
         f"({' or '.join(dataset.sources)}), each beside what held-out real images score.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -895,8 +893,9 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
         help="paper: 5 images against the first 5 training images, as published")  # fmt: skip
     add("--seed", type=between(0, 2**32 - 1), default=0, help="of classifier, subsets and floors")
     add("--device", default="auto", help="for the features: auto, cpu, cuda or cuda:N")
+    parser.error = lambda message: parser.exit(2, f"error: {' '.join(message.split())}\n")
     options = parser.parse_args(argv)
-    options.device = mnist.choose_device(options.device)
+    options.device = mnist.this_process(options.device)[0]
     if "features" not in options:
         options.features = "inception" if options.protocol == "paper" else "classifier"
     if options.protocol == "paper" and options.features == "none":

@@ -6,6 +6,7 @@
 Prints count, size, ground colour, method (metadata: exact; detected: by the look) and confidence.
 """
 
+import argparse
 import contextlib
 import json
 import math
@@ -273,7 +274,8 @@ def exit_codes(*mistakes: type[Exception]) -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line. Exit codes: 0 done, 2 a mistake of the user's, 130 interrupted."""
-    parser = mnist.OneLineParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.error = lambda message: parser.exit(2, f"error: {' '.join(message.split())}\n")
     add = parser.add_argument
     add("picture", type=Path, help="a sample grid, figure or GIF (its last frame)")
     add(
