@@ -87,7 +87,7 @@ class UserError(Exception):
     """A mistake that the user can mend: printed as one line, exit code 2."""
 
 
-def between(low: float, high: float, none: str = "") -> Callable[[str], float | None]:
+def between(low: float, high: float, none: str | None = None) -> Callable[[str], float | None]:
     """An argparse type: a number from low to high, whole when low is an int; ``none`` is None."""
 
     def number(text: str) -> float | None:
@@ -711,16 +711,16 @@ def save_grid(path: Path, images: Tensor) -> None:
 
 
 def load_grid(path: Path) -> Tensor:
-    """The images (N, C, H, W) uint8 of a PNG that ``save_grid`` wrote, to the bit. Raises
-    UserError: no such file, damaged, or not as its description says."""
+    """The images (N, C, H, W) uint8 of ``save_grid``, to the bit. Raises UserError when damaged."""
     with reading(path, "a sample grid of this project"), Image.open(path) as picture:
         grid = json.loads(picture.text["grid"])
         n, columns, scale, padding = (grid[k] for k in ("count", "columns", "scale", "padding"))
         height, width = grid["tile_height"] + padding, grid["tile_width"] + padding
-        size = columns * width + padding, -(-n // columns) * height + padding
-        assert picture.size == (scale * size[0], scale * size[1]), f"{picture.size} pixels"
+        shape = -(-n // columns) * height + padding, columns * width + padding, grid["channels"]
+        pixels = picture.height / scale, picture.width / scale, len(picture.getbands())
+        assert pixels == shape, f"{pixels}, described as {shape}"
         canvas, half = torch.from_numpy(np.array(picture)[::scale, ::scale]), padding // 2
-        canvas = canvas.view(*size[::-1], grid["channels"])[half:-half, half:-half]
+        canvas = canvas.view(shape)[half:-half, half:-half]
         tiles = canvas.unfold(0, height, height).unfold(1, width, width).flatten(0, 1)[:n]
         return tiles[..., half:-half, half:-half].contiguous()
 
@@ -1074,7 +1074,7 @@ def this_process(device: str) -> tuple[torch.device, int, int]:
     job array; LOCAL_RANK gives each a GPU. Raises UserError when there is none, or no such rank."""
     names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     rank, size, local = (os.environ.get(name, default) for name, default in names.items())
-    if not ((rank + size + local).isdecimal() and int(rank) < int(size)):
+    if not (all(map(str.isdecimal, (rank, size, local))) and int(rank) < int(size)):
         found = f"RANK={rank} WORLD_SIZE={size} LOCAL_RANK={local}"
         raise UserError(f"{found}: expected whole numbers with 0 <= RANK < WORLD_SIZE")
     count = torch.cuda.device_count()

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import pickle
+import re
 import shutil
 import zipfile
 
@@ -46,7 +47,7 @@ def refused(capsys, module, argv) -> str:
     with pytest.raises(SystemExit) as caught:
         module.main([str(word) for word in argv])
     lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
-    lines = [line for line in lines if line and "/s" not in line and "step/" not in line]  # bars
+    lines = [line for line in lines if line and not re.search(r"\d%\|", line)]  # progress bars
     assert caught.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
 
@@ -110,7 +111,7 @@ def test_files_of_a_run(runs, tmp_path, capsys, name, how):
     data = MUTATIONS[how](path.read_bytes())
     if name == "config.json" and how in ("a bit flipped", "cut by one"):
         pytest.skip("may be another valid configuration")
-    if name == "samples_final.png" and how == "cut by one":
+    if name.endswith(".png") and how == "cut by one":
         pytest.skip("PNG readers need no end")
     path.write_bytes(data)
     before = hashes(folder)
@@ -133,7 +134,7 @@ def test_descriptions_of_a_grid(tmp_path, capsys, text):
     ("part", "change"),
     [
         ("settings", {"steps": "4"}), ("settings", {"steps": 5}), ("settings", {"arm": None}),
-        ("settings", []), ("images", 7), ("images", {}), ("weights", {}), ("settings", {}),
+        ("settings", []), ("images", 7), ("images", {}), ("weights", 1), ("settings", {}),
     ],
 )  # fmt: skip
 def test_configurations(runs, tmp_path, capsys, part, change):
@@ -245,11 +246,11 @@ def test_a_half_sampled_grid_is_not_measured(runs, tmp_path, capsys):
 
 @pytest.mark.parametrize("how", [*MUTATIONS, "a short header", "wrong labels", "floats"])
 def test_data_sets(tmp_path, capsys, how):
+    if how == "a bit flipped":
+        pytest.skip("lies in a split that is not read")
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     images = np.zeros((4, 28, 28, 3), np.uint8)
-    with np.load(io.BytesIO(npz(images, np.zeros((4, 1), np.uint8)))) as file:
-        assert file["train_images"].shape == images.shape
     data = npz(images, np.full((4, 1), 9 if how == "wrong labels" else 0, np.uint8))
     if how == "floats":
         data = npz(images / 2, np.zeros((4, 1)))
