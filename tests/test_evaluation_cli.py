@@ -2,9 +2,11 @@
 
 import hashlib
 import io
+import itertools
 import json
 import re
 import types
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -24,22 +26,18 @@ from quantum_diffusion_mnist import load_images, random_stream, save_grid, selec
 TRAIN = load_images("digits", None, "train")[1:]
 TEST = load_images("digits", None, "test")[1:]
 RESULTS = Path(__file__).parents[1] / "result_gif" / "results"
-BUDGET = {"steps": 2000, "batch_size": 16, "lr": 0.003, "ema_decay": 0.995, "n_qubits": 16}
-BUDGET |= {"n_layers": 3, "timesteps": 1000, "sample_steps": 50}
 
 
 def make_run(root, images, arm="classical", label=3, n_train=None, seed=0, data="digits",
-             condition="", training=None, symmetries=None, n_eval=None):  # fmt: skip
+             condition="", training=None, **trained_on):  # fmt: skip
     """A finished run folder with these images (N, C, 28, 28)."""
-    settings = {"arm": arm, "data": data, "label": label, "n_train": n_train, "seed": seed}
-    folder = root / f"{arm}{condition}_{data}{label}_n{n_train or 'all'}_seed{seed}"
+    settings = mnist.Settings(arm, data, label, n_train, seed)
+    folder = root / f"{settings.name}_{condition}".rstrip("_")
     folder.mkdir(parents=True)
     training = select_images(*TRAIN, label, n_train, seed) if training is None else training
-    trained_on = {"sha256": hashlib.sha256(training.numpy().tobytes()).hexdigest()}
-    if symmetries:
-        trained_on["symmetries"] = symmetries
-    config = {"settings": settings | BUDGET, "images": trained_on, "weights": {}}
-    config |= {"condition": condition, "n_eval": n_eval or len(images)}
+    trained_on["sha256"] = hashlib.sha256(training.numpy().tobytes()).hexdigest()
+    config = {"settings": asdict(settings), "images": trained_on, "weights": {}}
+    config |= {"condition": condition, "n_eval": len(images)}
     (folder / "config.json").write_text(json.dumps(config))
     if len(images):
         save_grid(folder / "samples_final.png", images)
@@ -50,20 +48,12 @@ def of_class(data, label):
     return data[0][data[1] == label]
 
 
-THREES = of_class(TEST, 3)
+TRAINED, THREES = (of_class(data, 3) for data in (TRAIN, TEST))
 
 
 def noisy(images, seed, deviation=40):
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed)) * deviation
     return (images + noise).clamp(0, 255).byte()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "CLASSIFIER_STEPS", 60)
-        patch.setattr(evaluation, "FLOOR_DRAWS", 2)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +63,14 @@ def evaluate(tmp_path_factory):
 
     def call(*arguments, script=evaluation):
         script.main([*map(str, arguments), "--data_dir", str(data_dir)])
-        folders = [a for a in arguments if hasattr(a, "is_dir") and (a / "metrics.json").exists()]
-        return [json.loads((folder / "metrics.json").read_text()) for folder in folders]
+        files = [a / "metrics.json" for a in arguments if isinstance(a, Path)]
+        return [json.loads(file.read_text()) for file in files if file.exists()]
 
     call.data_dir = data_dir
-    return call
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "CLASSIFIER_STEPS", 60)
+        patch.setattr(evaluation, "FLOOR_DRAWS", 2)
+        yield call
 
 
 @pytest.fixture(scope="module")
@@ -85,46 +78,18 @@ def classifier(evaluate):
     """The one that the command line uses, its record, and its features of images."""
     folder = evaluate.data_dir / "evaluation"
     model, record = evaluation.load_classifier("digits", folder, TRAIN, TEST, 0)
-
-    def features(images):
-        with torch.inference_mode():
-            return model[:-1](mnist.to_float(images)).double().numpy()
-
-    return model, record, features
+    model.requires_grad_(False)
+    return model, record, lambda x: model[:-1](mnist.to_float(x)).double().numpy()
 
 
-@pytest.fixture(scope="module")
-def fives(tmp_path_factory, evaluate):
-    """A run of 25 noisy fives, and its figures."""
-    run = make_run(tmp_path_factory.mktemp("fives"), noisy(of_class(TEST, 5)[:25], 1), label=5)
-    return run, evaluate(run)[0]
-
-
-# ------------------------------------------------------------------------------------ one run
-
-
-def test_copies_and_strangers(tmp_path, evaluate, capsys):
-    """What the figures are for: copies of the training set and digits of another class are told
-    from real images."""
-    copies = make_run(tmp_path, select_images(*TRAIN, 3, 50, 0)[:40], n_train=50)
-    others = make_run(tmp_path, of_class(TRAIN, 7)[:40], "quantum", n_train=50)
-    (copied, floor), (other, _) = (
-        (result["metrics"], result["floor"]) for result in evaluate(copies, others)
-    )
-    assert copied["near_copies"] == 1 and copied["distance_ratio"] == 0
-    assert copied["ssim_nearest"] == pytest.approx(1) and 0.2 < floor["ssim_nearest"] < 0.95
-    assert copied["label_accuracy"] > 0.9 > 0.1 > other["label_accuracy"]
-    assert other["fid"] > 5 * floor["fid"] and other["kid"] > 10 * other["kid_standard_error"]
-    assert other["precision"] < 0.1 and other["near_copies"] == 0
+def test_figures_are_those_of_the_functions(tmp_path, evaluate, classifier, capsys, monkeypatch):
+    """And a flag changes what it should."""
+    (model, record, features), images = classifier, noisy(of_class(TEST, 5)[:25], 1)
+    run, reference = make_run(tmp_path, images, label=5), of_class(TRAIN, 5)
+    (result,) = evaluate(run)
     table = capsys.readouterr().out
-    for text in ("FID biased upwards: n < 1000", "against embedded digits", copies.name):
-        assert text in table
-    assert Image.open(copies / "closest_pairs.png").size[0] > 800
-
-
-def test_figures_are_those_of_the_functions(fives, evaluate, classifier):
-    (run, result), (model, record, features) = fives, classifier
-    images, reference = mnist.load_grid(run / "samples_final.png"), of_class(TRAIN, 5)
+    assert run.name in table and "upwards: n < 1000; against embedded digits" in table
+    assert Image.open(run / "closest_pairs.png").size[0] > 800
     a, b = features(images), features(reference)
     scale = np.sqrt((features(TRAIN[0][:128]) ** 2).mean())
     assert scale == pytest.approx(1, abs=1e-4)  # KID's kernel expects features of about 1
@@ -152,6 +117,15 @@ def test_figures_are_those_of_the_functions(fives, evaluate, classifier):
     assert result["near_copy_threshold"] == threshold
     assert result["floor"]["near_copies"] == (usual <= threshold).mean()
     assert evaluate(run) == [result]  # deterministic
+    (everything,) = evaluate(run, "--reference", "all", "--n_real", 200)
+    assert everything["n_real"] == 200 and everything["metrics"]["fid"] > 2 * found["fid"]
+    (pixels,) = evaluate(run, "--features", "none")
+    assert pixels["metrics"]["fid"] is None and pixels["features"] == "none"
+    assert pixels["metrics"]["ssim_paired"] == found["ssim_paired"]
+    monkeypatch.setattr(evaluation, "CLASSIFIER_STEPS", 2)
+    (other,) = evaluate(run, "--n_real", 60, "--seed", 1)
+    assert other["n_real"] == 60 and other["features"] != result["features"]
+    assert other["metrics"]["ssim_paired"] != found["ssim_paired"]
 
 
 def test_floor_is_what_held_out_images_score(tmp_path, evaluate, monkeypatch):
@@ -168,26 +142,11 @@ def test_floor_is_what_held_out_images_score(tmp_path, evaluate, monkeypatch):
         return compare(self, sample, reference)
 
     monkeypatch.setattr(evaluation.Evaluator, "compare", spy)
-    (result,) = evaluate(make_run(tmp_path / "b", of_class(TRAIN, 3)[:100]))
-    total = len(of_class(TRAIN, 3))
-    half = total // 2
+    (result,) = evaluate(make_run(tmp_path / "b", TRAINED[:100]))
+    half = (total := len(TRAINED)) // 2
     assert result["floor"]["from"] == "training split, set aside"
     assert sizes == [(100, total)] + [(half, total - half)] * 2  # no image on both sides
     assert f"floor at n = {half}" in result["note"] and result["floor"]["n"] == half
-
-
-def test_flags_change_what_they_should(fives, evaluate, monkeypatch):
-    run, plain = fives
-    (everything,) = evaluate(run, "--reference", "all", "--n_real", 200)
-    assert everything["n_real"] == 200 and plain["n_real"] == len(of_class(TRAIN, 5))
-    assert everything["metrics"]["fid"] > 2 * plain["metrics"]["fid"]
-    (pixels,) = evaluate(run, "--features", "none")
-    assert pixels["metrics"]["fid"] is None and pixels["features"] == "none"
-    assert pixels["metrics"]["ssim_diversity"] == plain["metrics"]["ssim_diversity"]
-    monkeypatch.setattr(evaluation, "CLASSIFIER_STEPS", 2)
-    (other,) = evaluate(run, "--n_real", 60, "--seed", 1)
-    assert other["n_real"] == 60 and other["features"] != plain["features"]
-    assert other["metrics"]["ssim_paired"] != plain["metrics"]["ssim_paired"]
 
 
 def test_inception_through_the_command_line(tmp_path, evaluate, capsys, monkeypatch):
@@ -195,37 +154,24 @@ def test_inception_through_the_command_line(tmp_path, evaluate, capsys, monkeypa
     table, figure or terminal can take as it is."""
     monkeypatch.setattr(evaluation, "FLOOR_DRAWS", 1)
     weights = tmp_path / "weights.pth"  # as torchvision stores them, with the auxiliary head
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = inception_v3(init_weights=False, transform_input=True).eval()
+    model = inception_v3(init_weights=False, transform_input=True).eval()
     torch.save(model.state_dict(), weights)
     run = make_run(tmp_path, THREES[:2]).rename(tmp_path / "a|b$x$\nc\udcff")
     options = ("--features", "inception", "--inception_weights", weights)
     (result,) = evaluate(run, *options, "--n_real", 4)
-    assert result["features"].startswith("inception:")
-    assert "resize_size=[342]" in result["preprocessing"]
     printed = capsys.readouterr().out
-    assert result["features"] in printed and "| a¦b$x$ c? " in printed
-    order = torch.randperm(
-        n := len(of_class(TRAIN, 3)), generator=random_stream(0, "evaluation", "reference")
-    )
-    real = of_class(TRAIN, 3)[order[:4].sort().values]
+    assert "| a¦b$x$ c? " in printed and " inception:" in printed
+    generator = random_stream(0, "evaluation", "reference")
+    real = torch.randperm(len(TRAINED), generator=generator)[:4]
+    pixels = torch.cat([THREES[:2], TRAINED[real]]).expand(-1, 3, -1, -1) / 255
     model.fc, size = torch.nn.Identity(), {"size": (342, 342), "mode": "bilinear"}
-    pixels = torch.cat([THREES[:2], real]).expand(-1, 3, -1, -1) / 255
     pixels = torch.nn.functional.interpolate(pixels, **size, antialias=True)[..., 21:320, 21:320]
     mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
     with torch.inference_mode():
         features = model((pixels - mean) / deviation).numpy()
-    assert features.shape == (6, 2048)
     expected = evaluation.frechet_distance(features[:2], features[2:])
-    print(n, expected, result["metrics"]["fid"])
+    assert features.shape == (6, 2048)
     assert result["metrics"]["fid"] == pytest.approx(expected, rel=0.02)
-    torch.save({"fc.weight": torch.zeros(3)}, weights)
-    with pytest.raises(mnist.UserError, match="--inception_weights FILE.*--features classifier"):
-        evaluation.inception_extractor(weights, "cpu")
-
-
-# -------------------------------------------------------------------------------- several runs
 
 
 def tables(text):
@@ -242,12 +188,10 @@ def test_comparison_files(tmp_path, evaluate, monkeypatch):
     """Two arms, one of them under a condition too and with more noise yet; two sizes."""
     monkeypatch.setattr(evaluation, "draw_closest_pairs", lambda *_: None)
     arms = (("matched", "", 5), ("quantum", "", 25), ("quantum", "shots10", 45))
-    runs = [
-        make_run(tmp_path, noisy(THREES[:20], s, level), arm, 3, n, s, condition=condition)
-        for arm, condition, level in arms
-        for n, s in ((10, 0), (None, 0), (None, 1))
-    ]
-    results, out = evaluate(*runs, "--out", tmp_path / "out"), tmp_path / "out"
+    runs, out = [], tmp_path / "out"
+    for (arm, of, level), (n, s) in itertools.product(arms, ((10, 0), (None, 0), (None, 1))):
+        runs.append(make_run(tmp_path, noisy(THREES[:9], s, level), arm, 3, n, s, condition=of))
+    results = evaluate(*runs, "--out", out)
     frame, text = pd.read_csv(out / "comparison.csv"), (out / "comparison.md").read_text()
     assert list(frame["run"]) == [run.name for run in runs]
     for prefix, part in (("", "metrics"), ("floor_", "floor")):
@@ -256,16 +200,16 @@ def test_comparison_files(tmp_path, evaluate, monkeypatch):
     found = tables(text)
     arms = {row["arm"]: row for row in found["Comparison of runs"] if row["N"] == "all"}
     assert [*arms] == ["matched", "quantum", "quantum shots10", evaluation.FLOOR]
-    values = frame[frame["run"].str.match("quantum_.*nall")]["fid"]
+    values = frame[frame["run"].str.fullmatch("quantum_.*nall_seed.")]["fid"]
     half = stats.t.ppf(0.975, 1) * stats.sem(values)
     assert arms["quantum"]["FID"] == f"{values.mean():.3g} ± {half:.3g}"
     rows = found["Paired differences against matched"]
     assert {row["difference"] for row in rows} == {f"{arm} − matched" for arm in [*arms][1:3]}
-    limits = [row["95 % interval"] for row in rows if row["95 % interval"] != "–"]
-    outside = sum(cell.endswith("*") for cell in limits)
-    assert f"{outside} of {len(limits)} intervals (Student's t over seeds) leave zero out" in text
+    limits = "".join(row["95 % interval"] for row in rows)
+    outside = limits.count("*"), limits.count("[")
+    assert "{} of {} intervals (Student's t over seeds) leave zero out".format(*outside) in text
     names = {"comparison.csv", "comparison.md", "comparison.png", "scaling.png", "samples.png"}
-    assert outside and {path.name for path in out.iterdir()} == names
+    assert outside[0] and {path.name for path in out.iterdir()} == names
     for name in ("comparison.png", "scaling.png"):
         colours = np.asarray(Image.open(out / name))[..., :3].reshape(-1, 3).astype(int)
         assert (np.abs(colours - (0, 0x72, 0xB2)).max(axis=1) < 8).sum() > 100  # quantum
@@ -278,19 +222,21 @@ def test_committed_tables_are_those_of_the_committed_csv(name):
     assert evaluation.comparison_text(frame) == expected
 
 
-def fake(arm, label, seed, fid, n_train=None, condition="", **more):
-    """One run's line of comparison.csv; what is not given could not be measured."""
-    line = {"run": "run", "arm": arm, "condition": condition, "data": "digits", "label": label}
-    line |= {"n_train": n_train, "seed": seed, **BUDGET, "features": "none", "reference": "class"}
-    line |= {"n_generated": 100, "n_real": 6000, "n_training": n_train or 6000, "note": ""}
-    metrics = dict.fromkeys([*evaluation.METRICS, "kid_standard_error"], float("nan"))
-    floor = {f"floor_{key}": value for key, value in metrics.items()}
-    floor |= {"floor_fid": label / 2 + 0.5, "floor_n": 100, "floor_from": "test split"}
-    return line | metrics | {"fid": fid} | floor | more
+NOT_MEASURED = dict.fromkeys([*evaluation.METRICS, "kid_standard_error"])
+
+
+def fake(arm, label, seed, fid, n_train=None, condition="", sample_steps=50, **metrics):
+    """One run's metrics.json; what is not given could not be measured."""
+    settings = mnist.Settings(arm, "digits", label, n_train, seed, sample_steps=sample_steps)
+    result = {"run": "run", "condition": condition, "settings": asdict(settings), "note": ""}
+    result |= {"features": "none", "reference": "class", "n_generated": 100, "n_real": 6000}
+    result |= {"n_training": n_train or 6000, "metrics": NOT_MEASURED | {"fid": fid} | metrics}
+    floor = {"fid": label / 2 + 0.5, "n": 100, "from": "test split"}
+    return result | {"floor": NOT_MEASURED | floor}
 
 
 def frame_of(runs):
-    return evaluation.read_comparison(io.StringIO(pd.DataFrame(runs).to_csv(index=False)))
+    return evaluation.read_comparison(io.StringIO(evaluation.comparison_csv(runs)))
 
 
 def differences(runs, baseline="matched"):
@@ -310,28 +256,27 @@ def test_means_use_the_classes_that_all_runs_have():
     expected = {"quantum": f"2.5 ± {half:.3g}", "matched": "20", evaluation.FLOOR: "1.5"}
     assert {row["arm"]: row["FID"] for row in rows} == expected
     assert {row["classes"] for row in rows} == {"1/3"}
-    assert "Budget: steps 2000" in text and "sample_steps 50, images 100.\n" in text
-    runs[0]["sample_steps"] = 1000
+    assert "Budget: steps 2820" in text and "sample_steps 50, images 100.\n" in text
+    runs += [fake("classical", 3, 0, 1, sample_steps=1000)]
     text = evaluation.comparison_text(frame_of(runs))
-    assert "**sample_steps 1000 / 50 (not the same in all runs)**, images 100." in text
+    assert "**sample_steps 50 / 1000 (not the same in all runs)**, images 100." in text
 
 
 def spread(labels, seeds, step):
     return {(k, s): step * (9 + 7 * k + s) for k in range(labels) for s in range(seeds)}
 
 
-@pytest.mark.parametrize(
-    "differs, pairs, clear",
-    [
-        (spread(1, 5, -0.1), "5", "yes"),
-        ({(3, s): (-1) ** s for s in range(5)}, "5", "no"),
-        (spread(2, 2, 0.1), "4", "too few seeds"),
-        (spread(5, 4, 0.1), "20", "too few seeds"),  # classes of a seed share its randomness
-        (spread(7, 1, 0.1), "7", "too few seeds"),
-        (spread(1, 5, 0), "5", "no"),
-        ({(3, 0): 7.0, (3, 1): float("nan")}, "1", "too few seeds"),
-    ],
-)
+INTERVALS = [  # differences by class and seed; pairs; whether their interval is clear of zero
+    (spread(1, 5, -0.1), "5", "yes"),
+    ({(3, s): (-1) ** s for s in range(5)}, "5", "no"),
+    (spread(5, 4, 0.1), "20", "too few seeds"),  # classes of a seed share its randomness
+    (spread(7, 1, 0.1), "7", "too few seeds"),
+    (spread(1, 5, 0), "5", "no"),
+    ({(3, 0): 7.0, (3, 1): float("nan")}, "1", "too few seeds"),
+]
+
+
+@pytest.mark.parametrize("differs, pairs, clear", INTERVALS)
 def test_intervals_are_students_t_over_the_seeds_of_pairs(differs, pairs, clear):
     """Pairs are of equal class, size and seed; classes are averaged first; what could not be
     measured is left out."""
@@ -343,27 +288,20 @@ def test_intervals_are_students_t_over_the_seeds_of_pairs(differs, pairs, clear)
     found = [row[key] for key in ("N", "metric", "pairs", "seeds", "clear of 0")]
     assert found == ["all", "FID", pairs, str(len(values)), clear]
     assert float(row["mean"]) == pytest.approx(values.mean(), rel=5e-3)
-    if len(values) == 1 or not values.any():
-        assert row["95 % interval"] == "–"
-        return
-    low, high = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
-    limits = [float(limit) for limit in row["95 % interval"].strip("[] *").split(",")]
-    assert limits == pytest.approx([low, high], rel=5e-3)
-    assert row["95 % interval"].endswith("*") == (low > 0 or high < 0)
+    half, limits = stats.t.ppf(0.975, len(values) - 1) * values.sem(), row["95 % interval"]
+    expected = [values.mean() - half, values.mean() + half] if half > 0 else []
+    found = [float(number) for number in re.findall(r"[-+][\d.]+", limits)]
+    assert found == pytest.approx(expected, rel=5e-3)
+    assert limits.endswith("*") == (abs(values.mean()) > half)
 
 
 def test_an_arm_under_a_condition_is_compared_with_its_ideal_twin():
-    arms = [
-        ("matched", "", 1.0),
-        ("quantum", "", 3),
-        ("quantum", "shots1000", 6),
-        ("published", "", 2),
-    ]
+    arms = ("matched", "", 1), ("quantum", "", 3), ("quantum", "shots", 6), ("published", "", 2)
     runs = [fake(arm, 3, s, fid + s, condition=of) for arm, of, fid in arms for s in range(5)]
     means = {arm: row["mean"] for arm, row in differences(runs).items()}
-    assert means == {"quantum": "+2", "quantum shots1000": "+5", "published": "+1"}
+    assert means == {"quantum": "+2", "quantum shots": "+5", "published": "+1"}
     (twin,) = differences(runs, "quantum").values()
-    assert (twin["difference"], twin["mean"]) == ("quantum shots1000 − quantum", "+3")
+    assert (twin["difference"], twin["mean"]) == ("quantum shots − quantum", "+3")
     assert differences(runs, "published") == {}
 
 
@@ -391,32 +329,25 @@ def test_panels_show_means_and_below_them_paired_differences(against_size, place
         assert below.get_xlim() == above.get_xlim() and below.lines[-1].get_ydata() == [0, 0]
 
 
-def test_samples_show_the_training_images_and_one_run_of_each_arm(tmp_path):
-    def run(arm, label, seed, n_train, value, n=20, condition=""):
+def test_samples_show_the_training_images_and_one_run_of_each_arm():
+    def run(arm, label, seed, n_train, level, n=20, of=""):
         settings = {"arm": arm, "label": label, "seed": seed, "n_train": n_train}
-        images, name = torch.full((n, 1, 28, 28), value).byte(), f"{arm} {condition}".strip()
-        return evaluation.Run(tmp_path, "run", name, condition, settings, {}, images)
+        images = torch.full((n, 1, 28, 28), level).byte()
+        return evaluation.Run(Path(), "run", f"{arm} {of}".strip(), of, settings, {}, images)
 
     runs = [run("quantum", 3, 1, None, 10), run("quantum", 3, 0, None, 30)]
-    runs += [run("quantum", 3, 0, None, 60, condition="shots10"), run("quantum", 1, 0, None, 50)]
-    runs += [run("classical", 3, 0, 25, 40, n=5)]
+    runs += [run("quantum", 3, 0, None, 60, of="shots"), run("classical", 3, 0, 25, 40, n=5)]
     evaluator = types.SimpleNamespace(dataset=evaluation.MNIST, train=TRAIN)
     panels = evaluation.draw_samples(runs, evaluator).axes
-    rows = {panel.get_ylabel(): panel.get_images()[0].get_array() for panel in panels}
-    expected = {"1: quantum, N = all": 50, "3: classical, N = 25": 40, "3: quantum, N = all": 30}
-    expected |= {"3: quantum shots10, N = all": 60}
-    drawn = {title: int(pixels[15, 15]) for title, pixels in rows.items() if "real" not in title}
-    assert drawn == {f"{title}, seed 0": level for title, level in expected.items()}
-    assert [title for title in rows if "real" in title] == [
-        f"real {of}, seed 0" for of in ("1, N = all", "3, N = 25", "3, N = all")
-    ]
-    five = rows["3: classical, N = 25, seed 0"]
-    assert int(five[15, 135]) == 40 and (five[:, 152:] == 255).all() and five.shape == (32, 362)
-    first = select_images(*TRAIN, 3, 25, 0)[0, 0].numpy()
-    assert (rows["real 3, N = 25, seed 0"][2:30, 2:30] == first).all()
-
-
-# ------------------------------------------------------------------- the published procedure
+    rows = {x.get_ylabel().removesuffix(", seed 0"): x.get_images()[0].get_array() for x in panels}
+    first = [select_images(*TRAIN, 3, n, 0)[0, 0].numpy() for n in (25, None)]
+    for n, image in zip((25, "all"), first, strict=True):
+        assert (rows.pop(f"real 3, N = {n}")[2:30, 2:30] == image).all()
+    expected = {"classical, N = 25": 40, "quantum, N = all": 30, "quantum shots, N = all": 60}
+    assert [pixels[15, 15] for pixels in rows.values()] == [*expected.values()]
+    assert [*rows] == [f"3: {title}" for title in expected]
+    five = rows["3: classical, N = 25"]  # white behind the fifth
+    assert five[15, 135] == 40 and (five[:, 152:] == 255).all() and five.shape == (32, 362)
 
 
 def test_paper_protocol(tmp_path, evaluate, classifier, capsys):
@@ -434,11 +365,10 @@ def test_paper_protocol(tmp_path, evaluate, classifier, capsys):
         ("ssim_paired", lambda x: evaluation.ssim(x, real)),
     ):
         scores = np.array([*map(score, draws)])
-        expected = {"run": score(THREES[:5]), "real_mean": scores.mean()}
-        expected |= {"real_95": np.percentile(scores, [2.5, 97.5])}
-        assert record[key].pop("real_95") == pytest.approx(expected.pop("real_95"), rel=1e-4)
-        assert record[key] == pytest.approx(expected, rel=1e-4)
-    assert record["draws"] == 100 and record["n_generated"] == 5
+        found, limits = record[key], np.percentile(scores, [2.5, 97.5])
+        assert found["real_95"] == pytest.approx(limits, rel=1e-4)
+        assert found["real_mean"] == pytest.approx(scores.mean(), rel=1e-4)
+        assert found["run"] == pytest.approx(score(THREES[:5]), rel=1e-4)
     written, printed = (out / "paper_protocol.md").read_text(), capsys.readouterr().out
     assert written in printed and [path.name for path in out.iterdir()] == ["paper_protocol.md"]
     rows = [[cell.strip() for cell in line.split("|")] for line in written.splitlines()]
@@ -446,37 +376,27 @@ def test_paper_protocol(tmp_path, evaluate, classifier, capsys):
     assert paper == {"classical": ("271.05", "0.1085"), "quantum": ("259.25", "0.1263")}
 
 
-# ------------------------------------------------------------------------------------ mistakes
-
-
 def run_of(images, **more):
     return lambda root: [make_run(root, images, **more)]
 
 
-NO_WEIGHTS = ("--features", "inception", "--inception_weights", "none.pth")
-PAPER = ("--protocol", "paper", "--features")
 FIVE, COLOUR = run_of(THREES[:5]), torch.zeros(5, 3, 28, 28).byte()
+INCEPTION, PAPER = ("--features", "inception", "--inception_weights"), ("--protocol", "paper")
 MISTAKES = [  # how the run folders are made, more options, what the error says
     (run_of(()), (), "not finished"),
     (lambda root: [root], (), "config.json: not a run's configuration"),
     (run_of(THREES[:3], arm="best"), (), "config.json: not a run's configuration"),
     (FIVE, ("--out", __file__), "File exists"),
-    (FIVE, ("--seed", "1e99"), "--seed"),
     (run_of(THREES[:1]), (), "at least 2"),
-    (lambda root: [*FIVE(root), *run_of(THREES[:5], data="mnist")(root)], (), "mixed data sets"),
-    (
-        lambda root: [*FIVE(root / "a"), *FIVE(root / "b")],
-        (),
-        "have the same arm, condition, class",
-    ),
+    (lambda root: FIVE(root) + run_of(THREES[:5], data="mnist")(root), (), "mixed data sets"),
+    (lambda root: FIVE(root / "a") + FIVE(root / "b"), (), "have the same arm, condition, class"),
     (run_of(THREES[:5], data="pathmnist"), (), "cal_fid_ssim_medmnist.py"),
-    (run_of(THREES[:5], training=TRAIN[0][:9]), (), "trained on other images"),
+    (run_of(THREES[:5], training=TRAINED), (), "trained on other images"),  # in another order
     (run_of(COLOUR), (), r"images of \(3, 28, 28\)"),
     (run_of(COLOUR[:, :1, :20, :20]), (), r"of \(1, 20, 20\)"),
-    (FIVE, NO_WEIGHTS, "--features classifier"),
-    (FIVE, (*PAPER, "none"), "needs features"),
-    (run_of(THREES[:3]), (*PAPER, "classifier"), r"expected \(5, 1, 28, 28\)"),
-    (FIVE, ("--n_real", 1), "--n_real: 1, expected 4"),
+    (FIVE, (*INCEPTION, "none.pth"), "--features classifier"),
+    (FIVE, (*PAPER, "--features", "none"), "needs features"),
+    (run_of(THREES[:3]), (*PAPER, "--features", "classifier"), r"expected \(5, 1, 28, 28\)"),
 ]
 
 
@@ -492,59 +412,49 @@ def test_mistakes_print_one_line_and_exit_2(make, options, message, tmp_path, ev
 def test_data_dir_that_cannot_be_written_then_ctrl_c(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluation, "CLASSIFIER_STEPS", 2)
     (tmp_path / "evaluation").write_text("in the way")
-    run = make_run(tmp_path / "runs", THREES[:5])
+    (run,) = FIVE(tmp_path / "runs")
     evaluation.main([str(run), "--data_dir", str(tmp_path)])
     assert "--data_dir is not writable" in capsys.readouterr().out
     assert (run / "metrics.json").exists()
     monkeypatch.setattr(evaluation, "read_run", lambda *_: exec("raise KeyboardInterrupt"))
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match="130"):
         evaluation.main([str(run)])
-    assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+    assert capsys.readouterr().err == "interrupted\n"
 
 
-# ----------------------------------------------------------------------------------- PathMNIST
-
-
-def test_pathmnist(tmp_path, monkeypatch):
+def test_pathmnist(tmp_path, evaluate, monkeypatch):
     """The sibling command line: RGB runs against a medmnist file of tinted tiles."""
     monkeypatch.setattr(evaluation, "CLASSIFIER_STEPS", 40)
     rng, arrays = np.random.default_rng(0), {}
     tint = rng.uniform(60, 200, (9, 1, 1, 3))
-    for split, n in (("train", 83), ("test", 45)):  # of the last class two to train on
+    for split, n in (("train", 90), ("test", 45)):
         labels = np.arange(n) % 9
         images = tint[labels] + rng.normal(0, 15, (n, 28, 28, 3))
         arrays[f"{split}_images"] = images.clip(0, 255).astype(np.uint8)
         arrays[f"{split}_labels"] = labels[:, None].astype(np.uint8)
-    np.savez(tmp_path / "pathmnist.npz", **arrays)
-    images = pathmnist.select_images(*pathmnist.load_images("pathmnist", tmp_path)[1:], 8, None, 0)
-
-    def measure(images, script=cal_fid_ssim_medmnist, **options):
-        folder = make_run(
-            tmp_path / str(images.sum()), images, label=8, data="pathmnist", **options
-        )
-        script.main([str(folder), "--data_dir", str(tmp_path)])
-        return json.loads((folder / "metrics.json").read_text())
-
-    result = measure(images[:5], training=images)
-    assert result["n_real"] == result["n_training"] == len(images) == 9
-    assert result["metrics"]["near_copies"] == 1 and result["metrics"]["label_accuracy"] > 0.9
-    # A run with --augment: its training set are the symmetries of the square, and copies of a
-    # turned training image are copies.
+    np.savez(evaluate.data_dir / "pathmnist.npz", **arrays)
+    real = pathmnist.load_images("pathmnist", evaluate.data_dir)[1:]
+    images = pathmnist.select_images(*real, 8, None, 0)
+    options = {"label": 8, "data": "pathmnist"}
+    copies = make_run(tmp_path / "a", images[:5], training=images, **options)
+    # With --augment the symmetries of the square are trained on, and copies of these are copies.
     turned, eight = images[:6].rot90(1, (2, 3)), pathmnist.symmetries(images)
-    result = measure(turned, training=eight, symmetries=8)
-    assert result["n_training"] == 72 and result["metrics"]["distance_ratio"] == 0
-    assert "trained with augmentation" in result["note"]
+    augmented = make_run(tmp_path / "b", turned, training=eight, symmetries=8, **options)
+    for run, n in ((copies, 10), (augmented, 80)):
+        (result,) = evaluate(run, script=cal_fid_ssim_medmnist)
+        metrics = result["metrics"]
+        assert result["n_real"] == 10 and result["n_training"] == n
+        assert ("trained with augmentation" in result["note"]) == (n == 80)
+        assert metrics["near_copies"] == 1 and metrics["distance_ratio"] == 0
+        assert metrics["label_accuracy"] > 0.9 and metrics["ssim_nearest"] == pytest.approx(1)
     expected = {"classical": (95.72, 0.4107), "quantum": (84.40, 0.0931)}
     assert cal_fid_ssim_medmnist.PATHMNIST.withdrawn == expected
 
 
-def test_embedded_tissue(tmp_path, evaluate, capsys):
-    """One class: no classifier, and the error says what to do; pixels are measured all the same."""
+def test_embedded_tissue(tmp_path, evaluate):
+    """It has one class: no classifier is needed for what pixels alone can tell."""
     images = pathmnist.select_images(*pathmnist.load_images("tissue", None)[1:], 9, None, 0)
-    folder = make_run(tmp_path, images[:6], label=9, data="tissue", training=images)
-    with pytest.raises(SystemExit) as stop:
-        evaluate(folder, script=cal_fid_ssim_medmnist)
-    assert stop.value.code == 2 and "--features none" in capsys.readouterr().err
-    (result,) = evaluate(folder, "--features", "none", script=cal_fid_ssim_medmnist)
-    assert "against embedded tissue" in result["note"] and "FID biased" not in result["note"]
-    assert result["metrics"]["near_copies"] == 1 and result["metrics"]["label_accuracy"] is None
+    run = make_run(tmp_path, images[:6], label=9, data="tissue", training=images)
+    (result,) = evaluate(run, "--features", "none", script=cal_fid_ssim_medmnist)
+    assert result["note"] == "against embedded tissue" and result["metrics"]["near_copies"] == 1
+    assert result["metrics"]["label_accuracy"] is None

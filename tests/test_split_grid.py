@@ -13,44 +13,29 @@ from PIL import Image, ImageDraw, PngImagePlugin
 
 import debug_img
 from debug_img import split_grid
-from quantum_diffusion_mnist import UserError, load_images, save_gif, save_grid, tile
+from quantum_diffusion_mnist import UserError, load_images, save_grid
 
-
-def digit_tiles(n, seed=0):
-    """White digits on black, the strokes touching the tiles' edges."""
-    images = load_images("digits", None)[1]
-    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:n]]
-
-
-def tissue_tiles(n, seed=0):
-    """Smooth colours between 60 and 220, as in stained tissue."""
-    small = torch.rand(n, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
-    smooth = torch.nn.functional.interpolate(small, size=28, mode="bicubic").clamp(0, 1)
-    return (60 + 160 * smooth).round().byte()
-
-
-def noise_tiles(n, seed=0):
-    """An untrained model's samples: many pixels are as white as the ground."""
-    noise = torch.randn(n, 1, 28, 28, generator=torch.Generator().manual_seed(seed))
-    return (noise * 110 + 127).clamp(0, 255).byte()
-
-
-def light_tiles(n, seed=0):
-    """Dark digits on light grey."""
-    return 230 - digit_tiles(n, seed) // 2
-
-
-def barred_tiles(n, seed=0):
-    """Digits, the third white but for a few grey pixels."""
-    tiles = digit_tiles(n, seed)
-    tiles[2], tiles[2, :, 8:20, 10:20] = 255, 90
-    return tiles
-
-
-TILES = {"digits": digit_tiles, "tissue": tissue_tiles, "noise": noise_tiles, "light": light_tiles}
-EVERY, DIGITS, NOISE, LIGHT = tuple(TILES), ("digits",), ("noise",), ("light",)
-TILES |= {"barred": barred_tiles}
+DIGITS = load_images("digits", None)[1]
+EVERY = ("digits", "tissue", "noise", "light")
 FIVE = range(21, 1000, 197)
+
+
+def make(kind, n, seed=0):
+    """n images: white digits on black, whose strokes touch the edges (light: dark digits on grey;
+    white: the third is all white; barred: but for a few pixels), smooth colours between 60 and 220
+    as in stained tissue, or noise with many pixels as white as the ground."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "tissue":
+        small = torch.rand(n, 3, 5, 5, generator=generator)
+        smooth = torch.nn.functional.interpolate(small, size=28, mode="bicubic").clamp(0, 1)
+        return (60 + 160 * smooth).round().byte()
+    if kind == "noise":
+        noise = torch.randn(n, 1, 28, 28, generator=generator)
+        return (noise * 110 + 127).clamp(0, 255).byte()
+    tiles = DIGITS[torch.randperm(len(DIGITS), generator=generator)[:n]]
+    if kind in ("white", "barred"):
+        tiles[2], tiles[2, :, 8:20, 10:20] = 255, 90 if kind == "barred" else 255
+    return 230 - tiles // 2 if kind == "light" else tiles
 
 
 def picture_of(image, side, resampling=Image.Resampling.NEAREST):
@@ -86,20 +71,18 @@ def row(tiles, lefts, side=168, tops=(15,) * 9, size=(1000, 200)):
 
 LAYOUTS = {  # number of images, of which kinds, how they are drawn
     "published": (5, (*EVERY, "barred"), lambda x: row(x, FIVE, 170)),
-    "published_151": (5, NOISE, lambda x: row(x, range(30, 980, 190), 151)),
-    "no_margin": (5, DIGITS, lambda x: row(x, range(0, 700, 140), 120, [0] * 5, (680, 120))),
+    "no_margin": (5, ["digits"], lambda x: row(x, range(0, 700, 140), 120, [0] * 5, (680, 120))),
     "small_gap": (8, EVERY, lambda x: row(x, range(2, 460, 58), 56, [2] * 8, (466, 60))),
-    "titles": (5, NOISE, lambda x: figure_of(x, titles="Sample {}")),
-    "suptitle": (5, NOISE, lambda x: figure_of(x, size=(10, 3), suptitle="HIIIH, epoch 30")),
-    "framed": (5, EVERY, lambda x: figure_of(x, frame=0.8)),
-    "black_ground": (5, LIGHT, lambda x: figure_of(x, ground="black", titles="{}")),
-    "grey_ground": (5, DIGITS, lambda x: figure_of(x, ground="#9a9a9a", suptitle="Made")),
-    "blue_ground": (4, NOISE, lambda x: figure_of(x, ground="#2030d0", size=(8, 2.2))),
-    "last_row_short": (13, NOISE, lambda x: figure_of(x, 3, (9, 6), suptitle="Samples")),
-    "column": (3, NOISE, lambda x: figure_of(x, 3, (2, 6), titles="sample {}")),
-    "uneven": (5, NOISE, lambda x: figure_of(x, left=0.02, right=0.8, top=0.95, bottom=0.3)),
-    "high_dpi": (4, NOISE, lambda x: figure_of(x, size=(8, 2.4), dpi=230, titles="epoch {}")),
-    "single": (1, EVERY, lambda x: figure_of(x, size=(3, 3), titles="epoch 3")),
+    "titles": (5, ["noise"], lambda x: figure_of(x, titles="Sample {}")),
+    "suptitle": (5, ["noise"], lambda x: figure_of(x, size=(10, 3), suptitle="HIIIH, epoch 30")),
+    "framed": (5, ["digits", "tissue"], lambda x: figure_of(x, frame=0.8)),
+    "black_ground": (5, ["light"], lambda x: figure_of(x, ground="black", titles="{}")),
+    "grey_ground": (5, ["digits"], lambda x: figure_of(x, ground="#9a9a9a", suptitle="Made")),
+    "last_row_short": (13, ["noise"], lambda x: figure_of(x, 3, (9, 6), suptitle="Samples")),
+    "column": (3, ["noise"], lambda x: figure_of(x, 3, (2, 6), titles="sample {}")),
+    "uneven": (5, ["noise"], lambda x: figure_of(x, left=0.02, right=0.8, top=0.95, bottom=0.3)),
+    "high_dpi": (4, ["noise"], lambda x: figure_of(x, size=(8, 2.4), dpi=230, titles="epoch {}")),
+    "single": (1, ["digits", "noise"], lambda x: figure_of(x, size=(3, 3), titles="epoch 3")),
 }
 
 
@@ -112,12 +95,12 @@ def error(found, expected):
 @pytest.mark.parametrize("layout, kind", [(k, kind) for k in LAYOUTS for kind in LAYOUTS[k][1]])
 def test_figures_split_to_their_tiles(layout, kind, tmp_path):
     n, _, draw = LAYOUTS[layout]
-    tiles = TILES[kind](n)
+    tiles = make(kind, n)
     picture = draw(tiles)
     picture.save(tmp_path / "figure.png")
     grid = split_grid(tmp_path / "figure.png")
     assert grid.images.shape == (n, 3 if kind == "tissue" else 1, 28, 28) and len(grid.boxes) == n
-    assert error(grid.images, tiles) <= (2 if layout == "framed" else 0.6)
+    assert error(grid.images, tiles) < 0.01
     assert grid.method == "detected" and 0.5 < grid.confidence <= (0.9 if kind == "barred" else 1)
     if layout in ("published", "titles"):  # compression noise
         picture.save(tmp_path / "figure.jpg", quality=50)
@@ -125,24 +108,12 @@ def test_figures_split_to_their_tiles(layout, kind, tmp_path):
         assert len(found) == n and error(found, tiles) < (6 if kind in ("digits", "tissue") else 20)
 
 
-@pytest.mark.parametrize("kind, most", [("digits", 4), ("tissue", 16)])
-def test_last_frame_of_a_training_gif(kind, most, tmp_path):
-    path, tiles = tmp_path / "progress.gif", TILES[kind](10)
-    save_gif(path, [("epoch 1", TILES[kind](10, seed=1)), ("epoch 30 of 30", tiles)])
-    images = split_grid(path).images
-    assert len(images) == 10 and error(images, tiles) < most  # 64 colours in the file
-
-
 @pytest.mark.parametrize("kind, n", [("digits", 1), ("tissue", 5), ("noise", 23), ("digits", 64)])
 def test_own_grids_split_to_the_bit(kind, n, tmp_path):
-    path, tiles = tmp_path / "samples_final.png", TILES[kind](n)
+    path, tiles = tmp_path / "samples_final.png", make(kind, n)
     save_grid(path, tiles)
     grid = split_grid(path)
     assert torch.equal(grid.images, tiles) and (grid.method, grid.confidence) == ("metadata", 1)
-    picture = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
-    x0, y0, x1, y1 = grid.boxes[-1]
-    scale = (x1 - x0) // 28
-    assert torch.equal(picture[: tiles.shape[1], y0:y1:scale, x0:x1:scale], tiles[-1])
     if n > 1:  # saved again by another program: found by its look, with the same tiles
         Image.open(path).convert("RGB").save(path)
         again = split_grid(path)
@@ -150,18 +121,12 @@ def test_own_grids_split_to_the_bit(kind, n, tmp_path):
         assert (again.boxes == grid.boxes).all()
 
 
-def on_ground(tiles, columns, ground):
-    """Tiles 4 times enlarged, 8 pixels apart, on a grey level."""
-    drawn = tile(torch.zeros_like(tiles), columns, 4) == 0
-    pixels = np.where(drawn, tile(tiles, columns, 4), np.uint8(ground))
-    return Image.fromarray(pixels.squeeze()).convert("RGB")
-
-
 def test_the_last_place_is_empty_or_a_white_image(tmp_path):
     """The look cannot tell which: refused, unless the number is known."""
-    tiles, path = digit_tiles(25), tmp_path / "grid.png"
+    tiles, path = make("digits", 25), tmp_path / "grid.png"
     tiles[-1] = 255
-    on_ground(tiles, 5, 255).save(path)
+    save_grid(path, tiles)
+    Image.open(path).save(path)
     with pytest.raises(UserError, match="24 or 25 images: the last place is empty, or white"):
         split_grid(path)
     for n in (24, 25):
@@ -170,17 +135,10 @@ def test_the_last_place_is_empty_or_a_white_image(tmp_path):
 
 def beside(n, *shapes):
     """n digits in a row, and beside them what ImageDraw draws: (method, coordinates)."""
-    picture = row(digit_tiles(n), FIVE)
+    picture = row(make("digits", n), FIVE)
     for method, *places in shapes:
         getattr(ImageDraw.Draw(picture), method)(places, fill="black")
     return picture
-
-
-def with_white(n):
-    """n digits, the third of them all white."""
-    tiles = digit_tiles(n)
-    tiles[2] = 255
-    return tiles
 
 
 CURVE = [("line", (640, 15), (640, 182), (980, 182)), ("line", (650, 30), (760, 150), (970, 170))]
@@ -189,27 +147,27 @@ SMALL = range(10, 160, 30), 20, [10] * 5, (170, 40)
 RESAMPLING = Image.Resampling.NEAREST, Image.Resampling.BICUBIC
 AMBIGUOUS = {  # pictures, of each of which the error says why
     "touching tiles": lambda: [
-        *(row(255 - digit_tiles(5), FIVE), row(digit_tiles(5), range(20, 860, 168))),
-        row(digit_tiles(4), [20, 188, 420, 640]),
+        *(row(255 - make("digits", 5), FIVE), row(make("digits", 5), range(20, 860, 168))),
+        row(make("digits", 4), [20, 188, 420, 640]),
     ],
     "a hole between the tiles": lambda: [
-        row(digit_tiles(4), [*FIVE[:2], *FIVE[3:]]),
-        row(with_white(5), FIVE),
+        row(make("digits", 4), [*FIVE[:2], *FIVE[3:]]),
+        row(make("white", 5), FIVE),
     ],
     "no solid rectangles": lambda: [
-        *(row(digit_tiles(5), *SMALL), Image.new("RGB", (600, 200), "white")),
+        *(row(make("digits", 5), *SMALL), Image.new("RGB", (600, 200), "white")),
         beside(0, ("rectangle", (9, 9), (29, 190)), ("rectangle", (50, 9), (70, 190))),
     ],
     "a part of": lambda: [
         *(beside(3, *CURVE), beside(4, ("rectangle", (820, 15), (940, 135)))),
-        *(row(digit_tiles(7), *CENTRED), on_ground(digit_tiles(25), 5, 0)),
-        on_ground(with_white(25), 5, 0),
+        row(make("digits", 7), *CENTRED),
     ],
-    "a frame of": lambda: [figure_of(TILES[k](5), frame=4) for k in ("tissue", "noise")],
+    "XXX": lambda: [figure_of(make(kind, 5), ground="black") for kind in ("digits", "white")],
+    "a frame of": lambda: [figure_of(make(k, 5), frame=4) for k in ("tissue", "noise")],
     "": lambda: [  # a single enlarged image is no crop of itself
         picture_of(image, (140, 300)[k % 2], how)
         for kind, how in itertools.product(EVERY, RESAMPLING)
-        for k, image in enumerate(TILES[kind](4))
+        for k, image in enumerate(make(kind, 4))
     ],
 }
 
@@ -225,7 +183,7 @@ def test_ambiguous_layouts_are_refused(reason):
 def test_description_that_contradicts_the_picture(change, tmp_path):
     """Or, without a change, one pixel beside those that are read."""
     path, text = tmp_path / "grid.png", PngImagePlugin.PngInfo()
-    save_grid(path, digit_tiles(5))
+    save_grid(path, make("digits", 5))
     with Image.open(path) as picture:
         text.add_text("grid", json.dumps(json.loads(picture.text["grid"]) | change))
         picture.putpixel((picture.width // 4 * 4 - 1, 21), 255 if change else 99)
@@ -236,7 +194,7 @@ def test_description_that_contradicts_the_picture(change, tmp_path):
 
 def test_debug_img_reports_and_checks_the_count(tmp_path, capsys):
     path, other = tmp_path / "figure.png", tmp_path / "new" / "a$b$\udcff.png"
-    figure_of(digit_tiles(5), titles="Sample {}").save(path)
+    figure_of(make("digits", 5), titles="Sample {}").save(path)
     debug_img.main([str(path), "--expect", "5"])
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     expected = {"images": "5", "ground": "#ffffff", "method": "detected"}
@@ -245,14 +203,13 @@ def test_debug_img_reports_and_checks_the_count(tmp_path, capsys):
     with Image.open(tmp_path / "figure_split.png") as drawn:
         colours = np.asarray(drawn.convert("RGB")).reshape(-1, 3)
     assert (np.abs(colours.astype(int) - (0xD5, 0x5E, 0x00)).max(axis=1) < 10).sum() > 500
+    before = path.read_bytes()
     Image.new("1", (10_000, 5_001)).save(tmp_path / "huge.png")
     (tmp_path / "link.png").symlink_to(path)
-    before = path.read_bytes()
     for message, *arguments in (
         ("5 images, --expect 4", path, "--expect", 4, "--out", other),
         ("is the picture itself", path, "--out", tmp_path / "link.png"),
         ("--expect", path, "--expect", 0),
-        ("missing.png: not a readable picture", tmp_path / "missing.png"),
         ("huge.png: not a readable picture", tmp_path / "huge.png"),
         ("File exists", path, "--out", path / "below.png"),
     ):
