@@ -1,8 +1,7 @@
-"""Fixtures for the suites of the training scripts."""
+"""What the suites of the training scripts share."""
 
 import re
 import sys
-from types import ModuleType
 
 import pytest
 import torch
@@ -10,21 +9,18 @@ import torch
 import quantum_diffusion_mnist as mnist
 import quantum_diffusion_pathmnist as pathmnist
 
-EMBEDDED = {  # how a script is run on the data that its libraries ship
-    mnist: ["--data", "digits", "--digits", "3"],
-    pathmnist: ["--data", "tissue"],
-}
+EMBEDDED = {mnist: ("--data", "digits", "--digits", "3"), pathmnist: ("--data", "tissue")}
 
 
 @pytest.fixture(params=EMBEDDED, ids=lambda module: module.__name__.rsplit("_")[-1])
-def script(request) -> ModuleType:
+def script(request):
     """A training script. Only for what differs between the two: test_shared_definitions.py keeps
     the rest identical, and it is tested on the first."""
     return request.param
 
 
 def tiny(save_dir, *more, script=mnist) -> list[str]:
-    """The command line of a run that takes a second."""
+    """The command line of a run on embedded data that takes a second."""
     return [
         *(*EMBEDDED[script], "--save_dir", str(save_dir), "--device", "cpu"),
         *("--steps", "6", "--n_train", "8", "--batch_size", "4", "--timesteps", "8"),
@@ -39,18 +35,21 @@ def only(folder):
     return found
 
 
-def weights(folder) -> dict[str, torch.Tensor]:
-    """What the one run in a folder has learnt."""
-    return torch.load(only(folder) / "model.pt", weights_only=True)
-
-
 def circuit(batch: int, n: int, layers: int, arm: str = "quantum") -> list[torch.Tensor]:
     """Random angles (batch, n) and weights of a circuit, float64, with gradients."""
     generator = torch.Generator().manual_seed(n * 10 + layers)
-    kinds = 1 if arm == "published" else 2
-    angles = 3 * torch.randn(batch, n, dtype=torch.float64, generator=generator)
-    weights = 6 * torch.rand(layers, n, kinds, dtype=torch.float64, generator=generator)
-    return [angles.requires_grad_(), weights.requires_grad_()]
+    how = {"dtype": torch.float64, "generator": generator}
+    weights = 6 * torch.rand(layers, n, 1 if arm == "published" else 2, **how)
+    return [(3 * torch.randn(batch, n, **how)).requires_grad_(), weights.requires_grad_()]
+
+
+def leave_zero(model: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
+    """Random weights for the layers that start at zero."""
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=std)
+    return model
 
 
 @pytest.fixture
@@ -61,10 +60,9 @@ def fails(capsys):
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit_:
             module.main([str(word) for word in argv])
-        assert exit_.value.code == 2
         lines = re.split(r"[\r\n]+", capsys.readouterr().err.strip())
         lines = [line for line in lines if line and not re.search(r"\d/\d+\S* \[", line)]  # bars
-        assert len(lines) == 1 and lines[0].startswith("error: "), lines
+        assert exit_.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
         return lines[0]
 
     return check

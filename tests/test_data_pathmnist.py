@@ -1,5 +1,6 @@
 """Reading and selecting images of PathMNIST and of the embedded tissue."""
 
+import hashlib
 import json
 
 import medmnist
@@ -37,32 +38,26 @@ def test_real_format_is_read_and_classes_are_counted(tmp_path):
         assert labels.tolist() == [4 * k % 9 for k in range(n)]
 
 
-def test_names_follow_medmnist():
+def test_names_follow_medmnist_and_runs_take_the_class_that_is_asked_for(tmp_path, monkeypatch):
+    for name in ("train", "sample_final"):
+        monkeypatch.setattr(path, name, lambda *_: None)
+    arrays = write_npz(tmp_path)
+    path.main(["--data_dir", str(tmp_path), "--save_dir", str(tmp_path / "one")])
+    assert only(tmp_path / "one").name == "classical_pathmnist_adenocarcinoma_nall_seed0"
+    for words in (["0", "1", "2", "3", "4", "5", "6", "7", "8"], ["all"], path.PATHMNIST_CLASSES):
+        path.main(
+            ["--data_dir", str(tmp_path), "--save_dir", str(tmp_path / "a"), "--labels", *words]
+        )
     official = medmnist.INFO["pathmnist"]["label"]
-    assert len(official) == len(path.PATHMNIST_CLASSES)
+    assert len(official) == len(path.PATHMNIST_CLASSES) == len(list((tmp_path / "a").iterdir()))
     for k, name in enumerate(path.PATHMNIST_CLASSES):
         assert all(word in official[str(k)] for word in name.split("-")), (name, official[str(k)])
-        assert path.CLASS_IDS[name] == path.CLASS_IDS[str(k)] == k
-
-
-def test_runs_take_the_class_that_is_asked_for(tmp_path, monkeypatch):
-    trained = {}
-    for name in ("train", "sample_final"):
-        monkeypatch.setattr(path, name, lambda s, images, *_: trained.update({s.name: images}))
-    arrays = write_npz(tmp_path / "data")
-    argv = ["--data_dir", str(tmp_path / "data"), "--save_dir", str(tmp_path)]
-    path.main([*argv, "--labels", "stroma", "0", "adipose"])
-    path.main(argv)
-    path.main([*argv, "--labels", "all", "--seeds", "5"])
-    assert set(trained) == {
-        *(f"classical_pathmnist_{name}_nall_seed0" for name in ("stroma", "adipose")),
-        "classical_pathmnist_adenocarcinoma_nall_seed0",
-        *(f"classical_pathmnist_{name}_nall_seed5" for name in path.PATHMNIST_CLASSES),
-    }
-    here = json.loads((tmp_path / "classical_pathmnist_stroma_nall_seed0/config.json").read_text())
-    chosen = arrays["train_images"][arrays["train_labels"][:, 0] == 7]
-    assert here["images"]["used"] == here["images"]["available"] == len(chosen) == 10
-    assert here["settings"]["label_name"] == "stroma"
+        run = tmp_path / f"a/classical_pathmnist_{name}_nall_seed0"
+        config = json.loads((run / "config.json").read_text())
+        of_class = arrays["train_images"][arrays["train_labels"][:, 0] == k]
+        chosen = path.select_images(torch.from_numpy(of_class), torch.zeros(10), 0, None, 0)
+        digest = hashlib.sha256(chosen.permute(0, 3, 1, 2).numpy().tobytes()).hexdigest()
+        assert config["images"]["sha256"] == digest and config["images"]["used"] == 10
 
 
 def test_channels_are_red_green_blue_through_png_and_back(tmp_path):
@@ -102,7 +97,7 @@ def test_damaged_files_are_an_error(tmp_path, fails, damage):
     assert not (tmp_path / "runs").exists()
 
 
-def test_without_network(no_network, tmp_path, capsys, fails):
+def test_without_network_tissue_is_taken_loudly(no_network, tmp_path, capsys, fails):
     assert path.load_images("auto", tmp_path)[0] == "tissue"
     assert "NOTICE" in capsys.readouterr().err and not any(tmp_path.iterdir())
     message = fails(path, ["--data", "pathmnist", "--data_dir", tmp_path])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import leave_zero
 from sklearn.neighbors import KNeighborsClassifier
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
@@ -12,23 +13,7 @@ from tqdm import tqdm
 import quantum_diffusion_mnist as qd
 
 NOWHERE, SILENT = Path("no/checkpoint.pt"), tqdm(disable=True)
-
-
-def images(n: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(n)
-    return torch.randint(256, (n, 1, 28, 28), generator=generator).to(torch.uint8)
-
-
-def leave_zero(model: torch.nn.Module) -> torch.nn.Module:
-    """Random weights for the layers that start at zero."""
-    torch.manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.ndim > 1 and not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-# ------------------------------------------------------------- schedule, process and sampler
+IMAGES = torch.randint(256, (6, 1, 28, 28), generator=torch.Generator().manual_seed(0)).byte()
 
 
 def test_cosine_schedule_by_the_formula():
@@ -73,22 +58,20 @@ def test_every_step_of_the_sampler_is_the_posterior(timesteps, steps):
     # step has the x0 where it starts. Given x0, q(x_s | x_t, x0) is a product of two Gaussians,
     # whose precisions add (Ho et al., eq. 6 and 7).
     diffusion = qd.GaussianDiffusion(timesteps)
-    a = diffusion.alpha_bar
-    log_snr = (a / (1 - a)).log() / 2
+    log_snr = ((a := diffusion.alpha_bar) / (1 - a)).log() / 2
     model = Denoiser(diffusion, lambda x, t: 0.1 + 0.04 * log_snr[t].float().expand(x.shape))
     result = diffusion.sample(model, 7, "image", range(3, 5), steps, SILENT)
     levels, states = zip(*model.asked, strict=True)
-    assert len(levels) == steps and levels[0] == timesteps - 1
-    assert steps == 1 or levels[-1] == 0
-    assert all(now > after for now, after in zip(levels, levels[1:], strict=False))
+    pairs = list(zip(levels, levels[1:], strict=False))
+    assert len(levels) == steps and levels[0] == timesteps - 1 and 0 in (levels[-1], steps - 1)
+    assert all(t > s for t, s in pairs)
     if timesteps == 1000:
         wanted = torch.linspace(-6, log_snr[0], steps, dtype=torch.float64)
-        gaps = log_snr[list(levels[1:])] - wanted[1:]
-        assert gaps.abs().max() < 0.1  # evenly, as far as there are levels
+        assert (log_snr[list(levels)] - wanted)[1:].abs().max() < 0.1
     streams = [qd.random_stream(7, "image", k) for k in (3, 4)]
     noise = [torch.stack([torch.randn(1, 28, 28, generator=g) for g in streams]) for _ in levels]
     assert torch.equal(states[0].float(), noise[0])
-    for k, (t, s) in enumerate(zip(levels, levels[1:], strict=False)):
+    for k, (t, s) in enumerate(pairs):
         beta, h = 1 - a[t] / a[s], log_snr[s] - log_snr[t]
         x0 = 0.1 + 0.04 * (log_snr[t] + (h / 2 if k else 0))
         precision = (1 - beta) / beta + 1 / (1 - a[s])
@@ -101,8 +84,7 @@ def test_every_step_of_the_sampler_is_the_posterior(timesteps, steps):
 @pytest.mark.parametrize("steps", [25, 400])
 def test_sampler_recovers_a_gaussian(steps):
     # Data N(0.2, 0.1^2) in every pixel: E[x0 | x_t] is known.
-    mean, std = 0.2, 0.1
-    diffusion = qd.GaussianDiffusion(400)
+    mean, std, diffusion = 0.2, 0.1, qd.GaussianDiffusion(400)
 
     def optimal(x, t):
         alpha, sigma = diffusion.alpha[t], diffusion.sigma[t]
@@ -111,23 +93,14 @@ def test_sampler_recovers_a_gaussian(steps):
 
     drawn = diffusion.sample(Denoiser(diffusion, optimal), 0, "image", range(20), steps, SILENT)
     # 15,680 pixels: standard errors 0.0008 of the mean, 0.0006 of the deviation
-    assert drawn.mean().item() == pytest.approx(mean, abs=0.003)
-    assert drawn.std().item() == pytest.approx(std, abs=0.003)
-
-
-def test_predictions_are_clipped_to_the_range_of_images():
-    diffusion = qd.GaussianDiffusion(20)
-    model = Denoiser(diffusion, lambda x, t: torch.full_like(x, 1.5))
-    assert diffusion.sample(model, 0, "image", range(2), 5, SILENT).eq(1).all()
-
-
-# -------------------------------------------------------------------------------------- U-Net
+    assert [drawn.mean().item(), drawn.std().item()] == pytest.approx([mean, std], abs=0.003)
+    bright = Denoiser(diffusion, lambda x, t: torch.full_like(x, 1.5))  # clipped to 1
+    assert diffusion.sample(bright, 0, "image", range(2), 5, SILENT).eq(1).all()
 
 
 def test_timestep_embedding_by_hand():
     row = qd.timestep_embedding(torch.tensor([0, 7]), 4)[1]
-    expected = [math.sin(7), math.sin(0.07), math.cos(7), math.cos(0.07)]
-    assert torch.allclose(row, torch.tensor(expected), atol=1e-6)
+    assert row.tolist() == pytest.approx([f(x) for f in (math.sin, math.cos) for x in (7, 0.07)])
 
 
 def test_residual_block_by_hand():
@@ -142,8 +115,7 @@ def test_self_attention_by_hand():
     layer, x = leave_zero(qd.SelfAttention(16)), torch.randn(1, 16, 3, 3)
     q, k, v = layer.qkv(layer.norm(x)).flatten(2)[0].view(3, 4, 4, 9)
     mixed = v @ (q.mT @ k / math.sqrt(4)).softmax(-1).mT  # (heads, 4, 9 positions)
-    expected = x + layer.out(mixed.reshape(1, 16, 3, 3))
-    assert torch.allclose(layer(x), expected, atol=1e-5)
+    assert torch.allclose(layer(x), x + layer.out(mixed.reshape(1, 16, 3, 3)), atol=1e-5)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -161,11 +133,6 @@ def test_unet_uses_every_layer_both_skips_and_the_time(channels):
         if parameter.ndim > 1:
             halves = parameter.grad.chunk(2 if name.startswith("merge") else 1, dim=1)
             assert all(half.abs().max() > 1e-4 for half in halves), name
-    alone = unet(x[1:], torch.tensor([900]))
-    assert torch.allclose(out[1:], alone, atol=1e-4)  # images do not see each other
-
-
-# --------------------------------------------------------------------------- one training step
 
 
 @pytest.mark.parametrize("shape", [(48, 48, 3, 3), (48, 4, 3, 3), (64, 64, 1, 1)])
@@ -183,10 +150,9 @@ def test_muon_equals_torchs_and_the_exact_iteration(shape):
         before = ours.flatten(1).clone()
         qd.muon_step([ours], momenta, 0.1)
         optimizer.step()
-        gradient = theirs.grad.double()
-        buffer = 0.95 * buffer + 0.05 * gradient
-        x = 0.95 * buffer + 0.05 * gradient
-        x = x / x.norm()
+        buffer = 0.95 * buffer + 0.05 * theirs.grad.double()
+        x = 0.95 * buffer + 0.05 * theirs.grad.double()
+        x /= x.norm()
         for _ in range(5):
             a = x @ x.mT
             x = 3.4445 * x - 4.7750 * a @ x + 2.0315 * a @ a @ x
@@ -197,86 +163,73 @@ def test_muon_equals_torchs_and_the_exact_iteration(shape):
 
 def test_first_step_by_hand():
     settings = qd.Settings(seed=4, steps=50, batch_size=4, timesteps=100, lr=0.01, muon_lr=0.03)
-    trainer = qd.Trainer(settings, images(6), NOWHERE)
-    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer = qd.Trainer(settings, IMAGES, NOWHERE)
+    before = trainer.model.head.weight.detach().clone()
     trainer.step()
-    x0, t, noise = qd.training_batch(settings, images(6), 0)
+    x0, t, noise = qd.training_batch(settings, IMAGES, 0)
     v = trainer.diffusion.q_sample(x0, t, noise)[1]  # the model starts at zero
-    sigma = trainer.diffusion.sigma[t]
-    assert trainer.losses[0].item() == pytest.approx((sigma * v**2).mean().item(), rel=1e-5)
-    moved = {name: p.detach() - before[name] for name, p in trainer.model.named_parameters()}
-    gradient = dict(trainer.model.named_parameters())["head.weight"].grad
-    sure = gradient.abs() > 1e-5  # Adam's first step is the sign; a fifth of the rate: warm-up
-    assert torch.allclose(moved["head.weight"][sure], -0.002 * gradient[sure].sign(), rtol=2e-3)
-    assert sure.float().mean() > 0.9
-    trainer.step()
+    loss = (trainer.diffusion.sigma[t] * v**2).mean().item()
+    assert trainer.losses[0].item() == pytest.approx(loss, rel=1e-5)
     now = dict(trainer.model.named_parameters())
-    kinds = {name for name, p in now.items() if p.ndim == 4} - {"stem.weight", "head.weight"}
-    assert kinds == {name for name in now if any(now[name] is p for p in trainer.hidden)}
-    adams = {id(p) for p in trainer.adam.param_groups[0]["params"]}
-    assert {name for name in now if id(now[name]) in adams} == set(now) - kinds
+    gradient, moved = now["head.weight"].grad, now["head.weight"] - before
+    sure = gradient.abs() > 1e-5  # Adam's first step is the sign; a fifth of the rate: warm-up
+    assert torch.allclose(moved[sure], -0.002 * gradient[sure].sign(), rtol=2e-3)
+    assert sure.float().mean() > 0.9
+    hidden, adam = trainer.hidden, trainer.adam.param_groups[0]["params"]
+    muons = [p for k, p in now.items() if p.ndim == 4 and k not in ("stem.weight", "head.weight")]
+    assert [id(p) for p in hidden] == [id(p) for p in muons]
+    assert {id(p) for p in adam} == {id(p) for p in now.values()} - {id(p) for p in muons}
 
 
 def test_average_and_learning_rates_by_hand(monkeypatch):
-    settings = qd.Settings(steps=2000, batch_size=2, timesteps=10, ema_decay=0.3, muon_lr=0.5)
-    trainer, muon = qd.Trainer(settings, images(4), NOWHERE), qd.muon_step
-    rates, expected = [], trainer.average.stem.weight.detach().double()
+    settings = qd.Settings(steps=2000, batch_size=2, timesteps=10, ema_decay=0.3, muon_lr=0.5, lr=1)
+    trainer, muon = qd.Trainer(settings, IMAGES, NOWHERE), qd.muon_step
+    rates, expected = [], trainer.average.head.weight.detach().double()
     monkeypatch.setattr(qd, "muon_step", lambda *args: rates.append(args[2]) or muon(*args))
     for k in range(6):
         trainer.step()
         decay = min(0.3, (1 + k) / (10 + k))
-        expected = decay * expected + (1 - decay) * trainer.model.stem.weight.detach().double()
-    assert torch.allclose(trainer.average.stem.weight.double(), expected, atol=1e-6)
+        expected = decay * expected + (1 - decay) * trainer.model.head.weight.detach().double()
+    assert torch.allclose(trainer.average.head.weight.double(), expected, atol=1e-6)
     assert rates == pytest.approx([0.005 * (k + 1) for k in range(6)])
     for done, share in ((49, 0.5), (99, 0.99396), (1000, 0.5), (1500, 0.14645), (1999, 0)):
         trainer.done = done
         trainer.step()
-        assert trainer.adam.param_groups[0]["lr"] == pytest.approx(share * 3e-3, abs=1e-7)
+        assert trainer.adam.param_groups[0]["lr"] == pytest.approx(share, abs=1e-5)
         assert rates[-1] == pytest.approx(share * 0.5, abs=1e-5)
 
 
 def test_batches_cover_the_set_once_an_epoch_and_strata_once_a_step():
     settings = qd.Settings(seed=3, batch_size=4, timesteps=100)
     data = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(-1, 1, 28, 28)
-    seen, noises = [], set()
-    for step in range(6):  # four epochs
-        x0, t, noise = qd.training_batch(settings, data, step)
-        seen += qd.to_uint8(x0)[:, 0, 0, 0].tolist()
+    batches = [qd.training_batch(settings, data, step) for step in range(6)]  # four epochs
+    for x0, t, noise in batches:
         assert [stratum // 25 for stratum in t.tolist()] == [0, 1, 2, 3]
         assert noise.shape == x0.shape and noise.std() == pytest.approx(1, abs=0.1)
-        noises.add(noise[0, 0, 0, 0].item())
-    epochs = [seen[k : k + 6] for k in range(0, 24, 6)]
+    epochs = qd.to_uint8(torch.cat([x0 for x0, *_ in batches]))[:, 0, 0, 0].view(4, 6).tolist()
     assert all(sorted(epoch) == [0, 1, 2, 3, 4, 5] for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 4 and len(noises) == 6
+    assert len(set(map(tuple, epochs))) == 4 and len({noise.sum() for *_, noise in batches}) == 6
 
 
 class Operations(TorchDispatchMode):
     """Records the names of all operations, those of the backward pass too."""
 
-    def __init__(self):
-        super().__init__()
-        self.names = set()
-
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.add(str(function).removeprefix("aten."))
+        self.names = {*getattr(self, "names", ()), str(function).removeprefix("aten.")}
         return function(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("conditions", [
-    {"arm": "classical"}, {"arm": "matched"}, {"arm": "quantum", "gate_noise": (0.1, 0.1)},
-    {"arm": "quantum", "shots": 4, "gate_noise": (0.1, 0.1), "readout_noise": 0.1},
-])  # fmt: skip
-def test_a_step_never_makes_the_host_wait_for_the_device(conditions):
+@pytest.mark.parametrize("arm, how", [("matched", {}), ("quantum", {"shots": 4})])
+def test_a_step_never_makes_the_host_wait_for_the_device(arm, how):
     # Reading a value (.item(), if) and masks synchronise CUDA; so does a tensor built from a list,
     # of which a circuit has a few.
-    settings = qd.Settings(**conditions, steps=3, batch_size=4, n_qubits=4, n_layers=2)
-    trainer = qd.Trainer(settings, images(9), NOWHERE)
+    settings = qd.Settings(arm, steps=3, batch_size=4, n_qubits=4, n_layers=2, **how)
+    trainer = qd.Trainer(settings, IMAGES, NOWHERE)
     with Operations() as seen:
         trainer.step()
     assert "convolution_backward.default" in seen.names and trainer.done == 1
-    waiting = {"_local_scalar_dense.default", "nonzero.default"}
-    waiting |= set() if settings.arm == "quantum" else {"lift_fresh.default"}
-    assert not waiting & seen.names
+    assert not {"_local_scalar_dense.default", "nonzero.default"} & seen.names
+    assert arm == "quantum" or "lift_fresh.default" not in seen.names
 
 
 def test_training_makes_a_model_of_the_digit():
@@ -293,6 +246,5 @@ def test_training_makes_a_model_of_the_digit():
     samples = qd.to_uint8(diffusion.sample(model, 0, "image", range(32), 20, SILENT))
     pixels, drawn = digits.flatten(1).numpy() / 255, samples.flatten(1).numpy() / 255
     recognised = (KNeighborsClassifier(1).fit(pixels, labels).predict(drawn) == 0).mean()
-    assert trainer.losses[-50:].mean() < 0.08  # from 0.35
+    assert trainer.losses[-50:].mean() < 0.08 and recognised >= 0.8  # from 0.35 and about 0.1
     assert mistimed > 2 * error  # so the model has learnt to use the time
-    assert recognised >= 0.8

