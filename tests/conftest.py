@@ -1,9 +1,7 @@
-"""Fixtures for the suites of the training scripts."""
+"""What the suites of the training scripts share."""
 
 import re
 import sys
-from types import ModuleType
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,65 +9,47 @@ import torch
 import quantum_diffusion_mnist as mnist
 import quantum_diffusion_pathmnist as pathmnist
 
-
-class Embedded(NamedTuple):
-    """How a script is run on the data that its libraries ship."""
-
-    data: str
-    classes: list[str]
-    named: str
-    channels: int
-
-
-EMBEDDED = {
-    mnist: Embedded("digits", ["--digits", "3"], "digits3", 1),
-    pathmnist: Embedded("tissue", [], "tissue_immunohistochemistry", 3),
-}
+EMBEDDED = {mnist: ("--data", "digits", "--digits", "3"), pathmnist: ("--data", "tissue")}
 
 
 @pytest.fixture(params=EMBEDDED, ids=lambda module: module.__name__.rsplit("_")[-1])
-def script(request) -> ModuleType:
+def script(request):
     """A training script. Only for what differs between the two: test_shared_definitions.py keeps
     the rest identical, and it is tested on the first."""
     return request.param
 
 
-@pytest.fixture
-def embedded(script) -> Embedded:
-    return EMBEDDED[script]
+def tiny(save_dir, *more, script=mnist) -> list[str]:
+    """The command line of a run on embedded data that takes a second."""
+    return [
+        *(*EMBEDDED[script], "--save_dir", str(save_dir), "--device", "cpu"),
+        *("--steps", "6", "--n_train", "8", "--batch_size", "4", "--timesteps", "8"),
+        *("--n_frames", "3", "--n_samples", "2", "--n_eval", "4"),
+        *("--n_qubits", "3", "--n_layers", "2", *map(str, more)),
+    ]
 
 
-@pytest.fixture
-def tiny():
-    """The command line of a run that takes a second: tiny(save_dir, *more)."""
-
-    def argv(save_dir, *more, script=mnist) -> list[str]:
-        data = EMBEDDED[script]
-        return [
-            *("--data", data.data, *data.classes, "--save_dir", str(save_dir)),
-            *("--device", "cpu", "--steps", "6", "--n_train", "8", "--batch_size", "4"),
-            *("--timesteps", "8", "--n_frames", "3", "--n_samples", "2", "--n_eval", "4"),
-            *("--n_qubits", "3", "--n_layers", "2", *map(str, more)),
-        ]
-
-    return argv
-
-
-@pytest.fixture
-def only():
+def only(folder):
     """The one run in a folder."""
-
-    def run(folder):
-        (found,) = folder.iterdir()
-        return found
-
-    return run
+    (found,) = folder.iterdir()
+    return found
 
 
-@pytest.fixture
-def weights(only):
-    """What the one run in a folder has learnt."""
-    return lambda folder: torch.load(only(folder) / "model.pt", weights_only=True)
+def circuit(batch: int, n: int, layers: int, arm: str = "quantum") -> list[torch.Tensor]:
+    """Random angles (batch, n) and weights of a circuit, float64, with gradients."""
+    generator = torch.Generator().manual_seed(n * 10 + layers)
+    how = {"dtype": torch.float64, "generator": generator}
+    weights = 6 * torch.rand(layers, n, 1 if arm == "published" else 2, **how)
+    return [(3 * torch.randn(batch, n, **how)).requires_grad_(), weights.requires_grad_()]
+
+
+def leave_zero(model: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
+    """Random weights for the layers that start at zero."""
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=std)
+    return model
 
 
 @pytest.fixture
@@ -80,10 +60,9 @@ def fails(capsys):
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit_:
             module.main([str(word) for word in argv])
-        assert exit_.value.code == 2
         lines = re.split(r"[\r\n]+", capsys.readouterr().err.strip())
-        lines = [line for line in lines if line and "img/s" not in line]  # progress bars
-        assert len(lines) == 1 and lines[0].startswith("error: "), lines
+        lines = [line for line in lines if line and not re.search(r"\d/\d+\S* \[", line)]  # bars
+        assert exit_.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
         return lines[0]
 
     return check

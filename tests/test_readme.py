@@ -90,14 +90,11 @@ def test_links_exist(page):
 
 
 def test_costs_are_those_of_the_benchmark():
-    measured = {
-        row["what"]: row["value"]
-        for row in csv.DictReader((ROOT / "result_gif/results/cost.csv").open())
-    }
-    text = (ROOT / "README.md").read_text().split("<!-- table: cost -->")[1].split("\n\n")[0]
+    rows = csv.DictReader((ROOT / "result_gif/results/cost.csv").open())
+    measured = {row["what"]: float(row["value"]) for row in rows}
+    text = README.read_text(encoding="utf-8").split("<!-- table: cost -->")[1].split("\n\n")[0]
     shown = [line.split("|")[-2].strip() for line in text.splitlines()[3:]]
     names = ("training step quantum / classical", "training step matched / classical")
     names += ("layer lightning.qubit / exact", "layer default.qubit / exact")
-    for name, cell in zip(names, shown, strict=True):
-        value = float(measured[name])
-        assert cell == (f"{value:.3f}" if value < 10 else f"{value:,.0f}"), name
+    values = [measured[name] for name in names]
+    assert shown == [f"{value:.3f}" if value < 10 else f"{value:,.0f}" for value in values]

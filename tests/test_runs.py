@@ -1,19 +1,22 @@
 """Whole runs from the command line: what they write, resume, sharding, errors, help, README."""
 
-import hashlib
+import contextlib
+import io
 import itertools
 import json
 import os
 import re
+import runpy
 import shlex
 import signal
 import subprocess
 import sys
-import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import only, tiny
 from PIL import Image
 
 import quantum_diffusion_mnist as qd
@@ -32,400 +35,341 @@ def no_drawing(request, monkeypatch):
 
 def contents(folder):
     """Everything a run wrote but its record of the circumstances."""
-    files = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if path.suffix == ".pt":
-            state = torch.load(path, weights_only=True)
-            files[name] = repr(sorted(state)), tensors(state)
-        elif path.is_file() and path.name not in ("config.json", "circuit.png"):
-            files[name] = path.read_bytes()
-    return files
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    for name in ("config.json", "circuit.png", ".lock"):
+        files.pop(name, None)
+    return {k: tensors(p) if p.suffix == ".pt" else p.read_bytes() for k, p in files.items()}
 
 
 def tensors(state):
-    """All numbers in a nested state, as bytes."""
-    if isinstance(state, torch.Tensor):
-        return state.numpy().tobytes()
+    """All numbers in a file or nested state, as bytes."""
+    if isinstance(state, Path):
+        return tensors(torch.load(state, weights_only=True))
     if isinstance(state, dict):
-        return [tensors(value) for value in state.values()]
-    return [tensors(value) for value in state] if isinstance(state, list | tuple) else repr(state)
+        return {key: tensors(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return [tensors(value) for value in state]
+    return state.numpy().tobytes() if isinstance(state, torch.Tensor) else repr(state)
 
 
-def test_a_run_writes_its_folder(script, embedded, tiny, only, tmp_path):
+def config_of(run):
+    return json.loads((run / "config.json").read_text())
+
+
+def grid_of(run):
+    return qd.load_grid(run / "samples_final.png")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folders of a finished run without noise and of one with, to be left as they are."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("ideal", "noisy")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qd, "save_circuit", lambda *_: None)
+        qd.main(tiny(folders[0], "--use_quantum", "--lr", "0.05"))
+        qd.main(tiny(folders[1], *NOISY))
+    return folders
+
+
+def test_a_run_writes_its_folder(script, tmp_path):
     script.main(tiny(tmp_path, "--use_quantum", script=script))
-    run = only(tmp_path)
-    assert run.name == f"quantum_{embedded.named}_n8_seed0"
-    names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
-    pictures = ["circuit.png", "loss_curve.png", "samples_final.png", "training_progress.gif"]
-    samples = [f"samples/step_{step:06d}.png" for step in (2, 4, 6)]
-    files = ["config.json", "loss.csv", "checkpoint.pt", "model.pt"]
-    assert names == {*pictures, *samples, *files}
-    config = json.loads((run / "config.json").read_text())
-    assert config["settings"]["arm"] == "quantum" and config["settings"]["lr"] == 0.003
+    run, channels = only(tmp_path), {qd: 1, pathmnist: 3}[script]
+    data = {qd: "digits3", pathmnist: "tissue_immunohistochemistry"}[script]
+    files = "config.json loss.csv checkpoint.pt model.pt .lock circuit.png loss_curve.png "
+    files += "samples_final.png training_progress.gif step_000002.png step_000004.png"
+    found = {path.name for path in run.rglob("*") if path.is_file()}
+    assert found == {*files.split(), "step_000006.png"} and run.name == f"quantum_{data}_n8_seed0"
+    config = config_of(run)
     assert config["images"]["used"] == 8 and config["images"]["available"] > 100
-    unet = script.UNet(embedded.channels, "quantum", n_qubits=3, n_layers=2)
-    assert config["parameters"]["model"] == sum(p.numel() for p in unet.parameters())
-    assert config["parameters"]["gate_weights"] == 2 * 3 * 2
-    assert {"command", "versions", "device", "git"} <= set(config)
+    unet = script.UNet(channels, script.Settings("quantum", n_qubits=3, n_layers=2))
+    counts = [sum(p.numel() for p in part.parameters()) for part in (unet, unet.gate)]
+    assert [config["parameters"][part] for part in ("model", "gate")] == counts
+    assert {"command", "versions", "device", "git"} <= set(config) and config["n_eval"] == 4
     losses = (run / "loss.csv").read_text().splitlines()
     assert losses[0] == "step,loss" and len(losses) == 7
-    assert 0.1 < float(losses[1].split(",")[1]) < 3  # v has variance about 1
-    assert script.load_grid(run / "samples_final.png").shape == (4, embedded.channels, 28, 28)
-    assert script.load_grid(run / "samples/step_000002.png").shape == (2, embedded.channels, 28, 28)
+    for name, n in (("samples_final.png", 4), ("samples/step_000002.png", 2)):
+        assert script.load_grid(run / name).shape == (n, channels, 28, 28)
     with Image.open(run / "training_progress.gif") as animation:
         assert animation.n_frames == 3
 
 
-@pytest.fixture(scope="module")
-def references():
-    return {}
+STOPS = """
+import os, signal, sys, quantum_diffusion_mnist as qd
+save = qd.Trainer.save
+qd.Trainer.save = lambda self: (save(self), os.kill(os.getpid(), signal.SIGSTOP))
+qd.main(sys.argv[1:])
+"""
 
 
-@pytest.fixture
-def reference(tiny, only, references, tmp_path_factory):
-    """The command line and the folder of an uninterrupted noisy run, made once."""
-    argv = ("--steps", "60", *NOISY)
-    if not references:
-        folder = tmp_path_factory.mktemp("reference")
-        qd.main(tiny(folder, *argv))
-        references["run"] = only(folder)
-    return argv, references["run"]
-
-
-def test_same_seed_same_bits_and_another_seed_others(tiny, only, weights, tmp_path):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        qd.main(tiny(tmp_path / name, "--seeds", seed))
-    assert contents(only(tmp_path / "a")) == contents(only(tmp_path / "b"))
-    assert tensors(weights(tmp_path / "a")) != tensors(weights(tmp_path / "c"))
-    finished = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    qd.main(tiny(tmp_path / "a"))  # finished runs are skipped
-    assert finished == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-
-
-@pytest.mark.parametrize("kill_at", ["samples/step_000040.png", "model.pt"])
-def test_killed_and_continued_equals_uninterrupted(tiny, tmp_path, reference, kill_at):
-    argv, whole = reference
-    command = [sys.executable, qd.__file__, *tiny(tmp_path, *argv)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+def test_killed_and_continued_equals_uninterrupted(finished, tmp_path, monkeypatch, fails):
+    whole, argv = only(finished[1]), tiny(tmp_path, *NOISY)
     run = tmp_path / whole.name
-    while not (run / kill_at).exists() and process.poll() is None:
-        time.sleep(0.001)
+    # A process that is stopped holds its folder; killed, it leaves it.
+    silent = {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "cwd": ROOT}
+    process = subprocess.Popen([sys.executable, "-c", STOPS, *argv], **silent)
+    assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
+    left = run / ".checkpoint.pt.1.tmp"
+    left.write_text("what a kill in the middle of a write leaves")
+    assert "in use by another process" in fails(qd, argv) and left.exists()
     process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert not (run / "samples_final.png").exists()
-    (run / ".checkpoint.pt.1.tmp").write_text("what a kill in the middle of a write leaves")
-    qd.main(tiny(tmp_path, *argv))
-    assert contents(run) == contents(whole)
+    process.wait()
+    # Ctrl-C in the middle of a step: it is finished, and kept.
+    step, replace, cuts, writes = qd.Trainer.step, os.replace, 0, []
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_:
+        press = lambda self: (signal.raise_signal(signal.SIGINT), step(self))  # noqa: E731
+        patch.setattr(qd.Trainer, "step", press)
+        qd.main(argv)
+    assert exit_.value.code == 130 and not left.exists()
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] == 3
+
+    def cut(source, target):  # the third write of a start, before the file has its name or after
+        writes.append(target)
+        if len(writes) < 3 or cuts % 2:
+            replace(source, target)
+        if len(writes) == 3:
+            raise SystemError("killed")
+
+    monkeypatch.setattr(os, "replace", cut)
+    while config_of(run)["n_eval"] == 0 and cuts < 12:
+        writes.clear()
+        with contextlib.suppress(SystemError):
+            cuts += 1
+            qd.main(argv)
+    assert 4 <= cuts < 12 and contents(run) == contents(whole)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tiny, tmp_path, reference):
-    argv, whole = reference
-    command = [sys.executable, qd.__file__, *tiny(tmp_path, *argv)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    run = tmp_path / whole.name
-    while not (run / "checkpoint.pt").exists() and process.poll() is None:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err
-    assert "same command continues" in err.splitlines()[-1]
-    step = torch.load(run / "checkpoint.pt", weights_only=True)["step"]
-    assert 20 <= step < 60
-    qd.main(tiny(tmp_path, *argv))
-    assert contents(run) == contents(whole)
+def test_looking_changes_no_weights_and_a_seed_all(finished, tmp_path):
+    look = ["--n_frames", 6, "--n_samples", 5, "--sample_steps", 4, "--n_eval", 1]
+    qd.main(tiny(tmp_path / "look", *NOISY, *look))
+    qd.main(tiny(tmp_path / "seed", *NOISY, "--seeds", 1))
+    folders = finished[1], tmp_path / "look", tmp_path / "seed"
+    known, looked, other = (tensors(only(folder) / "model.pt") for folder in folders)
+    assert looked == known and all(other[name] != known[name] for name in known)
 
 
-def test_looking_at_samples_does_not_change_the_weights(tiny, weights, tmp_path):
-    variants = [[], ["--n_frames", 6, "--n_samples", 5], ["--n_eval", 1, "--sample_steps", 4]]
-    for k, extra in enumerate(variants):
-        qd.main(tiny(tmp_path / str(k), *NOISY, *extra))
-    assert all(tensors(weights(tmp_path / k)) == tensors(weights(tmp_path / "0")) for k in "12")
-
-
-def test_a_larger_n_eval_only_samples_the_missing_images(tiny, only, tmp_path):
+def test_a_larger_n_eval_only_samples_the_missing_images(tmp_path, monkeypatch):
     # Shots too: an image does not depend on those it is drawn with.
-    argv = (*NOISY, "--lr", "0.05", "--n_eval")
-    qd.main(tiny(tmp_path / "a", *argv, 20))
+    argv = (*NOISY, "--lr", "0.05", "--timesteps", "2", "--n_eval")
+    qd.main(tiny(tmp_path / "a", *argv, 70))
     qd.main(tiny(tmp_path / "b", *argv, 3))
-    model = (only(tmp_path / "b") / "model.pt").stat().st_mtime_ns
-    few, path = qd.load_grid(only(tmp_path / "b") / "samples_final.png"), only(tmp_path / "b")
-    qd.main(tiny(tmp_path / "b", *argv, 20))
-    assert (path / "model.pt").stat().st_mtime_ns == model
-    assert json.loads((path / "config.json").read_text())["n_eval"] == 20
-    at_once, grown = (qd.load_grid(only(tmp_path / k) / "samples_final.png") for k in "ab")
-    assert torch.equal(at_once, grown) and torch.equal(grown[:3], few) and len(grown) == 20
-    assert len({image.numpy().tobytes() for image in grown}) == 20
+    (a, b), sample = (only(tmp_path / name) for name in "ab"), qd.GaussianDiffusion.sample
+    at_once, drawn = grid_of(a), []
+    assert torch.equal(grid_of(b), at_once[:3]) and len(at_once) == 70
+    assert len({image.numpy().tobytes() for image in at_once}) == 70
+
+    def interrupted(self, model, seed, series, numbers, steps, bar):
+        drawn.append(numbers)
+        if len(drawn) == 2:
+            raise SystemError("killed")
+        return sample(self, model, seed, series, numbers, steps, bar)
+
+    model, marked = (b / "model.pt").stat().st_mtime_ns, grid_of(b)
+    marked[0] = 77  # to be seen again
+    qd.save_grid(b / "samples_final.png", marked)
+    monkeypatch.setattr(qd.GaussianDiffusion, "sample", interrupted)
+    with pytest.raises(SystemError):
+        qd.main(tiny(tmp_path / "b", *argv, 70))
+    assert len(grid_of(b)) == 67 and config_of(b)["n_eval"] == 3
+    qd.main(tiny(tmp_path / "b", *argv, 70))
     qd.main(tiny(tmp_path / "b", *argv, 5))  # never fewer
-    assert len(qd.load_grid(path / "samples_final.png")) == 20
+    assert drawn == [range(3, 67), range(67, 83), range(67, 83)]
+    assert torch.equal(grid_of(b)[1:], at_once[1:]) and grid_of(b)[0].eq(77).all()
+    assert config_of(b)["n_eval"] == 70 and (b / "model.pt").stat().st_mtime_ns == model
 
 
-CHANGES = [
-    *(["--arm", "matched"], ["--steps", 7], ["--batch_size", 5], ["--lr", 0.01]),
-    *(["--ema_decay", 0.05], ["--n_train", 7], ["--timesteps", 9], ["--seeds", 4]),
-]
-CIRCUIT_CHANGES = [
-    *(["--arm", "published"], ["--arm", "product"], ["--arm", "frozen"], ["--shots", 5]),
-    *(["--gate_noise", "0.2,0"], ["--gate_noise", "0,0.2"], ["--readout_noise", 0.2]),
-]
+def test_lost_previews_do_not_block_a_run(tmp_path, capsys):
+    qd.main(tiny(tmp_path))
+    run = only(tmp_path)
+    for lost in ("model.pt", "samples/step_000002.png", "samples/step_000006.png"):
+        (run / lost).unlink()
+    qd.main(tiny(tmp_path))
+    assert "NOTICE: 1 lost previews left out" in capsys.readouterr().err
+    assert (run / "samples/step_000006.png").exists()
+    with Image.open(run / "training_progress.gif") as animation:
+        assert animation.n_frames == 2
 
 
-@pytest.mark.parametrize(
-    "common, changes", [([], CHANGES), (["--arm", "quantum"], CIRCUIT_CHANGES)]
-)
-def test_every_training_flag_changes_the_weights(tiny, weights, tmp_path, common, changes):
-    quick = ("--lr", "0.05", "--n_frames", 1, "--n_samples", 1, "--n_eval", 1, "--sample_steps", 1)
-    results = []
-    for k, extra in enumerate([[], *changes]):
-        qd.main(tiny(tmp_path / str(k), *quick, *common, *extra))
-        results.append(weights(tmp_path / str(k))["head.weight"])
-    for (j, a), (k, b) in itertools.combinations(enumerate(results), 2):
-        assert (a - b).abs().max() > 1e-5, (j, k)
+def test_every_flag_of_a_setting_reaches_the_run_and_no_other(tmp_path, monkeypatch):
+    found = []
+    for name in ("train", "sample_final"):
+        monkeypatch.setattr(qd, name, lambda settings, *_: found.append(settings))
+    names = "steps=7 batch_size=5 lr=0.01 muon_lr=0.3 ema_decay=0.5 n_qubits=4 n_layers=1 "
+    names += "timesteps=90 n_frames=2 n_samples=1 sample_steps=3 simulator=default.mixed "
+    names += "simulator_options={} shots=5 gate_noise=0.2,0.0 readout_noise=0.2"
+    flags = [flag.split("=") for flag in names.split()]
+    assert {name for name, _ in flags} == {f.name for f in fields(qd.Settings) if f.metadata}
+    common = ["--data", "digits", "--save_dir", str(tmp_path), "--arm", "quantum", "matched"]
+    grid = ["--digits", "3", "8", "--n_train", "6", "all", "--seeds", "4"]
+    qd.main([*common, *grid, *(word for name, value in flags for word in (f"--{name}", value))])
+    values = {name: int(value) if value.isdecimal() else value for name, value in flags}
+    values |= {k: float(values[k]) for k in ("lr", "muon_lr", "ema_decay", "readout_noise")}
+    values |= {"simulator_options": {}, "gate_noise": (0.2, 0.0)}
+    conditions = {"quantum": values, "matched": values | qd.IDEAL}  # without circuit, none
+    expected = itertools.product(conditions, ("digits",), (3, 8), (6, None), (4,))
+    runs = {qd.Settings(*run, **conditions[run[0]]).name: run for run in expected}
+    assert "quantum_digits3_n6_seed4_default.mixed_shots5_gate0.2-0.0_readout0.2_steps3" in runs
+    assert "matched_digits8_nall_seed4_steps3" in runs and len(found) == 2 * len(runs) == 16
+    for settings in found:
+        assert settings == qd.Settings(*runs[settings.name], **conditions[settings.arm])
+    found.clear()
+    qd.main([*common[:4], "--epochs", "5", "--n_train", "9", "--batch_size", "4"])
+    assert found[0].steps == 5 * 3 and found[0].arm == "classical"
 
 
-def test_sizes_of_circuit_and_epochs_are_obeyed(tiny, only, weights, tmp_path):
-    argv = tiny(tmp_path / "epochs", "--arm", "quantum", "--n_qubits", 5, "--n_layers", 1)
-    cut = argv.index("--steps")
-    qd.main([*argv[:cut], *argv[cut + 2 :], "--epochs", "5"])  # of two steps each
-    assert len((only(tmp_path / "epochs") / "loss.csv").read_text().splitlines()) == 11
-    assert weights(tmp_path / "epochs")["gate.weights"].shape == (1, 5, 2)
-
-
-def test_pennylane_simulator_trains_the_same_model(tiny, weights, tmp_path):
-    for simulator in ("exact", "default.qubit"):
-        qd.main(tiny(tmp_path / simulator, "--use_quantum", "--simulator", simulator))
-    a, b = (weights(tmp_path / s) for s in ("exact", "default.qubit"))
-    assert all(torch.allclose(a[name], b[name], atol=1e-3) for name in a)
-
-
-# ----------------------------------------------------------------------------- conditions
-
-
-def test_weights_of_one_run_are_sampled_under_other_conditions(tiny, only, tmp_path, fails):
-    argv = ("--use_quantum", "--lr", "0.05")
-    qd.main(tiny(tmp_path / "trained", *argv))
-    trained = only(tmp_path / "trained")
-    before, images = contents(trained), qd.load_grid(trained / "samples_final.png")
-    argv = (*argv, "--weights", tmp_path / "trained")
-
-    twin = tmp_path / "others" / f"{trained.name}_default.qubit"
-    qd.main(tiny(tmp_path / "others", *argv, "--simulator", "default.qubit"))
-    other = qd.load_grid(twin / "samples_final.png")
-    assert (other.int() - images.int()).abs().max() <= 2 and len(other) == 4
-    names = {path.name for path in twin.iterdir()}
-    assert names == {"config.json", "model.pt", "samples_final.png"}  # nothing was trained
-    assert (twin / "model.pt").read_bytes() == (trained / "model.pt").read_bytes()
-    config = json.loads((twin / "config.json").read_text())
-    assert config["condition"] == "default.qubit" and config["n_eval"] == 4
-    digest = hashlib.sha256((trained / "model.pt").read_bytes()).hexdigest()
-    assert config["weights"]["weights_sha256"] == digest
-    qd.main(tiny(tmp_path / "others", *argv, "--simulator", "default.qubit", "--n_eval", 6))
-    grown = qd.load_grid(twin / "samples_final.png")
-    assert len(grown) == 6 and torch.equal(grown[:4], other)
-    assert json.loads((twin / "config.json").read_text())["n_eval"] == 6
-
+def test_weights_of_one_run_are_sampled_under_other_conditions(finished, tmp_path, fails):
+    run, device = only(finished[0]), ("--simulator", "default.qubit")
+    argv = ("--use_quantum", "--lr", "0.05", "--weights", finished[0])
+    before, images = contents(run), grid_of(run)
+    twin = tmp_path / "others" / f"{run.name}_default.qubit"
+    for n in (4, 6):
+        qd.main(tiny(tmp_path / "others", *argv, *device, "--n_eval", n))
+        other = grid_of(twin)
+        assert len(other) == config_of(twin)["n_eval"] == n
+        assert (other[:4].int() - images.int()).abs().max() <= 2
+    assert len(list(twin.iterdir())) == 4  # nothing was trained
+    assert (twin / "model.pt").read_bytes() == (run / "model.pt").read_bytes()
+    digest = qd.hashlib.sha256((run / "model.pt").read_bytes()).hexdigest()
+    assert config_of(twin)["weights"]["weights_sha256"] == digest
     qd.main(tiny(tmp_path / "others", *argv, *NOISY[1:], "--sample_steps", 3))
-    noisy = tmp_path / "others" / f"{trained.name}_shots8_gate0.05-0.1_readout0.02_steps3"
-    assert not torch.equal(qd.load_grid(noisy / "samples_final.png"), images)
-    assert contents(trained) == before and len(list((tmp_path / "others").iterdir())) == 2
-
+    noisy = tmp_path / "others" / f"{run.name}_shots8_gate0.05-0.1_readout0.02_steps3"
+    assert not torch.equal(grid_of(noisy), images)
+    assert contents(run) == before and len(list((tmp_path / "others").iterdir())) == 2
     for extra, words in (
         (("--n_qubits", 4), "was trained with n_qubits 3 (asked for: 4)"),
         (("--steps", 7), "was trained with steps 6 (asked for: 7)"),
-        (("--seeds", 5), "0 trained models"),
-        (("--weights", tmp_path / "nowhere"), "0 trained models"),
+        (("--seeds", 5), "seed5/model.pt; train it"),
+        (("--weights", tmp_path / "nowhere"), "no "),
     ):
         assert words in fails(qd, tiny(tmp_path / "new", *argv, "--shots", 9, *extra))
     assert not (tmp_path / "new").exists()
-    message = fails(qd, tiny(tmp_path / "others", *argv[:-2], "--simulator", "default.qubit"))
+    message = fails(qd, tiny(tmp_path / "others", *argv[:-2], *device))
     assert f"sha256 {digest!r} (asked for: None)" in message
 
 
-def test_a_condition_has_a_folder_of_its_own_and_none_has_none(tiny, tmp_path):
-    qd.main(tiny(tmp_path, "--use_quantum", "--gate_noise", "0,0", "--sample_steps", 8))
-    qd.main(tiny(tmp_path, "--arm", "matched", *NOISY[1:]))  # no circuit, no condition
-    qd.main(tiny(tmp_path, *NOISY))
-    names = "quantum_digits3_n8_seed0", "matched_digits3_n8_seed0"
-    noisy = f"{names[0]}_shots8_gate0.05-0.1_readout0.02"
-    assert {path.name for path in tmp_path.iterdir()} == {*names, noisy}
-    settings = json.loads((tmp_path / names[1] / "config.json").read_text())["settings"]
-    assert settings["shots"] is None and settings["gate_noise"] is None
-
-
-# ------------------------------------------------------------------------ many processes
-
-
-def test_a_grid_over_two_processes_is_the_lone_process_grid(tiny, tmp_path, monkeypatch):
+def test_a_grid_over_two_processes_is_the_lone_process_grid(tmp_path, monkeypatch, fails):
     extra = ["--arm", "classical", "quantum", "--seeds", "0", "1", "--steps", "1"]
     qd.main(tiny(tmp_path / "lone", *extra))
     shares = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in "01":
-        for name, value in (("RANK", rank), ("WORLD_SIZE", "2"), ("LOCAL_RANK", rank)):
-            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("RANK", rank)
         qd.main(tiny(tmp_path / rank, *extra))
-        shares.append({run.name for run in (tmp_path / rank).iterdir()})
-        for name in shares[-1]:
-            assert contents(tmp_path / rank / name) == contents(tmp_path / "lone" / name)
+        shares.append({run.name: contents(run) for run in (tmp_path / rank).iterdir()})
     assert len(shares[0]) == len(shares[1]) == 2
-    assert shares[0] | shares[1] == {run.name for run in (tmp_path / "lone").iterdir()}
-
-
-def test_processes_share_the_gpus_there_are(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert shares[0] | shares[1] == {x.name: contents(x) for x in (tmp_path / "lone").iterdir()}
+    for rank in ("2", "-1", "x", "1.0"):
+        monkeypatch.setenv("RANK", rank)
+        assert f"RANK={rank} WORLD_SIZE=2" in fails(qd, tiny(tmp_path / "none"))
+    monkeypatch.setenv("RANK", "0")
     for count, devices in ((1, [0] * 8), (3, [0, 1, 2, 0, 1, 2, 0, 1])):
         monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
         for rank, index in enumerate(devices):
             monkeypatch.setenv("LOCAL_RANK", str(rank))
-            assert qd.choose_device("auto") == torch.device("cuda", index)
+            assert qd.this_process("auto") == (torch.device("cuda", index), 0, 2)
 
 
-# -------------------------------------------------------------------------------- mistakes
-
-MISTAKES = [
-    ("--n_train 0", "1 to"),
-    ("--n_train 999999", "training images"),
-    ("--n_train many", "number of images"),
-    ("--arm quantom", "invalid choice"),
-    ("--arm classical --use_quantum", "not allowed with argument --arm"),
-    ("--use_quantum=maybe", "invalid choice"),
-    ("--device abacus", "expected auto, cpu"),
-    ("--sample_steps 9", "more than --timesteps"),
-    ("--ema_decay 1", "expected 0.0 to 0.999999"),
-    ("--lr -1", "expected 1e-09 to"),
-    ("--lr nan", "expected 1e-09 to"),
-    ("--lr fast", "invalid float value"),
-    ("--steps 0", "expected 1 to"),
-    ("--steps 1.5", "invalid int value"),
-    ("--steps 3 --epochs 2", "not allowed with"),
-    ("--no_such_flag", "unrecognized"),
-    ("--gate_noise 0.1", "as in 0.001,0.01"),
-    ("--gate_noise 0.1,1.5", "expected 0.0 to 1.0"),
-    ("--gate_noise 0.1,x", "--gate_noise"),
-    ("--readout_noise -0.1", "expected 0.0 to 1.0"),
-    ("--shots 0", "expected 1 to"),
-    ("--simulator_options [1]", "JSON object"),
-    ("--simulator_options {", "--simulator_options"),
-    ("""--simulator_options '{"seed": 1}'""", "expected a PennyLane device"),
-    ("""--simulator default.qubit --simulator_options '{"shots": 9}'""", "use --shots"),
-    ("""--simulator default.qubit --simulator_options '{"a": 1}' --use_quantum""", "argument 'a'"),
-    ("--use_quantum --n_layers 6", "up to 5"),
-    ("--use_quantum --simulator no.device", "nor a PennyLane device"),
-    ("--use_quantum --simulator default.gaussian", "neither exact nor"),
-    ("--use_quantum --simulator lightning.qubit --gate_noise 0.1,0.1", "not supported"),
-    ("--use_quantum --simulator default.mixed --n_qubits 16", "64 GiB a sample"),
-]
+MISTAKES = """
+--n_train 999999                  training images
+--arm classical --use_quantum     not allowed with
+--digits 11                       --digits
+--device abacus                   expected auto, cpu
+--sample_steps 51                 > --timesteps
+--ema_decay 1                     expected 0.0 to 0.999999
+--lr nan                          expected 1e-09 to
+--steps 1.5                       invalid
+--epochs 2                        not allowed with
+--no_such_flag                    --no_such_flag
+--gate_noise 0.1                  --gate_noise
+--gate_noise 0.1,1.5              expected 0.0 to 1.0
+--simulator_options {             --simulator_options
+--use_quantum --n_layers 6        at most 5
+--use_quantum --simulator no.such             --simulator no.such does not run
+--use_quantum --simulator_options '{"a": 1}'  expected a PennyLane device
+--use_quantum --simulator default.qubit --simulator_options '{"shots": 9}'  and no shots
+--use_quantum --simulator default.qubit --simulator_options '{"a": 1}'      argument 'a'
+--use_quantum --simulator lightning.qubit --gate_noise 0.1,0.1   lightning.qubit does not run
+--use_quantum --simulator default.mixed --n_qubits 16            memory for 10
+"""
+if not torch.cuda.is_available():
+    MISTAKES += "--device cuda  use --device cpu"
 
 
-@pytest.mark.parametrize("mistake, words", MISTAKES)
-def test_mistakes_are_one_line_and_leave_nothing(tiny, tmp_path, fails, mistake, words):
-    argv = tiny(tmp_path / "runs", *shlex.split(mistake))
-    if "--epochs" not in argv and "--steps" in mistake:
-        argv = [*argv[: argv.index("--steps")], *argv[argv.index("--steps") + 2 :]]
-    assert words in fails(qd, argv)
+@pytest.mark.parametrize("row", MISTAKES.strip().splitlines())
+def test_mistakes_are_one_line_and_leave_nothing(tmp_path, fails, row):
+    mistake, words = row.split("  ", 1)
+    assert words.strip() in fails(qd, tiny(tmp_path / "runs", *shlex.split(mistake)))
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("script, flag", [(qd, "--digits"), (pathmnist, "--labels")])
-def test_unknown_class(script, flag, tmp_path, fails):
-    for word in ("11", "-1", "stromata"):
-        assert f"{flag} {word}" in fails(script, [flag, word, "--save_dir", tmp_path / "runs"])
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_cuda_asked_for_and_absent(tiny, tmp_path, fails):
-    assert "use --device cpu" in fails(qd, tiny(tmp_path, "--device", "cuda"))
-
-
-def test_other_settings_in_an_existing_folder(tiny, only, tmp_path, fails):
-    qd.main(tiny(tmp_path))
-    before = contents(only(tmp_path))
-    message = fails(qd, tiny(tmp_path, "--lr", "0.5", "--n_frames", "2"))
-    assert "lr 0.003 (asked for: 0.5)" in message and "n_frames 3" in message
-    assert "seed" not in message.split("settings: ")[1].split(";")[0]
-    assert contents(only(tmp_path)) == before
-
-
-def test_foreign_and_unwritable_folders(tiny, only, tmp_path, fails):
-    qd.main(tiny(tmp_path / "a"))
-    foreign = tmp_path / "b" / only(tmp_path / "a").name
-    foreign.mkdir(parents=True)
+def test_foreign_folders_and_other_settings_are_refused(finished, tmp_path, fails):
+    before = contents(only(finished[0]))
+    message = fails(qd, tiny(finished[0], "--use_quantum", "--lr", "0.5", "--n_frames", "2"))
+    assert "lr 0.05 (asked for: 0.5)" in message and "n_frames 3" in message
+    assert "muon_lr" not in message and contents(only(finished[0])) == before
+    foreign = tmp_path / "classical_digits3_n8_seed0"
+    foreign.mkdir()
     (foreign / "thesis.tex").write_text("all my work")
-    assert "not a run" in fails(qd, tiny(tmp_path / "b"))
-    (tmp_path / "file").write_text("")
-    assert "file" in fails(qd, tiny(tmp_path / "file"))
-    assert (foreign / "thesis.tex").read_text() == "all my work"
+    assert "not a run" in fails(qd, tiny(tmp_path)) and len(list(foreign.iterdir())) == 1
+    assert "thesis.tex" in fails(qd, tiny(foreign / "thesis.tex"))
 
 
-@pytest.mark.parametrize("name", ["checkpoint.pt", "model.pt", "samples_final.png", "config.json"])
-def test_truncated_files_are_named(tiny, only, tmp_path, fails, name):
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("owned",)
+
+
+def test_damaged_files_are_named_and_other_runs_are_made(tmp_path, fails, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     qd.main(tiny(tmp_path))
-    path = only(tmp_path) / name
-    if name == "checkpoint.pt":
-        (only(tmp_path) / "model.pt").unlink()
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    assert name in fails(qd, tiny(tmp_path, "--n_eval", "9"))
+    run = only(tmp_path)
+    kept = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    torch.save({"x": Payload()}, payload := io.BytesIO())
+    damage = [(n, kept[n][:999]) for n in ("config.json", "samples_final.png", "checkpoint.pt")]
+    for name in ("checkpoint.pt", "model.pt"):  # one bit, inside a tensor
+        flipped = bytearray(kept[name])
+        flipped[len(flipped) // 2] ^= 1
+        damage.append((name, flipped))
+    for name, data in [*damage, ("model.pt", payload.getvalue())]:
+        for old in kept:
+            (run / old).write_bytes(kept[old])
+        (run / ("model.pt" if name == "checkpoint.pt" else name)).unlink()
+        (run / name).write_bytes(data)
+        message = fails(qd, tiny(tmp_path, "--n_eval", "9", "--seeds", 0, 1))
+        assert str(run / name) in message and (run / name).read_bytes() == data
+        other = tmp_path / "classical_digits3_n8_seed1"  # is made in spite of the first
+        assert other.exists() == (name != "config.json" or len(list(tmp_path.iterdir())) > 1)
+    assert not Path("owned").exists() and len(grid_of(other)) == 9
 
 
-def test_full_disk_is_one_line_and_keeps_the_checkpoint(tiny, only, tmp_path, fails, monkeypatch):
-    write, done = Path.write_bytes, []
+def test_divergence_in_the_last_step_is_not_saved(tmp_path, fails, monkeypatch):
+    adam, rates = torch.optim.Adam.step, [1, 1, 1, 1, 1, 1e60]
 
-    def until_full(self, data):
-        done.append(self.name)
-        if sum("checkpoint" in name for name in done) == 2:
-            raise OSError(28, "No space left on device", str(self))
-        return write(self, data)
+    def step(self):
+        self.param_groups[0]["lr"] *= rates.pop(0)
+        adam(self)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", until_full)
-        assert "No space left" in fails(qd, tiny(tmp_path / "a"))
-    qd.load_tensors(only(tmp_path / "a") / "checkpoint.pt", torch.device("cpu"))
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tiny, only, tmp_path, fails, monkeypatch):
-    rate = qd.learning_rate
-    monkeypatch.setattr(
-        qd, "learning_rate", lambda step, *rest: 1e30 if step == 3 else rate(step, *rest)
-    )
-    assert "not finite at step 5" in fails(qd, tiny(tmp_path))
-    state = torch.load(only(tmp_path) / "checkpoint.pt", weights_only=True)
-    assert state["step"] == 4 or state["step"] == 2
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    assert "not finite at step 6" in fails(qd, tiny(tmp_path))  # the last loss is
+    assert torch.load(only(tmp_path) / "checkpoint.pt", weights_only=True)["step"] == 4
     assert not (only(tmp_path) / "model.pt").exists()
 
 
-def test_weights_file_that_would_execute_code_is_refused(tiny, only, tmp_path, fails):
-    qd.main(tiny(tmp_path))
-
-    class Payload:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path}/owned",)
-
-    torch.save({"x": Payload()}, only(tmp_path) / "model.pt")
-    assert "model.pt" in fails(qd, tiny(tmp_path, "--n_eval", "9"))
-    assert not (tmp_path / "owned").exists()
-
-
-def test_help_explains_every_flag(script, capsys):
+def test_help_explains_every_flag(script, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [script.__file__, "--help"])
     with pytest.raises(SystemExit) as exit_:
-        script.main(["--help"])
+        runpy.run_path(script.__file__, run_name="__main__")
     assert exit_.value.code == 0
     text = capsys.readouterr().out
     for action in script.build_parser()._actions:
-        assert action.help, action.option_strings
-        assert action.option_strings[-1] in text
-    for arm in script.ARMS:
-        assert f"  {arm} " in text
+        assert action.help and action.option_strings[-1] in text
+    assert all(f"  {arm} " in text for arm in script.ARMS)
 
 
 def test_readme_commands_parse(script):
     name = Path(script.__file__).name
-    pages = [page for page in (ROOT / "README.md", ROOT / "result_gif/README.md") if page.exists()]
-    text = "\n".join(page.read_text() for page in pages)
-    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    commands = [line for line in lines if f" {name}" in line]
+    text = "\n".join((ROOT / page).read_text() for page in ("README.md", "result_gif/README.md"))
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+    commands = [shlex.split(line, comments=True) for line in blocks.splitlines() if name in line]
     assert commands
-    for line in commands:
-        words = shlex.split(line, comments=True)
-        args = script.build_parser().parse_args(words[words.index(name) + 1 :])
-        script.check_flags(args)
+    for words in commands:
+        script.build_parser().parse_args(words[words.index(name) + 1 :])
