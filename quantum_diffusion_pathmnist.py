@@ -119,7 +119,7 @@ class Settings:
     label: int = 3
     n_train: int | None = None
     seed: int = 0
-    steps: int = setting(2820, between(1, 10**8), "optimizer steps: 30 epochs over a full digit")
+    steps: int = setting(1410, between(1, 10**8), "optimizer steps: 15 epochs over a full digit")
     batch_size: int = setting(64, between(1, 10**5), "images per step")
     lr: float = setting(3e-3, between(1e-9, 1e3), "peak learning rate of Adam")
     muon_lr: float = setting(0.02, between(0.0, 1e3), "that of Muon, for the inner convolutions")
@@ -1023,7 +1023,7 @@ def sample_final(settings: Settings, folder: Path, n_eval: int, device: torch.de
     chunks = range(sum(map(len, images)), n_eval, 64)
     steps = min(settings.sample_steps, settings.timesteps)
     diffusion = GaussianDiffusion(settings.timesteps, device)
-    with tqdm(total=len(chunks) * steps, desc="sampling", unit="step") as bar:
+    with tqdm(total=len(chunks) * steps, desc="sampling", disable=not chunks) as bar:
         for first in chunks:
             n = min(64, n_eval - first)
             # The CPU's kernels round differently below eight images: a small rest has company.

@@ -57,7 +57,8 @@ def sampled_probabilities(angles, weights, settings):
 @pytest.mark.parametrize("arm", ["quantum", "published", "product"])
 def test_joint_distribution_equals_default_mixed(arm, noise):
     settings = qd.Settings(arm, **noise)
-    for n, layers in itertools.product((2, 3, 4, 5), (1, 2, 3)):
+    sizes = itertools.product((2, 3, 4, 5), (1, 2, 3)) if noise is NOISE else [(2, 3), (4, 2)]
+    for n, layers in sizes:
         with torch.no_grad():
             angles, weights = circuit(1, n, layers, arm)
             theirs = mixed_probabilities(angles[0], weights, settings).reshape([2] * n)

@@ -162,7 +162,6 @@ AMBIGUOUS = {  # pictures, of each of which the error says why
         *(beside(3, *CURVE), beside(4, ("rectangle", (820, 15), (940, 135)))),
         row(make("digits", 7), *CENTRED),
     ],
-    "XXX": lambda: [figure_of(make(kind, 5), ground="black") for kind in ("digits", "white")],
     "a frame of": lambda: [figure_of(make(k, 5), frame=4) for k in ("tissue", "noise")],
     "": lambda: [  # a single enlarged image is no crop of itself
         picture_of(image, (140, 300)[k % 2], how)
