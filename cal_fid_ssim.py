@@ -559,8 +559,7 @@ def draw_closest_pairs(
     """``closest_pairs.png``: the ten generated images that are nearest to a training image, above
     these, with their distance."""
     closest = np.argsort(distance, kind="stable")[:10]
-    figure = Figure(figsize=(7.5, 2.1), layout="constrained")
-    axes = figure.subplots()
+    axes = (figure := Figure(figsize=(7.5, 2.1), layout="constrained")).subplots()
     pairs = torch.cat([run.images[closest], training[nearest[closest]]])
     show_tiles(axes, pairs, len(closest))
     side = pairs.shape[-1] + mnist.TILE_PADDING

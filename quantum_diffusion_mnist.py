@@ -488,7 +488,7 @@ def circuit_expectations(
     drawn by a generator for each sample; the gradient is still the exact mean's. angles: (B, n),
     radians; weights: as in ``quantum_circuit``. Returns (B, n) in -1..1, differentiable in both."""
     n, shots, transfer = angles.shape[1], settings.shots, transfer_matrices(weights, settings)
-    factors = torch.full((n,), 1 - 2 * settings.readout_noise).to(angles)
+    factors = angles.new_full((n,), 1 - 2 * settings.readout_noise)
     if settings.arm != "product":  # the last CNOTs' noise on their controls: like misread bits
         factors[:-1] *= 1 - 4 * settings.gate_noise[1] / 3
     left, right = environments(angles, transfer)

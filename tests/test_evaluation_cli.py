@@ -256,7 +256,7 @@ def test_means_use_the_classes_that_all_runs_have():
     expected = {"quantum": f"2.5 ± {half:.3g}", "matched": "20", evaluation.FLOOR: "1.5"}
     assert {row["arm"]: row["FID"] for row in rows} == expected
     assert {row["classes"] for row in rows} == {"1/3"}
-    assert "Budget: steps 2820" in text and "sample_steps 50, images 100.\n" in text
+    assert "Budget: steps 1410" in text and "sample_steps 50, images 100.\n" in text
     runs += [fake("classical", 3, 0, 1, sample_steps=1000)]
     text = evaluation.comparison_text(frame_of(runs))
     assert "**sample_steps 50 / 1000 (not the same in all runs)**, images 100." in text

@@ -12,7 +12,7 @@ from scipy.stats import chisquare
 
 import quantum_diffusion_mnist as qd
 
-NOISE = {"gate_noise": (0.07, 0.2), "readout_noise": 0.0625}
+NOISE = {"gate_noise": (0.07, 0.2), "readout_noise": 0.06}
 
 
 def values_of(angles, weights, seed=0, arm="quantum", **conditions):
