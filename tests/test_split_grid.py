@@ -3,7 +3,6 @@ error, and a refusal where the layout is ambiguous."""
 
 import io
 import itertools
-import json
 
 import numpy as np
 import pytest
@@ -133,18 +132,16 @@ def test_the_last_place_is_empty_or_a_white_image(tmp_path):
         assert torch.equal(split_grid(path, expect=n).images, tiles[:n])
 
 
-def beside(n, *shapes):
-    """n digits in a row, and beside them what ImageDraw draws: (method, coordinates)."""
+def beside_a_curve(n):
+    """n digits in a row, and a curve."""
     picture = row(make("digits", n), FIVE)
-    for method, *places in shapes:
-        getattr(ImageDraw.Draw(picture), method)(places, fill="black")
+    ImageDraw.Draw(picture).line([(640, 15), (760, 150), (970, 170)], "black")
     return picture
 
 
-CURVE = [("line", (640, 15), (640, 182), (980, 182)), ("line", (650, 30), (760, 150), (970, 170))]
-CENTRED = [20, 140, 260, 380, 80, 200, 320], 100, [10] * 4 + [130] * 3, (520, 240)
 SMALL = range(10, 160, 30), 20, [10] * 5, (170, 40)
 RESAMPLING = Image.Resampling.NEAREST, Image.Resampling.BICUBIC
+CENTRED = [20, 140, 260, 380, 80, 200, 320], 100, [10] * 4 + [130] * 3, (520, 240)
 AMBIGUOUS = {  # pictures, of each of which the error says why
     "touching tiles": lambda: [
         *(row(255 - make("digits", 5), FIVE), row(make("digits", 5), range(20, 860, 168))),
@@ -154,13 +151,10 @@ AMBIGUOUS = {  # pictures, of each of which the error says why
         row(make("digits", 4), [*FIVE[:2], *FIVE[3:]]),
         row(make("white", 5), FIVE),
     ],
-    "no solid rectangles": lambda: [
-        *(row(make("digits", 5), *SMALL), Image.new("RGB", (600, 200), "white")),
-        beside(0, ("rectangle", (9, 9), (29, 190)), ("rectangle", (50, 9), (70, 190))),
-    ],
+    "no solid rectangles": lambda: [row(make("digits", 5), *SMALL), row([], [])],
     "a part of": lambda: [
-        *(beside(3, *CURVE), beside(4, ("rectangle", (820, 15), (940, 135)))),
-        row(make("digits", 7), *CENTRED),
+        *(row(make("digits", 7), *CENTRED), beside_a_curve(3)),
+        *(figure_of(make(kind, 5), ground="black") for kind in ("digits", "white")),
     ],
     "a frame of": lambda: [figure_of(make(k, 5), frame=4) for k in ("tissue", "noise")],
     "": lambda: [  # a single enlarged image is no crop of itself
@@ -178,16 +172,23 @@ def test_ambiguous_layouts_are_refused(reason):
             debug_img.detect_tiles(np.array(picture), "picture", None)
 
 
-@pytest.mark.parametrize("change", [{"columns": 4}, {"scale": 2}, {"padding": 4}, {}])
-def test_description_that_contradicts_the_picture(change, tmp_path):
-    """Or, without a change, one pixel beside those that are read."""
+def test_confidence_falls_with_what_stands_around_a_tile():
+    """11 of the 4 x 44 pixels around the first tile differ from the ground."""
+    mask = np.zeros((60, 120), bool)
+    mask[10:50, 10:50] = mask[10:50, 70:110] = mask[20:31, 51] = True
+    boxes, confidence = debug_img.find_tiles(mask, None)
+    assert boxes.tolist() == [[10, 10, 50, 50], [70, 10, 110, 50]]
+    assert confidence == pytest.approx(1 - 11 / 44 / 4)
+
+
+def test_a_pixel_beside_those_that_are_read_contradicts_the_description(tmp_path):
     path, text = tmp_path / "grid.png", PngImagePlugin.PngInfo()
     save_grid(path, make("digits", 5))
     with Image.open(path) as picture:
-        text.add_text("grid", json.dumps(json.loads(picture.text["grid"]) | change))
-        picture.putpixel((picture.width // 4 * 4 - 1, 21), 255 if change else 99)
+        text.add_text("grid", picture.text["grid"])
+        picture.putpixel((picture.width - 1, 21), 99)
         picture.save(path, pnginfo=text)
-    with pytest.raises(UserError, match="grid.png"):
+    with pytest.raises(UserError, match="grid.png: not the grid that it describes"):
         split_grid(path)
 
 
