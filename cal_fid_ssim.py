@@ -66,7 +66,7 @@ METRICS = {
 FIGURE_METRICS = ["fid", "kid", "precision", "recall", "label_accuracy", "ssim_diversity"]
 FIGURE_METRICS += ["distance_ratio", "near_copies"]
 PAIR = ["n_train", "label", "seed"]  # what makes two runs a pair; then what arms must share
-BUDGET = ["steps", "batch_size", "lr", "ema_decay", "n_qubits", "n_layers", "timesteps"]
+BUDGET = ["steps", "batch_size", "lr", "muon_lr", "ema_decay", "n_qubits", "n_layers", "timesteps"]
 BUDGET += ["sample_steps"]
 BASELINES = ("matched", "classical")
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe & Ito
@@ -709,7 +709,7 @@ def difference_rows(frame: pd.DataFrame, baseline: str) -> list[list[str]]:
 def comparison_text(frame: pd.DataFrame) -> str:
     """The Markdown report on several runs."""
     budget = []
-    for name in [*BUDGET, "n_generated"]:
+    for name in frame.columns.intersection([*BUDGET, "n_generated"], sort=False):
         values = frame[name].unique()
         text = f"{name.replace('n_generated', 'images')} {' / '.join(map(str, values))}"
         budget.append(f"**{text} (not the same in all runs)**" if len(values) > 1 else text)

@@ -26,7 +26,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 # OpenMP's threads spin while they wait for each other: on a machine that is busy with other work
@@ -70,13 +70,8 @@ CLASS_IDS = {name: k for k, name in enumerate(CLASS_NAMES)}
 CLASS_PREFIX = ""  # between data set and class in a run's name
 DEFAULT_CLASS = {"mnist": "3", "digits": "3"}
 DATA_FLAGS = {
-    "--digits": {
-        "nargs": "+",
-        "dest": "classes",
-        "metavar": "DIGIT",
-        "choices": [*CLASS_IDS, "all"],
-    }
-    | {"help": "list of 0-9, or all (default: 3)"},
+    "--digits": {"dest": "classes", "nargs": "+", "choices": [*CLASS_IDS, "all"]}
+    | {"metavar": "DIGIT", "help": "list of 0-9, or all (default: 3)"},
     "--data": {"choices": ["auto", "mnist", "digits"], "default": "auto"}
     | {"help": "auto (default) takes MNIST, or without a network scikit-learn's digits"},
     "--data_dir": {"type": Path, "default": "data", "help": "holds MNIST/raw (default: data)"},
@@ -141,12 +136,14 @@ class Settings:
         exact, options = self.simulator == "exact", self.simulator_options or {}
         most = MIXED_QUBITS if self.simulator == "default.mixed" else DEVICE_QUBITS
         for mistake, message in (
-            (self.sample_steps > max(self.timesteps, SAMPLE_STEPS), "sample_steps: > --timesteps"),
+            (self.sample_steps > max(self.timesteps, SAMPLE_STEPS),
+             f"sample_steps {self.sample_steps}: expected at most --timesteps {self.timesteps}"),
             (options and (exact or "shots" in str(options)),
              "simulator_options: expected a PennyLane device as --simulator, and no shots"),
             (exact and self.arm in QUANTUM_ARMS and self.n_layers > EXACT_LAYERS,
-             f"n_layers: at most {EXACT_LAYERS}, or --simulator default.qubit"),
-            (not exact and self.n_qubits > most, f"n_qubits: memory for {most}; see --simulator"),
+             f"n_layers {self.n_layers}: at most {EXACT_LAYERS}, or --simulator default.qubit"),
+            (not exact and self.n_qubits > most,
+             f"n_qubits {self.n_qubits}: at most {most} on {self.simulator}, or --simulator exact"),
         ):  # fmt: skip
             if mistake:
                 raise UserError(f"--{message}")
@@ -215,9 +212,8 @@ def load_images(data: str, data_dir: Path, split: str = "train") -> tuple[str, T
 
 
 def available(data_dir: Path, name: str, fetch: Callable, way_out: str | bool) -> bool:
-    """Whether ``name`` is in data_dir, or can be fetched: aside, to be renamed, so that neither a
-    broken download nor a second process leaves half of it. If not, raises UserError with the
-    way_out, or without one says that embedded data are used."""
+    """Whether ``name`` is in data_dir, or can be fetched (aside, and renamed, so nothing leaves
+    half of it). If not, raises UserError with the way_out, or says that embedded data are used."""
     path = data_dir / name
     try:
         if not path.exists():
@@ -234,18 +230,14 @@ def available(data_dir: Path, name: str, fetch: Callable, way_out: str | bool) -
     return path.exists()
 
 
-def select_images(
-    images: Tensor, labels: Tensor, label: int, n_train: int | None, seed: int
-) -> Tensor:
-    """The training images of a run: ``n_train`` of one class (None: all), drawn by the seed.
+def select_images(images: Tensor, labels: Tensor, label: int, n: int | None, seed: int) -> Tensor:
+    """The training images of a run: ``n`` of one class (None: all), drawn by the seed.
     Subsets are nested: 25 are the first of 100. Raises UserError when the class has fewer."""
     of_class = images[labels == label]
-    n = len(of_class) if n_train is None else n_train
+    n = len(of_class) if n is None else n
     if not 1 <= n <= len(of_class):
-        name, most = CLASS_NAMES[label], len(of_class)
-        raise UserError(
-            f"--n_train {n}: class {name} has {most} training images, expected 1 to {most}"
-        )
+        found = f"class {CLASS_NAMES[label]} has {len(of_class)} training images"
+        raise UserError(f"--n_train {n}: {found}, expected at most as many, or all")
     order = torch.randperm(len(of_class), generator=random_stream(seed, "subset"))
     return of_class[order[:n]]
 
@@ -298,11 +290,10 @@ class GaussianDiffusion:
         DDPM's ancestral step; the second order extrapolates from the x0 before. The noise levels
         lie evenly in lambda = log(alpha / sigma) from -6 on; the first is t = T - 1. An image has
         random streams of its own, and does not depend on those it is drawn with."""
-        streams = [[seed, series, k] for k in numbers]
-        noise = [random_stream(*name, device=self.device) for name in streams]
+        stream = partial(random_stream, seed, series, device=self.device)
+        noise = [stream(k) for k in numbers]
         if model.gate is not None:
-            shots = [random_stream(*name, "shots", device=self.device) for name in streams]
-            model.gate.generators = shots
+            model.gate.generators = [stream(k, "shots") for k in numbers]
         log_snr = (self.alpha_bar / (1 - self.alpha_bar)).log() / 2  # lambda, falls with t
         wanted = torch.linspace(-6, log_snr[0], steps, dtype=torch.float64)
         levels, k = (log_snr - wanted[:, None]).abs().argmin(1), torch.arange(steps)
@@ -387,18 +378,26 @@ FLIPS = PAULIS[:2]  # X to the power of 0 and 1
 ADD = torch.einsum("tij,bjk,pkl,dli,qbd->tpq", PAULIS, FLIPS, PAULIS, FLIPS, PAULIS).real / 4
 AXES = torch.zeros(2, 4, 4)  # the generators of RZ and RY
 AXES[[0, 1], [2, 1], [1, 3]], AXES[[0, 1], [1, 3], [2, 1]] = 1, -1
+ENDS = {2: torch.tensor([[1.0, 1], [1, 0]])}  # D: first left, last right environment, see there
+for _ in range(EXACT_LAYERS - 1):  # more layers; the last one's bond has I and Z alone
+    inner, layer = ENDS[max(ENDS)], torch.tensor([[1.0, 0, 0, 1], [1, 1, 0, 0]])
+    ENDS[4 * max(ENDS)] = (layer[:, :, None] * inner[:, None]).flatten(1)
+placed = cache(Tensor.to)  # a copy to a GPU makes the host wait, so each constant is copied once
 
 
 def depolarising(p: float, like: Tensor) -> Tensor:
     """PennyLane's ``DepolarizingChannel(p)`` in the Pauli basis, where it is diagonal: (4,)."""
-    return torch.tensor([1.0, *[1 - 4 * p / 3] * 3], dtype=torch.float64).to(like)
+    noise = like.new_ones(4)
+    noise[1:].mul_(1 - 4 * p / 3)
+    return noise
 
 
 def gate_matrices(weights: Tensor, p1: float = 0.0) -> Tensor:
     """RY(w1) RZ(w0) of every layer and qubit, each with depolarising noise of probability p1, on
     the vectors v of the Pauli basis: (L, n, 2 or 1) radians -> (L, n, 4, 4)."""
-    gates = eye = torch.eye(4).to(weights)
-    for angle, axis in zip(weights[..., None, None].unbind(2), AXES.to(weights), strict=False):
+    gates = eye = torch.eye(4, dtype=weights.dtype, device=weights.device)
+    axes = placed(AXES, weights.device, weights.dtype)
+    for angle, axis in zip(weights[..., None, None].unbind(2), axes, strict=False):
         rotation = eye + angle.sin() * axis + (1 - angle.cos()) * (axis @ axis)  # Rodrigues
         gates = depolarising(p1, weights)[:, None] * (rotation @ gates)
     return gates
@@ -414,20 +413,21 @@ def transfer_matrices(weights: Tensor, settings: Settings) -> Tensor:
     The input enters by RY(x)|0>, whose v is linear in (1, cos x, sin x), hence three matrices per
     qubit; all else does not depend on the batch. Noise is diagonal and costs nothing. (The last
     CNOT's on its control comes after the bit is copied, and is left to the measurement.)
-
     weights: as in ``quantum_circuit``. Returns (n, D, D, 3), indexed [qubit, bonds to the right,
     bonds to the left, (1, cos, sin)]."""
     (n_layers, n, _), (p1, p2) = weights.shape, settings.gate_noise
     control, target = depolarising(p2, weights).repeat(2, n, 1)
-    control[-1] = target[0] = 1  # the chain's ends
-    copy, add = COPY.to(weights), ADD.to(weights)
+    for end in (control[-1], target[0]):  # of the chain
+        end.fill_(1)
+    copy, add = (placed(x, weights.device, weights.dtype) for x in (COPY, ADD))
     cnot = torch.einsum("ns,rst,nt,tpq->nrsqp", control, copy, target, add)
     if settings.arm == "product":  # the bonds carry nothing but the last bit, which is measured
         cnot = torch.zeros_like(cnot)
-        cnot[:, 0, :, 0], cnot[:, 3, 0, 0, 3] = torch.eye(4), 1
+        cnot[:, 0, :, 0].diagonal(dim1=1, dim2=2).fill_(1)
+        cnot[:, 3, 0, 0, 3].fill_(1)
     layers = torch.einsum("nrsqp,lnpu->lnrsqu", cnot, gate_matrices(weights, p1))
     site = weights.new_zeros(4, 3)
-    site[[0, 3, 1], [0, 1, 2]] = depolarising(p1, weights)[:3]  # v of RY(x)|0> = (1, sin, 0, cos)
+    site[0, 0], site[3, 1], site[1, 2] = depolarising(p1, weights)[:3]  # RY(x)|0>: (1, sin, 0, cos)
     site = site.view(1, 4, 1, 1, 3).expand(n, 4, 1, 1, 3)
     for number, layer in enumerate(layers, 1):
         if number == n_layers:
@@ -443,11 +443,7 @@ def environments(angles: Tensor, transfer: Tensor) -> tuple[Tensor, Tensor]:
     side. angles: (B, n), radians; transfer: (n, D, D, 3). Returns left (n + 1, B, D), with the
     start first, and right (n, B, D)."""
     n, d = transfer.shape[:2]
-    edges = torch.tensor([[1.0, 1], [1, 0]])  # left, right; the last layer's bond has I and Z alone
-    while edges.shape[1] < d:
-        layer = torch.tensor([[1.0, 0, 0, 1], [1, 1, 0, 0]])
-        edges = (layer[:, :, None] * edges[:, None]).flatten(1)
-    bonds = [edges.to(angles)[:, None].expand(2, len(angles), d)]
+    bonds = [placed(ENDS[d], angles.device, angles.dtype)[:, None].expand(2, len(angles), d)]
     inputs = torch.stack([torch.ones_like(angles), angles.cos(), angles.sin()], -1).transpose(0, 1)
     inputs = torch.stack([inputs, inputs.flip(0)], 1).unsqueeze(3)  # (n, 2, B, 1, 3)
     maps = torch.stack([transfer.transpose(1, 2), transfer.flip(0)], 1)  # [.., from, to, 3]
@@ -475,7 +471,7 @@ def sample_outcomes(angles: Tensor, transfer: Tensor, uniform: Tensor) -> Tensor
     for i, numbers in enumerate(uniform.split(1, -1)):
         left = left @ torch.einsum("rck,bk->bcr", transfer[i], inputs[:, i])
         total, z_total = left @ right[i].unsqueeze(-1), with_z(left) @ right[i].unsqueeze(-1)
-        outcomes.append(torch.where(2 * numbers * total < total + z_total, 1.0, -1.0).to(left))
+        outcomes.append((2 * numbers * total < total + z_total).to(left) * 2 - 1)
         left = (left + outcomes[-1] * with_z(left)) / (total + outcomes[-1] * z_total)
     return torch.cat(outcomes, -1)
 
@@ -671,6 +667,8 @@ def write_atomic(path: Path, data: bytes | str | dict) -> None:
     try:
         aside.write_bytes(data.encode() if isinstance(data, str) else data)
         os.replace(aside, path)
+    except OSError as error:  # names the file that was meant
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         aside.unlink(missing_ok=True)
 
@@ -970,8 +968,7 @@ def train(settings: Settings, images: Tensor, folder: Path) -> None:
     preview_steps = min(PREVIEW_STEPS, settings.sample_steps, settings.timesteps)
     interrupted = []  # Ctrl-C only fills it, so that a step is never cut in two
     handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
-    counts = {"total": steps * size, "initial": trainer.done * size}
-    bar = tqdm(desc=settings.name, **counts, unit="img", unit_scale=True)
+    bar = tqdm(desc=settings.name, total=steps * size, initial=trainer.done * size, unit="img")
     try:
         while True:
             done, path = trainer.done, previews.get(trainer.done)
@@ -1021,8 +1018,7 @@ def sample_final(settings: Settings, folder: Path, n_eval: int, device: torch.de
             new = diffusion.sample(model, settings.seed, "image", numbers, steps, bar)
             images.append(to_uint8(new[:n]).cpu())
             save_grid(path, torch.cat(images))
-    config = read_config(folder / "config.json")
-    config["n_eval"] = sum(map(len, images))
+    config = read_config(folder / "config.json") | {"n_eval": sum(map(len, images))}
     write_atomic(folder / "config.json", json.dumps(config, indent=2))
 
 
@@ -1084,8 +1080,9 @@ def make_all(args: argparse.Namespace, augment: Callable | None = None) -> None:
     device, rank, processes = this_process(args.device)
     arms = args.arm or ["quantum" if args.use_quantum == "True" else "classical"]
     options = {f.name: getattr(args, f.name) for f in fields(Settings) if f.metadata}
-    for settings in [Settings(arm, **options) for arm in arms if arm in QUANTUM_ARMS]:
-        check_simulation(settings)
+    for settings in [Settings(arm, **options) for arm in arms]:
+        if settings.arm in QUANTUM_ARMS:
+            check_simulation(settings)
     source, images, labels = load_images(args.data, args.data_dir)
     names, runs, failed = args.classes or [DEFAULT_CLASS[source]], [], []
     ids = labels.unique().tolist() if "all" in names else map(CLASS_IDS.get, names)

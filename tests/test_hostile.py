@@ -1,5 +1,6 @@
 """Everything foreign (files, flags, environment) ends in one line and changes nothing."""
 
+import errno
 import hashlib
 import io
 import json
@@ -7,6 +8,7 @@ import pickle
 import re
 import shutil
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -187,20 +189,27 @@ def test_numbers(tmp_path, capsys, flag):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--sample_steps 2000", "sample_steps"), ("--gate_noise 0.1", "gate_noise"),
-        ("--gate_noise 0.1,2", "gate_noise"), ("--gate_noise 0.1,0.1,0.1", "gate_noise"),
-        ("--simulator nonsense", "nonsense"), ("--simulator=", "--simulator"),
-        ("--simulator default.qubit --n_qubits 40", "n_qubits"),
-        ("--simulator default.mixed --n_qubits 11", "n_qubits"), ("--n_layers 6", "n_layers"),
-        ('--simulator_options {"a":1}', "simulator_options"), ("--simulator_options {", "options"),
-        ('--simulator default.qubit --simulator_options {"shots":3}', "simulator_options"),
+        ("--sample_steps 2000", "sample_steps 2000: expected at most --timesteps 1000"),
+        ("--gate_noise 0.1", "gate_noise"), ("--gate_noise 0.1,0.1,0.1", "gate_noise"),
+        ("--gate_noise 0.1,1.5", "expected 0.0 to 1.0"), ("--lr nan", "expected 1e-09 to 1000.0"),
+        ("--simulator no.such", "no.such does not run"), ("--simulator=", "--simulator"),
+        ("--simulator default.qubit --n_qubits 40", "n_qubits 40: at most 24 on default.qubit"),
+        ("--simulator default.mixed --n_qubits 11", "n_qubits 11: at most 10 on default.mixed"),
+        ("--n_layers 6", "n_layers 6: at most 5, or --simulator default.qubit"),
+        ('--simulator_options {"a":1}', "expected a PennyLane device"),
+        ('--arm classical --simulator_options {"a":1}', "expected a PennyLane device"),
+        ("--simulator_options {", "simulator_options"),
+        ('--simulator default.qubit --simulator_options {"shots":3}', "and no shots"),
+        ('--simulator default.qubit --simulator_options {"a":3}', "argument 'a'"),
         ("--simulator default.qubit --simulator_options 5", "default.qubit"),
         ("--simulator default.qubit --simulator_options [1]", "default.qubit"),
-        ("--simulator lightning.qubit --gate_noise 0.1,0.1", "lightning.qubit"),
-        ("--device cuda:99", "cuda:99"), ("--device cuda:²", "device"), ("--device tpu", "tpu"),
-        ("--arm none", "arm"), ("--use_quantum maybe", "use_quantum"), ("--digits 10", "digits"),
-        ("--digits ³", "digits"), ("--data cifar", "data"), ("--n_train 10000", "n_train"),
-        ("--steps 5 --epochs 5", "epochs"), ("--weights nowhere", "nowhere"), ("--nope", "nope"),
+        ("--simulator lightning.qubit --gate_noise 0.1,0.1", "lightning.qubit does not run"),
+        ("--device cuda:99", "expected auto, cpu"), ("--device cuda:²", "expected auto, cpu"),
+        ("--device tpu", "expected auto, cpu"), ("--arm none", "arm"), ("--arm all", "arm"),
+        ("--use_quantum maybe", "use_quantum"), ("--arm quantum --use_quantum", "not allowed with"),
+        ("--digits 10", "digits"), ("--digits ³", "digits"), ("--data cifar", "data"),
+        ("--n_train 10000", "class 3 has 131 training images"), ("--nope", "nope"),
+        ("--steps 5 --epochs 5", "not allowed with"), ("--weights nowhere", "nowhere"),
         ("--save_dir /proc/none", "/proc/none"), ("--save_dir /dev/null", "/dev/null"),
         ("--data mnist --data_dir /dev/null", "/dev/null"),
     ],
@@ -209,6 +218,23 @@ def test_words(tmp_path, capsys, words, said, no_network):
     arm = [] if words.startswith(("--arm", "--use_quantum")) else ["--arm", "quantum"]
     argv = [*TINY[:2], *arm, "--save_dir", tmp_path / "runs", *words.split()]
     assert said in refused(capsys, mnist, argv)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_full_disk_names_the_file_and_keeps_what_was_there(runs, tmp_path, capsys, monkeypatch):
+    folder = shutil.copytree(runs, tmp_path / "runs") / NAME.format("quantum")
+    before = hashes(folder)
+
+    def full(path, data):
+        open(path, "xb").close()
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    argv = [*TINY, "--arm", "quantum", "--n_eval", "9", "--save_dir", folder.parent]
+    assert refused(capsys, mnist, argv).endswith(
+        f"No space left on device: '{folder}/samples_final.png'"
+    )
+    assert hashes(folder) == before
 
 
 @pytest.mark.parametrize(
