@@ -445,11 +445,11 @@ def environments(angles: Tensor, transfer: Tensor) -> tuple[Tensor, Tensor]:
     n, d = transfer.shape[:2]
     bonds = [placed(ENDS[d], angles.device, angles.dtype)[:, None].expand(2, len(angles), d)]
     inputs = torch.stack([torch.ones_like(angles), angles.cos(), angles.sin()], -1).transpose(0, 1)
-    inputs = torch.stack([inputs, inputs.flip(0)], 1).unsqueeze(3)  # (n, 2, B, 1, 3)
+    inputs = torch.stack([inputs, inputs.flip(0)], 1).unsqueeze(4)  # (n, 2, B, 3, 1)
     maps = torch.stack([transfer.transpose(1, 2), transfer.flip(0)], 1)  # [.., from, to, 3]
-    maps = maps.transpose(3, 4).reshape(n, 2, 3 * d, d)
+    maps = maps.permute(0, 1, 4, 2, 3).reshape(n, 2, 3 * d, d)
     for x, site in zip(inputs.unbind(0), maps.unbind(0), strict=True):
-        bonds.append(torch.bmm((bonds[-1].unsqueeze(3) * x).flatten(2), site))
+        bonds.append(torch.bmm((bonds[-1].unsqueeze(2) * x).flatten(2), site))
     bonds = torch.stack(bonds)
     return bonds[:, 0], bonds[:-1, 1].flip(0)
 

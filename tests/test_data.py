@@ -92,3 +92,10 @@ def test_subsets_are_of_one_class_nested_and_moved_by_the_seed():
     for n in (0, 11):
         with pytest.raises(mnist.UserError, match="class 7 has 10 training images"):
             subset(n, 0)
+
+
+def test_pixels_to_the_range_of_the_diffusion_and_back():
+    pixels = torch.arange(256, dtype=torch.uint8)
+    scaled = mnist.to_float(pixels)
+    assert scaled[[0, 255]].tolist() == [-1, 1] and torch.equal(mnist.to_uint8(scaled), pixels)
+    assert mnist.to_uint8(torch.tensor([-1.2, 1.2, 0.0])).tolist() == [0, 255, 128]
