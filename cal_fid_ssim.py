@@ -43,7 +43,7 @@ NEIGHBOURS = 3  # k of precision and recall
 SSIM_PAIRS = 2000  # at most so many pairs make ssim_diversity
 FLOOR_DRAWS = 5  # samples of real images whose mean is the floor
 FLOOR = "real images (floor)"
-SAMPLE_COLUMNS = 12  # images in a row of samples.png
+OVERVIEW_COLUMNS = 12  # images in a row of overview.png
 PAPER_IMAGES, PAPER_DRAWS = 5, 100
 CLASSIFIER_STEPS, CLASSIFIER_BATCH = 1000, 128
 DECIDING_SEEDS = 5  # fewer decide nothing
@@ -790,28 +790,28 @@ def draw_panels(frame: pd.DataFrame, against_size: bool) -> Figure:
     return figure
 
 
-def draw_samples(runs: Sequence[Run], evaluator: Evaluator) -> Figure:
-    """For each class and size, of its lowest seed: the first training images, and below them the
-    first images that each arm generated."""
-
-    def place(run: Run) -> tuple:
-        arm, n_train = [*ARMS].index(run.settings["arm"]), run.settings["n_train"] or np.inf
-        return run.settings["label"], n_train, arm, run.condition
-
-    lowest = {place(run): run for run in sorted(runs, key=lambda run: -run.settings["seed"])}
-    rows: dict[str, Tensor] = {}
-    for _, run in sorted(lowest.items()):
+def draw_overview(runs: Sequence[Run], evaluator: Evaluator) -> Figure:
+    """Real training images and, row by row, the first images of each arm (and training size), by
+    the lowest seed: of every class equally many, OVERVIEW_COLUMNS in all where it can be."""
+    names = dict(sorted((run.settings["label"], run.settings.get("label_name")) for run in runs))
+    each, rows = max(1, OVERVIEW_COLUMNS // len(names)), {}
+    white = torch.full((each, *runs[0].images.shape[1:]), 255, dtype=torch.uint8)
+    for run in sorted(runs, key=lambda run: -run.settings["seed"]):
         label, n_train, seed = (run.settings[key] for key in ("label", "n_train", "seed"))
-        name, end = run.settings.get("label_name", label), f", N = {n_train or 'all'}, seed {seed}"
         train = evaluator.dataset.module.select_images(*evaluator.train, label, n_train, seed)
-        rows |= {f"real {name}{end}": train, f"{name}: {run.arm}{end}": run.images}
-    figure = Figure(figsize=(6, 0.36 * len(rows)), layout="constrained")
+        place = [*ARMS].index(run.settings["arm"]), run.condition, run.arm
+        for key, images in (((-1, "", "real"), train), (place, run.images)):
+            found = rows.setdefault((n_train or np.inf, *key), dict.fromkeys(names, white))
+            found[label] = torch.cat([images, white])[:each]
+    figure = Figure(figsize=(6, 0.3 + 5 / each / len(names) * len(rows)), layout="constrained")
     panels = figure.subplots(len(rows), 1, squeeze=False).flat
-    style = {"rotation": 0, "ha": "right", "va": "center", "fontsize": 6, "parse_math": False}
-    for axes, (title, images) in zip(panels, rows.items(), strict=True):
-        white = torch.full((SAMPLE_COLUMNS, *images.shape[1:]), 255, dtype=torch.uint8)
-        show_tiles(axes, torch.cat([images, white])[:SAMPLE_COLUMNS], SAMPLE_COLUMNS)
-        axes.set_ylabel(title, **style)
+    style = {"va": "center", "rotation": 0, "fontsize": 7, "parse_math": False}
+    for axes, ((size, *_, arm), found) in zip(panels, sorted(rows.items()), strict=True):
+        show_tiles(axes, torch.cat([*found.values()]), each * len(names))
+        axes.set_ylabel(arm + (f", N = {size}" if size < np.inf else ""), ha="right", **style)
+    for k, (label, name) in enumerate(names.items()):
+        x = (k + 0.5) * each * (white.shape[-1] + mnist.TILE_PADDING)
+        figure.axes[0].text(x, -8, name or label, ha="center", **style)
     return figure
 
 
@@ -886,7 +886,7 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
         help="at most so many real images, drawn by the seed")  # fmt: skip
     add("--data_dir", type=Path, default=Path("data"), help="data set; keeps classifier, features")
     add("--out", type=Path, metavar="DIR",
-        help="write comparison.csv, .md, .png and samples.png; with several sizes scaling.png; "
+        help="write comparison.csv, .md, .png and overview.png; with several sizes scaling.png; "
         "with --protocol paper only paper_protocol.md")  # fmt: skip
     add("--protocol", choices=("full", "paper"), default="full",
         help="paper: 5 images against the first 5 training images, as published")  # fmt: skip
@@ -936,7 +936,7 @@ def evaluate(options: argparse.Namespace, dataset: DataSet) -> None:
         mnist.save_figure(options.out / "comparison.png", draw_panels(frame, against_size=False))
         if frame["n_train"].nunique() > 1:
             mnist.save_figure(options.out / "scaling.png", draw_panels(frame, against_size=True))
-        mnist.save_figure(options.out / "samples.png", draw_samples(runs, evaluator))
+        mnist.save_figure(options.out / "overview.png", draw_overview(runs, evaluator))
         print(f"written to {options.out}")
 
 

@@ -1,8 +1,10 @@
 """What the suites of the training scripts share."""
 
 import re
+import struct
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -52,6 +54,42 @@ def leave_zero(model: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
     return model
 
 
+def write_idx(path, array):
+    """The IDX format of the MNIST files: magic, dimensions, bytes."""
+    header = struct.pack(f">I{array.dim()}I", 0x0800 + array.dim(), *array.shape)
+    path.write_bytes(header + array.to(torch.uint8).numpy().tobytes())
+
+
+def pictures(n):
+    return torch.randint(256, (n, 28, 28), generator=torch.Generator().manual_seed(n))
+
+
+@pytest.fixture
+def mnist_dir(tmp_path):
+    """A data folder with 60 training and 20 test images in torchvision's layout."""
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split, n in (("train", 60), ("t10k", 20)):
+        write_idx(raw / f"{split}-images-idx3-ubyte", pictures(n))
+        write_idx(raw / f"{split}-labels-idx1-ubyte", torch.arange(n) % 10)
+    return tmp_path / "data"
+
+
+REDUCED = {"train": 90, "val": 9, "test": 36}
+
+
+def write_npz(folder, **replaced):
+    """A file in medmnist's format; label of image k is 4 k mod 9."""
+    arrays = {}
+    for split, n in REDUCED.items():
+        pixels = np.random.default_rng(n).integers(0, 256, (n, 28, 28, 3), dtype=np.uint8)
+        arrays[f"{split}_images"] = pixels
+        arrays[f"{split}_labels"] = (np.arange(n) * 4 % 9).astype(np.uint8)[:, None]
+    arrays = {name: array for name, array in (arrays | replaced).items() if array is not None}
+    np.savez(folder / "pathmnist.npz", **arrays)
+    return arrays
+
+
 @pytest.fixture
 def fails(capsys):
     """Runs main and returns the one line it must print on stderr before exit code 2."""
@@ -61,7 +99,9 @@ def fails(capsys):
         with pytest.raises(SystemExit) as exit_:
             module.main([str(word) for word in argv])
         lines = re.split(r"[\r\n]+", capsys.readouterr().err.strip())
-        lines = [line for line in lines if line and not re.search(r"\d/\d+\S* \[", line)]  # bars
+        lines = [
+            line for line in lines if line.strip() and not re.search(r"\d/\d+\S* \[", line)
+        ]  # bars
         assert exit_.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
         return lines[0]
 

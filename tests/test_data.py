@@ -1,32 +1,10 @@
 """Reading and selecting images of MNIST and of the embedded digits."""
 
-import struct
-
 import pytest
 import torch
+from conftest import pictures
 
 import quantum_diffusion_mnist as mnist
-
-
-def write_idx(path, array):
-    """The IDX format of the MNIST files: magic, dimensions, bytes."""
-    header = struct.pack(f">I{array.dim()}I", 0x0800 + array.dim(), *array.shape)
-    path.write_bytes(header + array.to(torch.uint8).numpy().tobytes())
-
-
-def pictures(n):
-    return torch.randint(256, (n, 28, 28), generator=torch.Generator().manual_seed(n))
-
-
-@pytest.fixture
-def mnist_dir(tmp_path):
-    """A data folder with 60 training and 20 test images in torchvision's layout."""
-    raw = tmp_path / "data" / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for split, n in (("train", 60), ("t10k", 20)):
-        write_idx(raw / f"{split}-images-idx3-ubyte", pictures(n))
-        write_idx(raw / f"{split}-labels-idx1-ubyte", torch.arange(n) % 10)
-    return tmp_path / "data"
 
 
 def test_real_loader_on_idx_files(mnist_dir):
@@ -35,28 +13,6 @@ def test_real_loader_on_idx_files(mnist_dir):
         assert source == "mnist" and images.dtype == torch.uint8
         assert torch.equal(images, pictures(n).to(torch.uint8)[:, None])
         assert torch.equal(labels, torch.arange(n) % 10)
-
-
-@pytest.mark.parametrize("damage", ["truncated", "foreign", "labels", "size", "count", "missing"])
-@pytest.mark.parametrize("data", ["auto", "mnist"])
-def test_damaged_files_are_an_error_and_never_replaced(mnist_dir, tmp_path, fails, damage, data):
-    raw = mnist_dir / "MNIST" / "raw"
-    path = raw / "train-images-idx3-ubyte"
-    contents = {"truncated": path.read_bytes()[:5000], "foreign": b"GIF89a" * 100}
-    shapes = {"size": (60, 32, 32), "count": (59, 28, 28)}
-    if damage in contents:
-        path.write_bytes(contents[damage])
-    elif damage in shapes:
-        write_idx(path, torch.zeros(shapes[damage]))
-    elif damage == "labels":
-        write_idx(raw / "train-labels-idx1-ubyte", torch.arange(60) % 12)
-    else:
-        path.unlink()
-    before = sorted((f.name, f.stat().st_size) for f in raw.iterdir())
-    argv = ["--data", data, "--data_dir", mnist_dir, "--save_dir", tmp_path / "runs"]
-    assert str(raw) in fails(mnist, argv)
-    assert sorted((f.name, f.stat().st_size) for f in raw.iterdir()) == before
-    assert not (tmp_path / "runs").exists()
 
 
 def test_without_network_auto_takes_digits_loudly_and_mnist_is_an_error(

@@ -79,23 +79,8 @@ def test_every_step_of_the_sampler_is_the_posterior(timesteps, steps):
         expected = mean / precision + noise[k + 1] / precision.sqrt()
         assert (states[k + 1] - expected).abs().max() < 2e-5, k
     assert (result - (0.1 + 0.04 * log_snr[levels[-1]])).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("steps", [25, 400])
-def test_sampler_recovers_a_gaussian(steps):
-    # Data N(0.2, 0.1^2) in every pixel: E[x0 | x_t] is known.
-    mean, std, diffusion = 0.2, 0.1, qd.GaussianDiffusion(400)
-
-    def optimal(x, t):
-        alpha, sigma = diffusion.alpha[t], diffusion.sigma[t]
-        gain = alpha * std**2 / (alpha**2 * std**2 + sigma**2)
-        return mean + gain * (x - alpha * mean)
-
-    drawn = diffusion.sample(Denoiser(diffusion, optimal), 0, "image", range(20), steps, SILENT)
-    # 15,680 pixels: standard errors 0.0008 of the mean, 0.0006 of the deviation
-    assert [drawn.mean().item(), drawn.std().item()] == pytest.approx([mean, std], abs=0.003)
-    bright = Denoiser(diffusion, lambda x, t: torch.full_like(x, 1.5))  # clipped to 1
-    assert diffusion.sample(bright, 0, "image", range(2), 5, SILENT).eq(1).all()
+    bright = Denoiser(diffusion, lambda x, t: torch.full_like(x, 1.5))
+    assert diffusion.sample(bright, 0, "image", range(2), steps, SILENT).eq(1).all()  # clipped
 
 
 def test_timestep_embedding_by_hand():
@@ -136,29 +121,21 @@ def test_unet_uses_every_layer_both_skips_and_the_time(channels):
 
 
 @pytest.mark.parametrize("shape", [(48, 48, 3, 3), (48, 4, 3, 3), (64, 64, 1, 1)])
-def test_muon_equals_torchs_and_the_exact_iteration(shape):
+def test_muon_by_its_iteration_in_float64(shape):
     torch.manual_seed(0)
-    ours = torch.randn(shape)
-    theirs = torch.nn.Parameter(ours.flatten(1).clone())
-    start, buffer = theirs.detach().clone(), torch.zeros(theirs.shape).double()
-    how = {"weight_decay": 0, "momentum": 0.95, "nesterov": True, "ns_steps": 5}
-    optimizer = torch.optim.Muon([theirs], lr=0.1, adjust_lr_fn="original", **how)
-    momenta = [torch.zeros(shape)]
+    ours, momenta, buffer = torch.randn(shape), [torch.zeros(shape)], 0
     for _ in range(3):
-        ours.grad = torch.randn(shape)
-        theirs.grad = ours.grad.flatten(1).clone()
-        before = ours.flatten(1).clone()
+        ours.grad, before = torch.randn(shape), ours.flatten(1).clone()
         qd.muon_step([ours], momenta, 0.1)
-        optimizer.step()
-        buffer = 0.95 * buffer + 0.05 * theirs.grad.double()
-        x = 0.95 * buffer + 0.05 * theirs.grad.double()
+        gradient = ours.grad.flatten(1).double()
+        buffer = 0.95 * buffer + 0.05 * gradient
+        x = 0.95 * buffer + 0.05 * gradient
         x /= x.norm()
         for _ in range(5):
             a = x @ x.mT
             x = 3.4445 * x - 4.7750 * a @ x + 2.0315 * a @ a @ x
         change = -0.1 * max(1, x.shape[0] / x.shape[1]) ** 0.5 * x
         assert (ours.flatten(1) - before - change).norm() < 1e-4 * change.norm()
-    assert (ours.flatten(1) - theirs).norm() < 0.03 * (theirs - start).norm()  # bfloat16
 
 
 def test_first_step_by_hand():

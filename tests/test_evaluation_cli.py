@@ -12,9 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import write_npz
 from PIL import Image
 from scipy import stats
 from torchvision.models import inception_v3
+from torchvision.transforms.functional import resize
 
 import cal_fid_ssim as evaluation
 import cal_fid_ssim_medmnist
@@ -81,7 +83,7 @@ def classifier(evaluate):
     return model, record, lambda x: model[:-1](mnist.to_float(x)).double().numpy()
 
 
-def test_figures_are_those_of_the_functions(tmp_path, evaluate, classifier, capsys, monkeypatch):
+def test_figures_are_those_of_the_functions(tmp_path, evaluate, classifier, capsys):
     """And a flag changes what it should."""
     (model, record, features), images = classifier, noisy(of_class(TEST, 5)[:25], 1)
     run, reference = make_run(tmp_path, images, label=5), of_class(TRAIN, 5)
@@ -121,10 +123,6 @@ def test_figures_are_those_of_the_functions(tmp_path, evaluate, classifier, caps
     (pixels,) = evaluate(run, "--features", "none")
     assert pixels["metrics"]["fid"] is None and pixels["features"] == "none"
     assert pixels["metrics"]["ssim_paired"] == found["ssim_paired"]
-    monkeypatch.setattr(evaluation, "CLASSIFIER_STEPS", 2)
-    (other,) = evaluate(run, "--n_real", 60, "--seed", 1)
-    assert other["n_real"] == 60 and other["features"] != result["features"]
-    assert other["metrics"]["ssim_paired"] != found["ssim_paired"]
 
 
 def test_floor_is_what_held_out_images_score(tmp_path, evaluate, monkeypatch):
@@ -152,24 +150,22 @@ def test_inception_through_the_command_line(tmp_path, evaluate, capsys, monkeypa
     """FID of torchvision's own model and preprocessing put together by hand; and a name that no
     table, figure or terminal can take as it is."""
     monkeypatch.setattr(evaluation, "FLOOR_DRAWS", 1)
-    weights = tmp_path / "weights.pth"  # as torchvision stores them, with the auxiliary head
     model = inception_v3(init_weights=False, transform_input=True).eval()
-    torch.save(model.state_dict(), weights)
+    torch.save(model.state_dict(), weights := tmp_path / "weights.pth")  # with the auxiliary head
     run = make_run(tmp_path, THREES[:2]).rename(tmp_path / "a|b$x$\nc\udcff")
     options = ("--features", "inception", "--inception_weights", weights)
     (result,) = evaluate(run, *options, "--n_real", 4)
     printed = capsys.readouterr().out
     assert "| a¦b$x$ c? " in printed and " inception:" in printed
     generator = random_stream(0, "evaluation", "reference")
-    real = torch.randperm(len(TRAINED), generator=generator)[:4]
-    pixels = torch.cat([THREES[:2], TRAINED[real]]).expand(-1, 3, -1, -1) / 255
-    model.fc, size = torch.nn.Identity(), {"size": (342, 342), "mode": "bilinear"}
-    pixels = torch.nn.functional.interpolate(pixels, **size, antialias=True)[..., 21:320, 21:320]
+    real = TRAINED[torch.randperm(len(TRAINED), generator=generator)[:4]]
+    pixels = torch.cat([THREES[:2], real]).expand(-1, 3, -1, -1) / 255
+    pixels = resize(pixels, 342, antialias=True)[..., 21:320, 21:320]
     mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    model.fc = torch.nn.Identity()
     with torch.inference_mode():
         features = model((pixels - mean) / deviation).numpy()
     expected = evaluation.frechet_distance(features[:2], features[2:])
-    assert features.shape == (6, 2048)
     assert result["metrics"]["fid"] == pytest.approx(expected, rel=0.02)
 
 
@@ -185,7 +181,7 @@ def tables(text):
 
 def test_comparison_files(tmp_path, evaluate, monkeypatch):
     """Two arms, one of them under a condition too and with more noise yet; two sizes."""
-    save, drawn, out, runs = mnist.save_figure, {}, tmp_path / "out", {}
+    save, drawn, out, runs, shown = mnist.save_figure, {}, tmp_path / "out", [], {}
 
     def keep(path, figure):
         drawn[path.name] = figure
@@ -195,9 +191,9 @@ def test_comparison_files(tmp_path, evaluate, monkeypatch):
     monkeypatch.setattr(mnist, "save_figure", keep)
     arms = {"matched": ("", 5), "quantum": ("", 25), "quantum shots10": ("shots10", 45)}
     for (name, (of, level)), n, s in itertools.product(arms.items(), (10, None), (1, 0)):
-        images = noisy(THREES[:9], s, level)
-        run = make_run(tmp_path, images, name.split()[0], 3, n, s, condition=of)
-        runs[run] = f"3: {name}, N = {n or 'all'}, seed {s}", images
+        images, end = noisy(THREES[:9], s, level), f", N = {n}" if n else ""
+        runs.append(make_run(tmp_path, images, name.split()[0], 3, n, s, condition=of))
+        shown |= {"real" + end: select_images(*TRAIN, 3, n, s), name + end: images}
     results = evaluate(*runs, "--out", out)
     frame, text = pd.read_csv(out / "comparison.csv"), (out / "comparison.md").read_text()
     assert list(frame["run"]) == [run.name for run in runs]
@@ -215,23 +211,16 @@ def test_comparison_files(tmp_path, evaluate, monkeypatch):
     limits = "".join(row["95 % interval"] for row in rows)
     outside = limits.count("*"), limits.count("[")
     assert "{} of {} intervals (Student's t over seeds) leave zero out".format(*outside) in text
-    assert outside[0] and {*drawn} - {"closest_pairs.png"} == {
-        path.name for path in out.iterdir()
-    } - {"comparison.csv", "comparison.md"}
-    # samples.png: the training images and, of the lowest seed, what each arm made of them
-    panels = drawn["samples.png"].axes
+    pictures = {"comparison.png", "scaling.png", "overview.png"}
+    assert outside[0] and {x.name for x in out.glob("*.png")} == pictures
+    # overview.png: the training images and, of the lowest seed, what each arm made of them
+    panels = drawn["overview.png"].axes
     rows = {axes.get_ylabel(): axes.get_images()[0].get_array() for axes in panels}
-    expected = {title: images for title, images in runs.values() if title.endswith("seed 0")}
-    for n in (10, None):
-        real = select_images(*TRAIN, 3, n, 0)
-        expected[f"real 3, N = {n or 'all'}, seed 0"] = real
-    assert rows.keys() == expected.keys()
+    assert [*rows][:4] == [f"{name}, N = 10" for name in ("real", *arms)] and len(rows) == 8
     for title, pixels in rows.items():
-        assert (pixels[2:30, 2:30] == expected[title][0, 0].numpy()).all()
-        assert (pixels[:, 30 * len(expected[title]) + 2 :] == 255).all() and pixels.shape == (
-            32,
-            362,
-        )
+        images = shown[title]
+        assert (pixels[2:30, 2:30] == images[0, 0].numpy()).all() and pixels.shape == (32, 362)
+        assert (pixels[:, 30 * len(images) + 2 :] == 255).all()
 
 
 @pytest.mark.parametrize("name", ["mnist", "scaling", "pathmnist"])
@@ -275,10 +264,7 @@ def test_means_use_the_classes_that_all_runs_have():
     expected = {"quantum": f"2.5 ± {half:.3g}", "matched": "20", evaluation.FLOOR: "1.5"}
     assert {row["arm"]: row["FID"] for row in rows} == expected
     assert {row["classes"] for row in rows} == {"1/3"}
-    assert (
-        f"Budget: steps {mnist.Settings().steps}" in text
-        and "sample_steps 50, images 100.\n" in text
-    )
+    assert f"Budget: steps {mnist.Settings().steps}" in text and "steps 50, images 100.\n" in text
     runs += [fake("classical", 3, 0, 1, sample_steps=1000)]
     text = evaluation.comparison_text(frame_of(runs))
     assert "**sample_steps 50 / 1000 (not the same in all runs)**, images 100." in text
@@ -327,31 +313,23 @@ def test_an_arm_under_a_condition_is_compared_with_its_ideal_twin():
     assert differences(runs, "published") == {}
 
 
-@pytest.mark.parametrize("against_size, place, near", [(False, 1, 0.4), (True, 2, 0.1)])
-def test_panels_show_means_and_below_them_paired_differences(against_size, place, near):
-    """Two sizes, one of them without quantum; two metrics, the others are not finite."""
-    steps, runs = [1.0, 2.0, 4.0], []
-    half = stats.t.ppf(0.975, 2) * stats.sem(steps)
-    for s, (value, d) in enumerate(zip([10.0, 20.0, 40.0], steps, strict=True)):
-        runs += [fake("matched", 3, s, value, n, near_copies=-3 * value) for n in (25, 100)]
-        runs += [fake("quantum", 3, s, value + d, 100, near_copies=-3 * (value + d))]
-    axes = evaluation.draw_panels(frame_of(runs), against_size).axes
-    labels = [panel.get_ylabel() for panel in axes]
-    assert labels == ["FID", "near copies", "FID\n− matched", "near copies\n− matched"]
-    for above, below, factor in zip(axes, axes[2:], (1, -3), strict=False):
-        assert [c.get_label() for c in above.containers] == ["matched", "quantum"]
-        matched, quantum = (c.lines[0] for c in above.containers)
-        (x,), (bar,) = quantum.get_xdata(), below.containers
-        assert len(matched.get_xdata()) == 2 and matched.get_xdata()[1] < x
-        assert abs(x - place) < near and bar.lines[0].get_xdata() == [x]
-        assert quantum.get_ydata() == pytest.approx([factor * (70 + 7) / 3])
-        assert bar.lines[0].get_ydata() == pytest.approx([factor * 7 / 3])
-        low, high = bar.lines[2][0].get_segments()[0][:, 1]
-        assert (high - low) / 2 == pytest.approx(abs(factor) * half)
-        assert below.get_xlim() == above.get_xlim() and below.lines[-1].get_ydata() == [0, 0]
+@pytest.mark.parametrize("against_size, place", [(False, 1), (True, 2)])
+def test_panels_show_means_and_below_them_paired_differences(against_size, place):
+    """Two sizes, one of them without quantum; the other metrics are not finite."""
+    runs = [fake("matched", 3, s, 10 * s, n) for n in (25, 100) for s in (1, 2, 3)]
+    runs += [fake("quantum", 3, s, 10 * s + s**2, 100) for s in (1, 2, 3)]
+    above, below = evaluation.draw_panels(frame_of(runs), against_size).axes
+    assert (above.get_ylabel(), below.get_ylabel()) == ("FID", "FID\n− matched")
+    (matched, quantum), (bar,) = above.containers, below.containers
+    assert len(matched.lines[0].get_xdata()) == 2
+    assert quantum.lines[0].get_xdata() == pytest.approx([place], abs=0.4)
+    assert quantum.lines[0].get_ydata() == pytest.approx([20 + 14 / 3])
+    assert bar.lines[0].get_ydata() == pytest.approx([14 / 3])
+    low, high = bar.lines[2][0].get_segments()[0][:, 1]
+    assert high - low == pytest.approx(2 * stats.t.ppf(0.975, 2) * stats.sem([1, 4, 9]))
 
 
-def test_paper_protocol(tmp_path, evaluate, classifier, capsys):
+def test_paper_protocol(tmp_path, evaluate, classifier):
     """Five images against the first five of the training split, whatever their class."""
     run, out, real = make_run(tmp_path, THREES[:9]), tmp_path / "out", TRAIN[0][:5]
     evaluate(run, "--protocol", "paper", "--features", "classifier", "--out", out)
@@ -360,21 +338,14 @@ def test_paper_protocol(tmp_path, evaluate, classifier, capsys):
     pool = of_class((TRAIN[0][5:], TRAIN[1][5:]), 3)
     pool = pool[torch.randperm(len(pool), generator=generator)[:200]]
     draws = [pool[torch.randperm(len(pool), generator=generator)[:5]] for _ in range(100)]
-    features = classifier[2]
-    for key, score in (
-        ("fid", lambda x: evaluation.frechet_distance(features(x), features(real))),
-        ("ssim_paired", lambda x: evaluation.ssim(x, real)),
-    ):
-        scores = np.array([*map(score, draws)])
-        found, limits = record[key], np.percentile(scores, [2.5, 97.5])
-        assert found["real_95"] == pytest.approx(limits, rel=1e-4)
-        assert found["real_mean"] == pytest.approx(scores.mean(), rel=1e-4)
-        assert found["run"] == pytest.approx(score(THREES[:5]), rel=1e-4)
-    written, printed = (out / "paper_protocol.md").read_text(), capsys.readouterr().out
-    assert written in printed and [path.name for path in out.iterdir()] == ["paper_protocol.md"]
-    rows = [[cell.strip() for cell in line.split("|")] for line in written.splitlines()]
-    paper = {row[1].split()[1]: (row[5], row[8]) for row in rows if row[1].startswith("paper")}
-    assert paper == {"classical": ("271.05", "0.1085"), "quantum": ("259.25", "0.1263")}
+    (*_, features), found = classifier, record["fid"]
+    scores = [evaluation.frechet_distance(features(x), features(real)) for x in draws]
+    assert found["real_95"] == pytest.approx(np.percentile(scores, [2.5, 97.5]), rel=1e-4)
+    assert found["real_mean"] == pytest.approx(np.mean(scores), rel=1e-4)
+    expected = evaluation.ssim(THREES[:5], real)
+    assert record["ssim_paired"]["run"] == pytest.approx(expected, rel=1e-4)
+    written = (out / "paper_protocol.md").read_text()
+    assert run.name in written and "271.05" in written and "0.1263" in written
 
 
 def run_of(images, **more):
@@ -402,58 +373,39 @@ MISTAKES = [  # how the run folders are made, more options, what the error says
 
 
 @pytest.mark.parametrize("make, options, message", MISTAKES)
-def test_mistakes_print_one_line_and_exit_2(make, options, message, tmp_path, evaluate, capsys):
-    with pytest.raises(SystemExit) as stop:
-        evaluate(*make(tmp_path), *options)
-    error = capsys.readouterr().err.split("\r")[-1].strip()  # behind a progress bar
-    assert stop.value.code == 2 and error.startswith("error: ") and "\n" not in error
-    assert re.search(message, error), error
+def test_mistakes_print_one_line_and_exit_2(make, options, message, tmp_path, evaluate, fails):
+    line = fails(evaluation, [*make(tmp_path), *options, "--data_dir", evaluate.data_dir])
+    assert re.search(message, line), line
 
 
 def test_data_dir_that_cannot_be_written_then_ctrl_c(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluation, "CLASSIFIER_STEPS", 2)
     (tmp_path / "evaluation").write_text("in the way")
-    (run,) = FIVE(tmp_path / "runs")
-    evaluation.main([str(run), "--data_dir", str(tmp_path)])
+    argv = [*map(str, FIVE(tmp_path / "runs")), "--data_dir", str(tmp_path)]
+    evaluation.main(argv)
     assert "--data_dir is not writable" in capsys.readouterr().out
-    assert (run / "metrics.json").exists()
     monkeypatch.setattr(evaluation, "read_run", lambda *_: exec("raise KeyboardInterrupt"))
     with pytest.raises(SystemExit, match="130"):
-        evaluation.main([str(run)])
+        evaluation.main(argv)
     assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_pathmnist(tmp_path, evaluate, monkeypatch):
-    """The sibling command line: RGB runs against a medmnist file of tinted tiles."""
+    """The sibling command line, on a file of medmnist's format and on embedded tissue, whose one
+    class trains no classifier. --augment: copies of the square's symmetries are copies."""
     monkeypatch.setattr(evaluation, "CLASSIFIER_STEPS", 40)
-    rng, arrays = np.random.default_rng(0), {}
-    tint = rng.uniform(60, 200, (9, 1, 1, 3))
-    for split, n in (("train", 90), ("test", 45)):
-        labels = np.arange(n) % 9
-        images = tint[labels] + rng.normal(0, 15, (n, 28, 28, 3))
-        arrays[f"{split}_images"] = images.clip(0, 255).astype(np.uint8)
-        arrays[f"{split}_labels"] = labels[:, None].astype(np.uint8)
-    np.savez(evaluate.data_dir / "pathmnist.npz", **arrays)
-    real = pathmnist.load_images("pathmnist", evaluate.data_dir)[1:]
-    images = pathmnist.select_images(*real, 8, None, 0)
-    options = {"label": 8, "data": "pathmnist"}
-    copies = make_run(tmp_path / "a", images[:5], training=images, **options)
-    # With --augment the symmetries of the square are trained on, and copies of these are copies.
-    turned, eight = images[:6].rot90(1, (2, 3)), pathmnist.symmetries(images)
-    augmented = make_run(tmp_path / "b", turned, training=eight, symmetries=8, **options)
-    for run, n in ((copies, 10), (augmented, 80)):
-        (result,) = evaluate(run, script=cal_fid_ssim_medmnist)
-        metrics = result["metrics"]
-        assert result["n_real"] == 10 and result["n_training"] == n
-        assert ("trained with augmentation" in result["note"]) == (n == 80)
-        assert metrics["near_copies"] == 1 and metrics["distance_ratio"] == 0
-        assert metrics["label_accuracy"] > 0.9 and metrics["ssim_nearest"] == pytest.approx(1)
-
-
-def test_embedded_tissue(tmp_path, evaluate):
-    """It has one class: no classifier is needed for what pixels alone can tell."""
-    images = pathmnist.select_images(*pathmnist.load_images("tissue", None)[1:], 9, None, 0)
-    run = make_run(tmp_path, images[:6], label=9, data="tissue", training=images)
-    (result,) = evaluate(run, "--features", "none", script=cal_fid_ssim_medmnist)
-    assert result["note"] == "against embedded tissue" and result["metrics"]["near_copies"] == 1
-    assert result["metrics"]["label_accuracy"] is None
+    write_npz(evaluate.data_dir)
+    for data, label, *more in (("pathmnist", 8), ("tissue", 9, "--features", "none")):
+        everything = pathmnist.load_images(data, evaluate.data_dir)[1:]
+        real = pathmnist.select_images(*everything, label, None, 0)
+        eight, what = pathmnist.symmetries(real), {"label": label, "data": data}
+        copies = make_run(tmp_path / "a", real[:5], training=real, **what)
+        turned = real[:6].rot90(1, (2, 3))
+        turned = make_run(tmp_path / "b", turned, training=eight, symmetries=8, **what)
+        for run, n in ((copies, len(real)), (turned, len(eight))):
+            (result,) = evaluate(run, *more, script=cal_fid_ssim_medmnist)
+            metrics = result["metrics"]
+            assert result["n_real"] == len(real) and result["n_training"] == n
+            assert ("trained with augmentation" in result["note"]) == (n == len(eight))
+            assert metrics["near_copies"] == 1 and metrics["distance_ratio"] == 0
+            assert (metrics["label_accuracy"] is None) == (data == "tissue")

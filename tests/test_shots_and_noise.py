@@ -8,7 +8,6 @@ import pennylane as qml
 import pytest
 import torch
 from conftest import circuit
-from scipy.stats import chisquare
 
 import quantum_diffusion_mnist as qd
 
@@ -79,23 +78,6 @@ def test_joint_distribution_equals_default_mixed(arm, noise):
 
 @pytest.mark.parametrize("noise", [{}, NOISE], ids=["ideal", "noisy"])
 @pytest.mark.parametrize("arm", ["quantum", "product"])
-def test_single_shots_have_default_mixeds_probabilities(arm, noise):
-    settings = qd.Settings(arm, **noise)
-    for n in (2, 4):
-        (angles,), weights = circuit(1, n, 2, arm)
-        with torch.no_grad():
-            shots = values_of(angles.expand(10_000, n), weights, 5, arm=arm, shots=1, **noise)
-        assert torch.allclose(shots.abs(), torch.ones_like(shots), atol=1e-12, rtol=0)
-        codes = (shots < 0).long() @ (2 ** torch.arange(n - 1, -1, -1))
-        counts = torch.bincount(codes, minlength=2**n).numpy()
-        expected = mixed_probabilities(angles, weights, settings) * 10_000
-        rare = expected < 5  # pooled
-        cells = [np.append(c[~rare], c[rare].sum() + 1e-9) for c in (counts, expected)]
-        assert chisquare(cells[0], cells[1] * cells[0].sum() / cells[1].sum()).pvalue > 1e-3
-
-
-@pytest.mark.parametrize("noise", [{}, NOISE], ids=["ideal", "noisy"])
-@pytest.mark.parametrize("arm", ["quantum", "product"])
 def test_the_shots_of_an_estimate_are_independent(arm, noise):
     # So the variance falls as 1 / shots: every shot has errors and readout flips of its own.
     angles, weights = circuit(1, 5, 3, arm)
@@ -107,30 +89,19 @@ def test_the_shots_of_an_estimate_are_independent(arm, noise):
     assert ((estimates.var(0) / variance - 1).abs() < 4.5 * math.sqrt(2 / 2000)).all()
 
 
-def test_a_hundred_qubits_can_be_measured():
-    angles, weights = (values.detach().float() for values in circuit(2, 128, 3))
-    errors = values_of(angles, weights, shots=2000) - (exact := values_of(angles, weights))
-    errors /= ((1 - exact**2) / 2000).sqrt()
-    assert errors.isfinite().all() and errors.abs().max() < 5 and 0.8 < errors.std() < 1.2
-
-
 @pytest.mark.parametrize("noise", [{}, NOISE], ids=["ideal", "noisy"])
 @pytest.mark.parametrize("arm", ["quantum", "product"])
 def test_gradient_through_shots_is_that_of_the_exact_values(arm, noise):
-    gradients, values, kept = [], [], []
+    gradients, values = [], []
     for shots in (64, None):
         inputs = circuit(4, 3, 2, arm)
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: kept.append(t.numel()) or t, lambda t: t
-        ):
-            values.append(values_of(*inputs, arm=arm, shots=shots, **noise))
+        values.append(values_of(*inputs, arm=arm, shots=shots, **noise))
         gradients.append(torch.autograd.grad(values[-1].sum(), inputs))
     for a, b in zip(*gradients, strict=True):
         assert torch.allclose(a, b, atol=1e-13, rtol=0)
     grid = (values[0] + 1) * 64 / 2  # whole numbers of shots that read 0
     assert torch.allclose(grid, grid.round(), atol=1e-9)
     assert (values[0] - values[1]).abs().max() > 0.01
-    assert len(kept) % 2 == 0 and sum(kept[: len(kept) // 2]) < 10_000  # shots keep no graph
 
 
 def test_a_sample_has_shots_of_its_own_and_every_call_new_ones():
