@@ -128,11 +128,11 @@ class Settings:
     timesteps: int = setting(1000, between(2, 10**5), "noise levels T")
     n_frames: int = setting(30, between(1, 1000), "previews in a run")
     n_samples: int = setting(5, between(1, 1000), "images per preview")
-    # The conditions, which may differ from those of training when --weights samples a model
+    # Conditions, which may differ when --weights samples a model; the last five are a circuit's
     sample_steps: int = setting(SAMPLE_STEPS, between(1, 10**5), "network evaluations per image")
     simulator: str = setting("exact", str, "exact, or a PennyLane device")
     simulator_options: dict | None = setting(None, json.loads, "that device's arguments", "JSON")
-    shots: int | None = setting(None, between(1, 10**5), "measurements per value; default: exact")
+    shots: int | None = setting(None, between(1, 10**5), "measurements, or by default exact means")
     gate_noise: tuple = setting((0.0, 0.0), pair, "depolarising per gate, per CNOT", "P1,P2")
     readout_noise: float = setting(0.0, between(0.0, 1.0), "share of flipped bits", "P")
 
@@ -140,7 +140,7 @@ class Settings:
         exact, options = self.simulator == "exact", self.simulator_options or {}
         most = MIXED_QUBITS if self.simulator == "default.mixed" else DEVICE_QUBITS
         for mistake, message in (
-            (self.sample_steps > max(self.timesteps, SAMPLE_STEPS),
+            (self.timesteps < self.sample_steps != SAMPLE_STEPS,
              f"sample_steps {self.sample_steps}: expected at most --timesteps {self.timesteps}"),
             (options and (exact or "shots" in str(options)),
              "simulator_options: expected a PennyLane device as --simulator, and no shots"),
@@ -231,9 +231,10 @@ def available(data_dir: Path, name: str, fetch: Callable, way_out: str | bool) -
                 (Path(aside) / name).rename(path)
     except (OSError, RuntimeError) as error:
         found = f"no {path}, download failed: {' '.join(str(error).split())}"
-        if way_out and not path.exists():
+        if way_out and not path.exists():  # it does when another process was faster
             raise UserError(f"{found}; {way_out}") from error
-        print(f"NOTICE: {found}. Using EMBEDDED DATA INSTEAD; all names say so.", file=sys.stderr)
+        if not path.exists():
+            print(f"NOTICE: {found}. Using EMBEDDED DATA, as all names say.", file=sys.stderr)
     return path.exists()
 
 
@@ -301,7 +302,7 @@ class GaussianDiffusion:
 
         SDE-DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095). Of first order, with d = x0, it is
         DDPM's ancestral step; the second order extrapolates from the x0 before. The noise levels
-        lie evenly in lambda = log(alpha / sigma) from -6 on; the first is t = T - 1. An image has
+        lie evenly in lambda = log(alpha / sigma) from -6 on, but the first, t = T - 1. An image has
         random streams of its own, and does not depend on those it is drawn with."""
         stream = partial(random_stream, seed, series, device=self.device)
         noise = [stream(k) for k in numbers]
@@ -310,7 +311,7 @@ class GaussianDiffusion:
         log_snr = (self.alpha_bar / (1 - self.alpha_bar)).log() / 2  # lambda, falls with t
         wanted = torch.linspace(-6, log_snr[0], steps, dtype=torch.float64)
         levels, k = (log_snr - wanted[:, None]).abs().argmin(1), torch.arange(steps)
-        levels[0] = self.timesteps - 1  # where two fall on one level, the next free one is taken:
+        levels[0] = self.timesteps - 1  # and now the next free one, where two fall on one level
         levels = (levels + k).clamp(steps - 1, self.timesteps - 1).cummin(0).values - k
         alpha_bar, log_snr = self.alpha_bar[levels], log_snr[levels].tolist()
         alpha, sigma = alpha_bar.sqrt().tolist(), (1 - alpha_bar).sqrt().tolist()
@@ -338,7 +339,7 @@ def quantum_circuit(angles: Tensor, weights: Tensor, settings: Settings) -> None
     chain CNOT(0,1), CNOT(1,2), ... unless the arm is ``product``. angles: (n,) or (B, n), radians;
     weights: (L, n, 2), radians, or (L, n, 1) for ``published``, RZ alone; the settings' gate_noise:
     the probabilities p1 of PennyLane's ``DepolarizingChannel`` after every one-qubit gate and p2 of
-    that on both qubits after every CNOT; readout_noise: that a measured bit is flipped."""
+    one on each of its qubits after every CNOT; readout_noise: that a measured bit is flipped."""
     n_layers, n, kinds = weights.shape
     p1, p2 = settings.gate_noise
 
@@ -391,8 +392,8 @@ FLIPS = PAULIS[:2]  # X to the power of 0 and 1
 ADD = torch.einsum("tij,bjk,pkl,dli,qbd->tpq", PAULIS, FLIPS, PAULIS, FLIPS, PAULIS).real / 4
 AXES = torch.zeros(2, 4, 4)  # the generators of RZ and RY
 AXES[[0, 1], [2, 1], [1, 3]], AXES[[0, 1], [1, 3], [2, 1]] = 1, -1
-ENDS = {2: torch.tensor([[1.0, 1], [1, 0]])}  # D: first left, last right environment, see there
-for _ in range(EXACT_LAYERS - 1):  # more layers; the last one's bond has I and Z alone
+ENDS = {2: torch.tensor([[1.0, 1], [1, 0]])}  # D: bonds at the left end (bit 0), at the right (sum)
+for _ in range(EXACT_LAYERS - 1):  # in front of the last layer, whose bond has I and Z alone
     inner, layer = ENDS[max(ENDS)], torch.tensor([[1.0, 0, 0, 1], [1, 1, 0, 0]])
     ENDS[4 * max(ENDS)] = (layer[:, :, None] * inner[:, None]).flatten(1)
 placed = cache(Tensor.to)  # a copy to a GPU makes the host wait, so each constant is copied once
@@ -424,8 +425,8 @@ def transfer_matrices(weights: Tensor, settings: Settings) -> Tensor:
     the bit on r says all about a measurement in the Z basis: of s only I remains, of r and q only I
     and Z. So the bonds of L layers have D = 2 * 4**(L-1) values together, and nothing is truncated.
     The input enters by RY(x)|0>, whose v is linear in (1, cos x, sin x), hence three matrices per
-    qubit; all else does not depend on the batch. Noise is diagonal and costs nothing. (The last
-    CNOT's on its control comes after the bit is copied, and is left to the measurement.)
+    qubit; all else does not depend on the batch. Noise is diagonal, so its exact mean is free; in
+    the last layer that of a CNOT's control follows the copy: ``circuit_expectations`` adds it.
     weights: as in ``quantum_circuit``. Returns (n, D, D, 3), indexed [qubit, bonds to the right,
     bonds to the left, (1, cos, sin)]."""
     (n_layers, n, _), (p1, p2) = weights.shape, settings.gate_noise
@@ -475,9 +476,9 @@ def with_z(left: Tensor) -> Tensor:
 def sample_outcomes(angles: Tensor, transfer: Tensor, uniform: Tensor) -> Tensor:
     """Measures all qubits together, from left to right: 1 or -1 of every qubit and shot.
     What is left of a bond, given the outcomes so far, and all that is right of it give the next
-    qubit's <Z> and with it the odds of its outcome z, on which (1 + z Z) / 2 then projects. These
-    are the joint distribution of the noisy circuit; every shot has errors of its own. angles:
-    (B, n), radians; transfer: (n, D, D, 3); uniform: (B, S, n) in 0..1. Returns (B, S, n)."""
+    qubit's <Z> and with it the odds of its outcome z, on which (1 + z Z) / 2 then projects. This is
+    the exact joint distribution under noise, but for the flips that ``circuit_expectations`` adds.
+    angles: (B, n), radians; transfer: (n, D, D, 3); uniform: (B, S, n) in 0..1. -> (B, S, n)."""
     lefts, right = environments(angles, transfer)
     left = lefts[0].unsqueeze(1).expand(-1, uniform.shape[1], -1)
     inputs, outcomes = torch.stack([torch.ones_like(angles), angles.cos(), angles.sin()], -1), []
@@ -516,9 +517,8 @@ def check_simulation(settings: Settings) -> None:
     """Compares the exact simulation with PennyLane's on a small random circuit, values and
     gradients; with ``--simulator DEVICE`` on this device, and with shots that it runs at all.
     Raises UserError when they differ (one was edited without the other), or the device fails."""
-    name, generator = settings.simulator, random_stream(0, "check")
-    if name == "exact":
-        name = "default.mixed" if any(settings.gate_noise) else "default.qubit"
+    generator = random_stream(0, "check")
+    name = settings.simulator.replace("exact", "default.mixed")  # which takes noise
     small = replace(settings, n_qubits=3, n_layers=2, simulator=name)
     how = {"dtype": torch.float64, "generator": generator, "requires_grad": True}
     kinds, angles = 1 if settings.arm == "published" else 2, torch.randn(2, 3, **how)
@@ -885,10 +885,10 @@ def training_batch(settings: Settings, images: Tensor, step: int) -> tuple[Tenso
 
 @torch.no_grad()
 def muon_step(weights: Sequence[Tensor], momenta: Sequence[Tensor], lr: float) -> None:
-    """One step of Muon (Jordan et al. 2024) on convolutions, each weight taken as a matrix of
-    out x (in * kh * kw): Nesterov momentum, whose singular values all become about 1 by five steps
-    x <- (a + b x x^T + c (x x^T)^2) x. As they commute with x x^T, they are done on this smaller
-    matrix, and x is multiplied once."""
+    """One step of Muon (Jordan et al. 2024) on convolutions, each weight taken as a matrix, its
+    first axis by the rest: five steps x <- (3.4445 - 4.7750 x x^T + 2.0315 (x x^T)^2) x bring all
+    singular values of the Nesterov momentum near 1. The factors are gathered on the small x x^T,
+    with which they commute, and x is multiplied once."""
     for weight, momentum in zip(weights, momenta, strict=True):
         momentum.lerp_(weight.grad, 0.05)
         x = weight.grad.lerp(momentum, 0.95).flatten(1)
@@ -920,7 +920,7 @@ class Trainer:
         self.adam = torch.optim.Adam(rest.values(), settings.lr, (0.9, 0.99), fused=True)
         self.losses = torch.zeros(settings.steps, device=device)
         if checkpoint.exists():
-            with reading(checkpoint, "a checkpoint of this run; remove it to start anew"):
+            with reading(checkpoint, "a checkpoint of this run; if damaged, remove it"):
                 assert zipfile.ZipFile(checkpoint).testzip() is None, "checksum"
                 state = torch.load(checkpoint, map_location=device, weights_only=True)
                 assert state["name"] == settings.name, f"of {state['name']}"
@@ -937,17 +937,16 @@ class Trainer:
             streams = [(settings.seed, "circuit", step, k) for k in range(len(x0))]
             self.model.gate.generators = [random_stream(*name, device=device) for name in streams]
         x, v = self.diffusion.q_sample(x0, t, noise)
-        errors = (self.model(x, t) - v).square()
-        loss = (self.diffusion.sigma[t] * errors).mean()  # the noisy end decides the shape
+        loss = F.mse_loss(self.model(x, t), v)
         self.model.zero_grad()
         loss.backward()
-        # Learning rates: linear warm-up over 100 steps, at most a tenth, then half a cosine
+        # Learning rates: warm-up over 100 steps, or a tenth of all, under half a cosine
         warm_up = min(100, max(1, settings.steps // 10))
         rate = min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / settings.steps))
         self.adam.param_groups[0]["lr"] = rate * settings.lr
         self.adam.step()
         muon_step(self.hidden, self.momenta, rate * settings.muon_lr)
-        # That of the average (as in TensorFlow) forgets the initial weights within tens of steps
+        # A decay that grows with the steps (as in TensorFlow) soon forgets the initial weights
         decay, new = min(settings.ema_decay, (1 + step) / (10 + step)), self.model.parameters()
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.parameters()), list(new), 1 - decay)
@@ -1026,7 +1025,7 @@ def sample_final(settings: Settings, folder: Path, n_eval: int, device: torch.de
     with tqdm(total=len(chunks) * steps, desc="sampling", disable=not chunks) as bar:
         for first in chunks:
             n = min(64, n_eval - first)
-            # The CPU's kernels round differently below eight images: a small rest has company.
+            # The CPU's kernels round differently for few images: a small rest has company.
             numbers = range(first, first + max(n, 16))
             new = diffusion.sample(model, settings.seed, "image", numbers, steps, bar)
             images.append(to_uint8(new[:n]).cpu())
@@ -1088,8 +1087,8 @@ def this_process(device: str) -> tuple[torch.device, int, int]:
 
 def make_all(args: argparse.Namespace, augment: Callable | None = None) -> None:
     """Makes every run that the flags ask for, or this process's share, that is not there yet.
-    ``augment`` makes eight of each image. Mistakes are found before any work; a run that fails does
-    not stop the others, and a UserError names it."""
+    ``augment`` makes eight of each image. Mistakes are found before any work; the UserError of one
+    run does not stop the others."""
     device, rank, processes = this_process(args.device)
     arms = args.arm or ["quantum" if args.use_quantum == "True" else "classical"]
     options = {f.name: getattr(args, f.name) for f in fields(Settings) if f.metadata}
@@ -1106,7 +1105,7 @@ def make_all(args: argparse.Namespace, augment: Callable | None = None) -> None:
         if augment:
             chosen, counts["symmetries"] = augment(chosen), 8
         if args.epochs:
-            options["steps"] = args.epochs * math.ceil(len(chosen) / args.batch_size)
+            options["steps"] = math.ceil(args.epochs * len(chosen) / args.batch_size)
         how = options if arm in QUANTUM_ARMS else options | IDEAL
         settings = Settings(arm, source, label, n_train, seed, **how)
         config = run_config(settings, chosen, counts, device)

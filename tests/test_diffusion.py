@@ -145,7 +145,7 @@ def test_first_step_by_hand():
     trainer.step()
     x0, t, noise = qd.training_batch(settings, IMAGES, 0)
     v = trainer.diffusion.q_sample(x0, t, noise)[1]  # the model starts at zero
-    loss = (trainer.diffusion.sigma[t] * v**2).mean().item()
+    loss = v.square().mean().item()
     assert trainer.losses[0].item() == pytest.approx(loss, rel=1e-5)
     now = dict(trainer.model.named_parameters())
     gradient, moved = now["head.weight"].grad, now["head.weight"] - before
@@ -225,5 +225,5 @@ def test_training_makes_a_model_of_the_digit():
     samples = qd.to_uint8(diffusion.sample(model, 0, "image", range(32), 20, SILENT))
     pixels, drawn = digits.flatten(1).numpy() / 255, samples.flatten(1).numpy() / 255
     recognised = (KNeighborsClassifier(1).fit(pixels, labels).predict(drawn) == 0).mean()
-    assert trainer.losses[-50:].mean() < 0.08 and recognised >= 0.8  # from 0.35 and about 0.1
+    assert trainer.losses[-50:].mean() < 0.15 and recognised >= 0.8  # from 0.78 and about 0.1
     assert mistimed > 2 * error  # so the model has learnt to use the time

@@ -85,7 +85,8 @@ def test_a_pennylane_device_gives_the_same_layer(simulator):
 def test_self_check_catches_an_edited_circuit(monkeypatch, tmp_path, fails):
     for arm in qd.QUANTUM_ARMS:
         qd.check_simulation(qd.Settings(arm))
-        qd.check_simulation(qd.Settings(arm, **NOISE))
+        for noise in (NOISE, {"readout_noise": 0.1}):
+            qd.check_simulation(qd.Settings(arm, **noise))
     original = qd.quantum_circuit
 
     def edited(*args):
@@ -94,7 +95,7 @@ def test_self_check_catches_an_edited_circuit(monkeypatch, tmp_path, fails):
 
     monkeypatch.setattr(qd, "quantum_circuit", edited)
     message = fails(qd, tiny(tmp_path / "runs", "--use_quantum"))
-    assert "differs from quantum_circuit on default.qubit" in message
+    assert "differs from quantum_circuit on default.mixed" in message
     assert not (tmp_path / "runs").exists()
 
 

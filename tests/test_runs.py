@@ -191,7 +191,7 @@ def test_every_flag_of_a_setting_reaches_the_run_and_no_other(tmp_path, monkeypa
         assert settings == qd.Settings(*runs[settings.name], **conditions[settings.arm])
     found.clear()
     qd.main([*common[:4], "--epochs", "5", "--n_train", "9", "--batch_size", "4"])
-    assert found[0].steps == 5 * 3 and found[0].arm == "classical"
+    assert found[0].steps == 12 and found[0].arm == "classical"
 
 
 def test_weights_of_one_run_are_sampled_under_other_conditions(finished, tmp_path, fails):
