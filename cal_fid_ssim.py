@@ -63,8 +63,7 @@ METRICS = {
     "distance_ratio": ("distance ratio", "{:.3f}"),
     "near_copies": ("near copies", "{:.3f}"),
 }
-FIGURE_METRICS = ["fid", "kid", "precision", "recall", "label_accuracy", "ssim_diversity"]
-FIGURE_METRICS += ["distance_ratio", "near_copies"]
+FIGURE_METRICS = [m for m in METRICS if m not in ("fid_infinity", "ssim_paired", "ssim_nearest")]
 PAIR = ["n_train", "label", "seed"]  # what makes two runs a pair; then what arms must share
 BUDGET = ["steps", "batch_size", "lr", "muon_lr", "ema_decay", "n_qubits", "n_layers", "timesteps"]
 BUDGET += ["sample_steps"]
@@ -265,12 +264,9 @@ class Extractor(NamedTuple):
             make = lambda: {"record": record, "state": torch.from_numpy(self(images))}  # noqa: E731
             return cached(path, record, make)["state"].numpy()
         with torch.inference_mode():
-            rows = [
-                self.model(
-                    self.prepare(x.expand(-1, self.channels, -1, -1)).to(self.device)
-                ).double()
-                for x in tqdm(images.split(batch), self.name, delay=2, leave=False)
-            ]
+            parts = images.expand(-1, self.channels, -1, -1).split(batch)
+            parts = tqdm(parts, self.name, delay=2, leave=False)
+            rows = [self.model(self.prepare(x).to(self.device)).double() for x in parts]
         return torch.cat(rows).cpu().numpy()
 
 
@@ -372,17 +368,17 @@ def load_classifier(
 
 class DataSet(NamedTuple):
     """What differs between the MNIST and the PathMNIST command line: the training script's module
-    (load_images, select_images, UserError, perhaps symmetries), the data sources, and the paper's
-    table: arm, FID and paired SSIM."""
+    (load_images, select_images, UserError, perhaps symmetries), the data sources, the paper's
+    table (arm, FID and paired SSIM), and --features of its own, the first being the default."""
 
     module: Any
     sources: tuple[str, ...]
     withdrawn: dict[str, tuple[float, float]]
+    features: dict[str, Callable[[Tensor], Extractor]]
 
 
-MNIST = DataSet(
-    mnist, ("mnist", "digits"), {"classical": (271.05, 0.1085), "quantum": (259.25, 0.1263)}
-)
+WITHDRAWN = {"classical": (271.05, 0.1085), "quantum": (259.25, 0.1263)}
+MNIST = DataSet(mnist, ("mnist", "digits"), WITHDRAWN, {})
 
 
 class Run(NamedTuple):
@@ -440,6 +436,8 @@ class Evaluator:
             self.extractor = Extractor(*made_by, layers, mnist.to_float, channels, device)
         elif options.features == "inception":
             self.extractor = inception_extractor(options.inception_weights, device)
+        elif options.features != "none":
+            self.extractor = dataset.features[options.features](self.train[0])
         self.stream = functools.partial(random_stream, options.seed, "evaluation")
         self.kept: dict[Any, Any] = {}
 
@@ -875,10 +873,10 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
     )
     add = parser.add_argument
     add("runs", nargs="+", type=Path, help="run folders with config.json and samples_final.png")
-    add("--features", choices=("classifier", "inception", "none"), default=argparse.SUPPRESS,
-        help="what FID, KID, precision and recall compare: a small CNN trained once on the data "
-        "set, torchvision's InceptionV3, or leave them out (default: classifier; with --protocol "
-        "paper: inception)")  # fmt: skip
+    features = (*dataset.features, "classifier", "inception", "none")
+    add("--features", choices=features, default=argparse.SUPPRESS,
+        help="what FID, KID, precision and recall compare; classifier: of a CNN trained on the "
+        f"data (default: {features[0]}; with --protocol paper: inception)")  # fmt: skip
     add("--inception_weights", type=Path, metavar="FILE", help="a local copy of the weights")
     add("--reference", choices=("class", "all"), default="class",
         help="real training images to compare with: of the run's class or of all")  # fmt: skip
@@ -896,7 +894,7 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
     options = parser.parse_args(argv)
     options.device = mnist.this_process(options.device)[0]
     if "features" not in options:
-        options.features = "inception" if options.protocol == "paper" else "classifier"
+        options.features = "inception" if options.protocol == "paper" else features[0]
     if options.protocol == "paper" and options.features == "none":
         raise UserError("--features none: --protocol paper needs features, use inception")
     return options

@@ -88,14 +88,6 @@ def test_timestep_embedding_by_hand():
     assert row.tolist() == pytest.approx([f(x) for f in (math.sin, math.cos) for x in (7, 0.07)])
 
 
-def test_residual_block_by_hand():
-    block, x = leave_zero(qd.ResBlock(8, 16)), torch.randn(2, 8, 4, 4)
-    embedding, silu = torch.randn(2, 16), torch.nn.functional.silu
-    scale, shift = block.modulation(embedding)[..., None, None].split(8, dim=1)
-    h = block.norm2(block.conv1(silu(block.norm1(x)))) * (1 + scale) + shift
-    assert torch.allclose(block(x, embedding), x + block.conv2(silu(h)), atol=1e-6)
-
-
 def test_self_attention_by_hand():
     layer, x = leave_zero(qd.SelfAttention(16)), torch.randn(1, 16, 3, 3)
     q, k, v = layer.qkv(layer.norm(x)).flatten(2)[0].view(3, 4, 4, 9)

@@ -7,6 +7,7 @@ from scipy import linalg
 from skimage.metrics import structural_similarity
 
 import cal_fid_ssim as metrics
+from cal_fid_ssim_medmnist import scattering_extractor
 from quantum_diffusion_mnist import UserError, load_images, to_float
 
 DIGITS = load_images("digits", None)[1][:200]
@@ -154,3 +155,20 @@ def test_classifier_is_trained_again_for_other_images(tmp_path, monkeypatch, cap
     assert torch.equal(torch.random.get_rng_state(), before)  # nobody else's randomness moved
     with pytest.raises(UserError, match="single class.*--features none"):
         load(DIGITS, torch.zeros(200).long())
+
+
+def test_scattering_sees_structure_that_spectra_do_not():
+    """Dark discs, as nuclei: new ones are near, ones of scrambled phases or with noise are not;
+    where a tile is cut does not matter."""
+    generator = torch.Generator().manual_seed(0)
+    centres, row = 28 * torch.rand(2, 300, 5, 1, 1, generator=generator), torch.arange(28.0)
+    discs = (centres[0] - row) ** 2 + (centres[1] - row[:, None]) ** 2 < 9
+    colours = torch.tensor([90.0, 110.0, 60.0])[:, None, None]
+    train, test = (220 - colours * discs.any(1, keepdim=True)).byte().split(200)
+    extractor, noise = scattering_extractor(train), torch.randn(100, 3, 28, 28, generator=generator)
+    phases = (waves := torch.fft.fft2(noise[:, :1])) / waves.abs()
+    scrambled = torch.fft.ifft2(torch.fft.fft2(test.float()) * phases).real
+    sets = [x.round().clamp(0, 255).byte() for x in (test.float(), scrambled, test + 8 * noise)]
+    kid = [metrics.kernel_distance(extractor(x), extractor(train))[0] for x in sets]
+    assert 10 * abs(kid[0]) < min(kid[1:]), kid
+    assert np.abs(extractor(test.roll((5, 9), (2, 3))) - extractor(test)).max() < 1e-6

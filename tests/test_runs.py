@@ -116,15 +116,6 @@ def test_killed_and_continued_equals_uninterrupted(finished, tmp_path, monkeypat
     assert 4 <= cuts < 12 and contents(run) == contents(whole)
 
 
-def test_looking_changes_no_weights_and_a_seed_all(finished, tmp_path):
-    look = ["--n_frames", 6, "--n_samples", 5, "--sample_steps", 4, "--n_eval", 1]
-    qd.main(tiny(tmp_path / "look", *NOISY, *look))
-    qd.main(tiny(tmp_path / "seed", *NOISY, "--seeds", 1))
-    folders = finished[1], tmp_path / "look", tmp_path / "seed"
-    known, looked, other = (tensors(only(folder) / "model.pt") for folder in folders)
-    assert looked == known and all(other[name] != known[name] for name in known)
-
-
 def test_a_larger_n_eval_only_samples_the_missing_images(tmp_path, monkeypatch):
     # Shots too: an image does not depend on those it is drawn with.
     argv = (*NOISY, "--lr", "0.05", "--timesteps", "2", "--n_eval")
