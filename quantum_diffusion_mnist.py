@@ -114,7 +114,7 @@ class Settings:
     label: int = 3
     n_train: int | None = None
     seed: int = 0
-    steps: int = setting(1410, between(1, 10**8), "optimizer steps: 15 epochs over a full digit")
+    steps: int = setting(1250, between(1, 10**8), "optimizer steps: 13 epochs over a full digit")
     batch_size: int = setting(64, between(1, 10**5), "images per step")
     lr: float = setting(3e-3, between(1e-9, 1e3), "peak learning rate of Adam")
     muon_lr: float = setting(0.02, between(0.0, 1e3), "that of Muon, for the inner convolutions")
