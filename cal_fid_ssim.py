@@ -18,6 +18,8 @@ import hashlib
 import io
 import itertools
 import json
+import re
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,18 +77,14 @@ Sample = tuple[Tensor, np.ndarray]  # images (N, C, H, W) uint8, features (N, d)
 
 
 # ----------------------------------------------------------------------------------- metrics
-
-
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Fréchet distance of two Gaussians fitted to features (n, d) and (m, d) (Heusel et al. 2017).
-
         |mean_a - mean_b|^2 + tr A + tr B - 2 tr (A B)^(1/2)        A, B the covariances, n - 1
 
     With A = X.T X and B = Y.T Y the last trace is the sum of the singular values of X Y.T: no
     matrix root, which loses half the digits or turns complex when a covariance has not full rank
     (n <= d, dead features), and no epsilon on the diagonal. Both are of 2 or more images. Raises
-    UserError for features that are not finite.
-    """
+    UserError for features that are not finite."""
     means, roots = [], []
     for features in (a, b):
         if not np.isfinite(features).all():
@@ -101,10 +99,8 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 def frechet_infinity(features: np.ndarray, reference: np.ndarray, seed: int) -> float:
     """FID extrapolated to infinitely many generated images (Chong & Forsyth 2020, section 4).
-
     The bias of FID is linear in 1/n: a line through FID_INFINITY_SIZES subsets of n/4 to n images
-    is read off at 1/n = 0. Below n = 2 d the expansion does not hold: NaN.
-    """
+    is read off at 1/n = 0. Below n = 2 d the expansion does not hold: NaN."""
     n, d = features.shape
     if n < 2 * d:
         return float("nan")
@@ -117,11 +113,9 @@ def frechet_infinity(features: np.ndarray, reference: np.ndarray, seed: int) -> 
 
 def kernel_distance(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     """KID: unbiased squared MMD with the kernel (x.y / d + 1)^3, and its standard error.
-
     Bińkowski et al. 2018, section 4, over all pairs instead of random blocks. The standard error
     is the two-sample jackknife's (each image left out once, from the kernel's row sums); NaN for
-    fewer than 3 images. It is conservative near zero, where the estimator is degenerate.
-    """
+    fewer than 3 images. It is conservative near zero, where the estimator is degenerate."""
 
     def row_sums(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         chunks = [x[i : i + CHUNK] for i in range(0, len(x), CHUNK)]
@@ -147,12 +141,10 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
 
 def precision_recall(real: np.ndarray, generated: np.ndarray, k: int) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019, section 3), each in [0, 1].
-
     Precision: share of generated features inside a ball around some real feature that reaches to
     its k-th nearest other real feature; recall: the two sets exchanged. On the ball is inside.
     Both sets should be of one size. NaN with k or fewer images. Distances are exact for equal rows,
-    as ties of collapsed samples need.
-    """
+    as ties of collapsed samples need."""
     distance = functools.partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
 
     def covered(points: Tensor, balls: Tensor) -> float:
@@ -172,8 +164,7 @@ def ssim(a: Tensor, b: Tensor) -> float:
 
     scikit-image's defaults: a uniform 7x7 window, so that 22x22 of 28x28 pixels count (the 11x11
     Gaussian window leaves 18x18); colour: the mean over the channels. One call for all images,
-    one above the other; the rim that mixes neighbours is the one that SSIM leaves out anyway.
-    """
+    one above the other; the rim that mixes neighbours is the one that SSIM leaves out anyway."""
     n = min(len(a), len(b))
     tall = (x[:n].reshape(-1, x.shape[-1]).numpy() for x in (a, b))
     values = structural_similarity(*tall, data_range=255, full=True)[1].reshape(a[:n].shape)
@@ -195,10 +186,8 @@ def ssim_diversity(images: Tensor, seed: int) -> float:
 
 def nearest_images(images: Tensor, training: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """For each uint8 image its nearest training image: (distance, index), each (N,).
-
     The distance is the root mean square difference of the pixels, black to white being 1.
-    Integers below 2^53 in float64: a copy has distance 0 exactly.
-    """
+    Integers below 2^53 in float64: a copy has distance 0 exactly."""
     a, b = (x.flatten(1).double() for x in (images, training))
     lengths, found = b.square().sum(dim=1), []
     for x in a.split(CHUNK):
@@ -209,8 +198,6 @@ def nearest_images(images: Tensor, training: Tensor) -> tuple[np.ndarray, np.nda
 
 
 # -------------------------------------------------------------------------------- extractors
-
-
 def content_hash(*tensors: Tensor) -> str:
     """SHA-256 of the tensors' types, shapes and values."""
     digest = hashlib.sha256()
@@ -220,14 +207,16 @@ def content_hash(*tensors: Tensor) -> str:
     return digest.hexdigest()
 
 
-def cached(path: Path, record: dict[str, Any], make: Callable[[], dict]) -> dict[str, Any]:
+def cached(path: Path, record: dict, make: Callable[[], dict], fits: Callable) -> dict[str, Any]:
     """What ``make`` returns, {"record": at least ``record``, "state": tensors}, read from ``path``
-    when it was made from the same record before. What cannot be read or kept costs a line."""
+    when made from the same record before and ``fits``. What cannot be read or kept costs a line."""
     if path.exists():
         try:
             with reading(path, "from the same images and settings"):
+                assert zipfile.ZipFile(path).testzip() is None, "checksum"
                 kept = torch.load(path, map_location="cpu", weights_only=True)
                 assert record.items() <= kept["record"].items(), "made from others"
+                assert fits(kept), "other shapes, or not finite"
                 return kept
         except UserError as error:
             print(f"{error}: made again", flush=True)
@@ -262,7 +251,8 @@ class Extractor(NamedTuple):
             record = {"images": content_hash(images), "made_by": f"{self.preprocessing} {self}"}
             path = folder / f"features_{hashlib.sha256(repr(record).encode()).hexdigest()[:24]}.pt"
             make = lambda: {"record": record, "state": torch.from_numpy(self(images))}  # noqa: E731
-            return cached(path, record, make)["state"].numpy()
+            fits = lambda x: x["state"].isfinite().all() and x["state"].shape[:-1] == (len(images),)  # noqa: E731
+            return cached(path, record, make, fits)["state"].double().numpy()
         with torch.inference_mode():
             parts = images.expand(-1, self.channels, -1, -1).split(batch)
             parts = tqdm(parts, self.name, delay=2, leave=False)
@@ -272,11 +262,9 @@ class Extractor(NamedTuple):
 
 def inception_extractor(weights: Path | None, device: torch.device | str) -> Extractor:
     """torchvision's InceptionV3: 2,048 features after the last pooling.
-
     The preprocessing is the one that torchvision documents for these weights: resize to 342
     (bilinear, antialiased), centre crop 299, ImageNet's mean and deviation. Grey is repeated.
-    Raises UserError when the weights cannot be had or the file does not hold them.
-    """
+    Raises UserError when the weights cannot be had or the file does not hold them."""
     official = Inception_V3_Weights.IMAGENET1K_V1
     mend = "give a local copy with --inception_weights FILE, or use --features classifier"
     with reading(weights or official.url, f"InceptionV3's weights; {mend}"):
@@ -355,17 +343,19 @@ def load_classifier(
         tested = {"test_accuracy": accuracy(model, *test), "n_test": len(test[0])}
         return {"record": record | tested, "state": model.state_dict()}
 
-    path = folder / f"classifier_{source}_seed{seed}.pt"
-    kept = cached(path, record, make)
-    model = build_classifier(train[0].shape[1], int(train[1].max()) + 1, seed)
-    with reading(path, "a classifier; remove it to train another"):
+    def fits(kept: dict[str, Any]) -> bool:
         model.load_state_dict(kept["state"])
+        finite = all(x.isfinite().all() for x in model.state_dict().values())
+        return finite and isinstance(kept["record"]["test_accuracy"], float)
+
+    path = folder / f"classifier_{source}_seed{seed}.pt"
+    model = build_classifier(train[0].shape[1], int(train[1].max()) + 1, seed)
+    kept = cached(path, record, make, fits)
+    model.load_state_dict(kept["state"])
     return model.eval(), kept["record"]
 
 
 # ---------------------------------------------------------------------------- measuring one run
-
-
 class DataSet(NamedTuple):
     """What differs between the MNIST and the PathMNIST command line: the training script's module
     (load_images, select_images, UserError, perhaps symmetries), the data sources, the paper's
@@ -398,16 +388,23 @@ class Run(NamedTuple):
 def read_run(folder: Path, dataset: DataSet) -> Run:
     """Read a run folder. Raises UserError when it is none, unfinished, or of another data set."""
     path, grid = folder / "config.json", folder / "samples_final.png"
-    config = mnist.read_config(path)
-    with reading(path, "a run's configuration"):
-        settings, trained_on, condition = (config[k] for k in ("settings", "images", "condition"))
-        source, arm, n_train, *numbers = (settings[key] for key in ("data", "arm", *PAIR, *BUDGET))
-        texts = arm in ARMS and isinstance(condition, str)
-        assert texts and isinstance(n_train, (int, type(None))), f"{arm} {condition} {n_train}"
-        assert all(isinstance(number, (int, float)) for number in numbers), f"{numbers}"
-    if source not in dataset.sources:
+    config, module = mnist.read_config(path), dataset.module
+    settings, trained_on = config["settings"], config["images"]
+    if (source := settings.get("data")) not in dataset.sources:
         scripts = "cal_fid_ssim.py measures MNIST, cal_fid_ssim_medmnist.py PathMNIST"
         raise UserError(f"{folder}: data set {source}; {scripts}")
+    with reading(path, "a run's configuration"):
+        arm, label, n_train = (settings[key] for key in ("arm", "label", "n_train"))
+        known = {key: value for key, value in settings.items() if key != "label_name"}
+        condition = module.Settings(**known).condition
+        assert arm in ARMS and re.fullmatch(r"[\w.-]{,99}", condition, re.ASCII), (
+            f"{arm} {condition}"
+        )
+        whole = label, settings["seed"], config["n_eval"], n_train or 0
+        assert all(type(x) is int for x in whole) and 0 <= label < len(module.CLASS_NAMES), whole
+        assert settings.get("label_name") in (None, module.CLASS_NAMES[label]), "label_name"
+        assert all(isinstance(known[key], (int, float)) for key in BUDGET), "budget"
+        assert hasattr(module, "symmetries") or "symmetries" not in trained_on, "symmetries"
     if not grid.exists():
         raise UserError(f"{folder}: not finished, no {grid.name}; {config.get('command', '')}")
     images = split_grid(grid, config["n_eval"]).images
@@ -570,8 +567,6 @@ def draw_closest_pairs(
 
 
 # --------------------------------------------------------------------------- tables and figures
-
-
 def comparison_csv(results: list[dict[str, Any]]) -> str:
     """One line a run: settings, figures, floors."""
     frame = pd.json_normalize(results, sep="_")
@@ -585,12 +580,12 @@ def comparison_csv(results: list[dict[str, Any]]) -> str:
 
 def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
     """``comparison.csv``, one row a run, from which every table and figure is made.
-
     ``n_train`` is infinite for a whole class; ``name``, an ordered category that ends with FLOOR,
     is the arm with its condition."""
     with reading(file, "a comparison of runs"):
-        frame = pd.read_csv(file, dtype={"run": str, "condition": str, "note": str})
-        frame = frame.fillna({"condition": "", "note": "", "n_train": np.inf})
+        texts = dict.fromkeys(("run", "condition", "note"), str)
+        frame = pd.read_csv(file, dtype=texts, keep_default_na=False, na_values=[""])
+        frame = frame.fillna(dict.fromkeys(texts, "") | {"n_train": np.inf})
         frame["name"] = (frame["arm"] + " " + frame["condition"]).str.strip()
         order = sorted(set(frame["name"]), key=lambda name: ([*ARMS].index(name.split()[0]), name))
         frame["name"] = pd.Categorical(frame["name"], [*order, FLOOR], ordered=True)
@@ -814,16 +809,13 @@ def draw_overview(runs: Sequence[Run], evaluator: Evaluator) -> Figure:
 
 
 # ----------------------------------------------------------------------- the published procedure
-
-
 def paper_protocol(evaluator: Evaluator, runs: list[Run]) -> str:
     """The published evaluation, and beside it what real images score under it; a table that ends
     with the paper's own figures, and ``metrics_paper.json`` in each run folder.
 
     Published: 5 generated images against the first 5 training images of any class, FID and paired
     SSIM. Beside it PAPER_DRAWS times 5 real images of the run's own class, as a perfect generator
-    would draw them: how far chance alone moves both figures.
-    """
+    would draw them: how far chance alone moves both figures."""
     images, labels = evaluator.train
     first, others = evaluator.sample(images[:PAPER_IMAGES]), torch.arange(len(images))
     drawn, rows = {}, []
@@ -839,6 +831,8 @@ def paper_protocol(evaluator: Evaluator, runs: list[Run]) -> str:
             generator = evaluator.stream("paper")
             pool = images[(others >= PAPER_IMAGES) & (labels == label)]
             order = torch.randperm(len(pool), generator=generator)[: 2 * PAPER_DRAWS]
+            if len(order) < PAPER_IMAGES:
+                raise UserError(f"{run.folder}: {len(order)} real images, expected {PAPER_IMAGES}")
             pool = evaluator.sample(pool[order])
             fives = (torch.randperm(len(order), generator=generator) for _ in range(PAPER_DRAWS))
             draws = (tuple(part[five[:PAPER_IMAGES]] for part in pool) for five in fives)
@@ -862,8 +856,6 @@ def paper_protocol(evaluator: Evaluator, runs: list[Run]) -> str:
 
 
 # -------------------------------------------------------------------------------- command line
-
-
 def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Namespace:
     """The command line's options."""
     parser = argparse.ArgumentParser(

@@ -287,11 +287,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--out", type=Path, metavar="PNG", help="figure to write (default: PICTURE_split.png)")
     options = parser.parse_args(argv)
     path = options.picture
-    out = options.out or path.with_name(f"{path.stem}_split.png")
+    out = options.out or path.parent / f"{path.stem}_split.png"
     with exit_codes():
         grid = split_grid(path, options.expect)
-        if out.exists() and out.samefile(path):
-            raise UserError(f"--out {out}: is the picture itself; name another file")
+        if out.exists() and (not out.is_file() or out.samefile(path)):
+            raise UserError(f"--out {out}: is the picture itself, or no file; name another")
         out.parent.mkdir(parents=True, exist_ok=True)
         x0, y0, x1, y1 = grid.boxes[0]
         channels, height, width = grid.images.shape[1:]

@@ -4,7 +4,7 @@ The sibling of quantum_diffusion_mnist.py (arXiv 2504.00034) for colour images o
 has the same name in both is the same. README.md lists what differs from the authors' code and why.
 
     python quantum_diffusion_pathmnist.py --use_quantum                 # adenocarcinoma
-    python quantum_diffusion_pathmnist.py --arm matched quantum --labels lymphocytes mucus --augment
+    python quantum_diffusion_pathmnist.py --arm matched quantum --labels lymphocytes mucus
 """
 
 import argparse
@@ -27,8 +27,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, partial
 from pathlib import Path
 
-# OpenMP's threads spin while they wait for each other: on a machine that is busy with other work
-# that makes a step up to thirteen times slower. Spinning for a shorter time costs nothing.
+# OpenMP's threads spin while they wait, which on a busy machine makes a step thirteen times slower
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch loads OpenMP
 
@@ -75,7 +74,8 @@ CLASS_PREFIX = "_"  # between data set and class in a run's name
 DATA_FLAGS = {
     "--labels": {"nargs": "+", "dest": "classes", "choices": [*CLASS_IDS, "all"], "metavar": "NAME"}
     | {"help": f"list of {', '.join(PATHMNIST_CLASSES)} or 0-8, or all (default: adenocarcinoma)"},
-    "--augment": {"action": "store_true", "help": "train on eight symmetries of each image"},
+    "--augment": {"action": argparse.BooleanOptionalAction, "default": True}
+    | {"help": "train on the eight symmetries of each image (default)"},
     "--data": {"choices": ["auto", "pathmnist", "tissue"], "default": "auto"}
     | {"help": "auto (default) takes PathMNIST, or without a network scikit-image's tissue"},
     "--data_dir": {"type": Path, "default": "data", "help": "of pathmnist.npz (default: data)"},
@@ -137,12 +137,12 @@ class Settings:
     readout_noise: float = setting(0.0, between(0.0, 1.0), "share of flipped bits", "P")
 
     def __post_init__(self):
-        exact, options = self.simulator == "exact", self.simulator_options or {}
+        exact, options = self.simulator == "exact", self.simulator_options
         most = MIXED_QUBITS if self.simulator == "default.mixed" else DEVICE_QUBITS
         for mistake, message in (
             (self.timesteps < self.sample_steps != SAMPLE_STEPS,
              f"sample_steps {self.sample_steps}: expected at most --timesteps {self.timesteps}"),
-            (options and (exact or "shots" in str(options)),
+            (options is not None and (exact or type(options) is not dict or "shots" in options),
              "simulator_options: expected a PennyLane device as --simulator, and no shots"),
             (exact and self.arm in QUANTUM_ARMS and self.n_layers > EXACT_LAYERS,
              f"n_layers {self.n_layers}: at most {EXACT_LAYERS}, or --simulator default.qubit"),
@@ -186,6 +186,7 @@ def random_stream(seed: int, *name: object, device: str | torch.device = "cpu") 
 def reading(path: Path, what: str) -> Iterator[None]:
     """The door for foreign files: whatever reading one raises becomes a UserError that names it."""
     try:
+        assert not (isinstance(path, Path) and path.is_fifo()), "a pipe"
         yield
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -196,9 +197,8 @@ def reading(path: Path, what: str) -> Iterator[None]:
 def load_images(data: str, data_dir: Path, split: str = "train") -> tuple[str, Tensor, Tensor]:
     """Reads one split, ``train`` or ``test``: (source, images (N, 3, 28, 28) uint8, labels (N,)).
     data: ``pathmnist`` (downloaded when data_dir holds no ``pathmnist.npz``), ``tissue`` (324 tiles
-    of the colon tissue that scikit-image ships, one class; the last 72, its lowest rows, are the
-    test split), or ``auto``: the first, and without a network the second; the returned source says
-    which. Raises UserError: PathMNIST cannot be had, or its file is damaged."""
+    of scikit-image's colon tissue, one class; the last 72 are the test split), or ``auto``: the
+    first, or without a network the second. Raises UserError: it cannot be had, or is damaged."""
     fetch, name = partial(medmnist.PathMNIST, "train", download=True), "pathmnist.npz"
     way_out = data == "pathmnist" and f"copy {name} to {data_dir} or use --data tissue"
     if data != "tissue" and available(data_dir, name, fetch, way_out):
@@ -207,7 +207,7 @@ def load_images(data: str, data_dir: Path, split: str = "train") -> tuple[str, T
             images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
             assert images.dtype == np.uint8 and labels.dtype.kind in "ui", "not whole numbers"
             assert images.shape == (len(labels), IMAGE_SIZE, IMAGE_SIZE, 3), images.shape
-            assert labels.shape == (len(labels), 1) and np.isin(labels, range(9)).all(), "labels"
+            assert labels.shape == (len(labels) or 1, 1) and {*labels.flat} <= {*range(9)}, "labels"
             images = torch.from_numpy(images).permute(0, 3, 1, 2)
             return "pathmnist", images, torch.from_numpy(labels[:, 0].astype(np.int64))
     side = 512 // IMAGE_SIZE  # 18 x 18 disjoint tiles of the 512 x 512 picture
@@ -229,7 +229,7 @@ def available(data_dir: Path, name: str, fetch: Callable, way_out: str | bool) -
                 fetch(root=aside)
                 path.parent.mkdir(exist_ok=True)
                 (Path(aside) / name).rename(path)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # of the network, or of what it answers
         found = f"no {path}, download failed: {' '.join(str(error).split())}"
         if way_out and not path.exists():  # it does when another process was faster
             raise UserError(f"{found}; {way_out}") from error
@@ -299,7 +299,6 @@ class GaussianDiffusion:
     ) -> Tensor:
         """Draws the images ``numbers`` of a series, (n, C, 28, 28) float32 in -1..1, with ``steps``
         evaluations of the model, (x (n, C, 28, 28), t (n,)) -> v; 1 <= steps <= T.
-
         SDE-DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095). Of first order, with d = x0, it is
         DDPM's ancestral step; the second order extrapolates from the x0 before. The noise levels
         lie evenly in lambda = log(alpha / sigma) from -6 on, but the first, t = T - 1. An image has
@@ -401,9 +400,7 @@ placed = cache(Tensor.to)  # a copy to a GPU makes the host wait, so each consta
 
 def depolarising(p: float, like: Tensor) -> Tensor:
     """PennyLane's ``DepolarizingChannel(p)`` in the Pauli basis, where it is diagonal: (4,)."""
-    noise = like.new_ones(4)
-    noise[1:].mul_(1 - 4 * p / 3)
-    return noise
+    return torch.cat([like.new_ones(1), like.new_full((3,), 1 - 4 * p / 3)])
 
 
 def gate_matrices(weights: Tensor, p1: float = 0.0) -> Tensor:
@@ -517,10 +514,9 @@ def check_simulation(settings: Settings) -> None:
     """Compares the exact simulation with PennyLane's on a small random circuit, values and
     gradients; with ``--simulator DEVICE`` on this device, and with shots that it runs at all.
     Raises UserError when they differ (one was edited without the other), or the device fails."""
-    generator = random_stream(0, "check")
     name = settings.simulator.replace("exact", "default.mixed")  # which takes noise
     small = replace(settings, n_qubits=3, n_layers=2, simulator=name)
-    how = {"dtype": torch.float64, "generator": generator, "requires_grad": True}
+    how = {"dtype": torch.float64, "generator": random_stream(0, "check"), "requires_grad": True}
     kinds, angles = 1 if settings.arm == "published" else 2, torch.randn(2, 3, **how)
     weights = torch.randn(2, 3, kinds, **how)
     results = [circuit_expectations(angles, weights, replace(small, shots=None))]
@@ -567,8 +563,7 @@ class QuantumAttention(nn.Module):
         if self.settings.simulator == "exact":
             return circuit_expectations(angles, self.weights, self.settings, self.generators)
         qnode = self.qnode if torch.is_grad_enabled() else self.inference_qnode
-        values = torch.stack(qnode(angles.cpu(), self.weights.cpu()), -1).to(angles)
-        return values.view_as(angles)  # with shots some devices drop a batch of one
+        return torch.stack(qnode(angles.cpu(), self.weights.cpu()), -1).to(angles).view_as(angles)
 
     def forward(self, features: Tensor) -> Tensor:
         """features (B, C) -> gate (B, C)."""
@@ -676,7 +671,7 @@ def write_atomic(path: Path, data: bytes | str | dict) -> None:
     if isinstance(data, dict):
         torch.save(data, buffer := io.BytesIO())
         data = buffer.getvalue()
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         aside.write_bytes(data.encode() if isinstance(data, str) else data)
         os.replace(aside, path)
@@ -718,7 +713,7 @@ def load_grid(path: Path) -> Tensor:
         n, columns, scale, padding = (grid[k] for k in ("count", "columns", "scale", "padding"))
         height, width = grid["tile_height"] + padding, grid["tile_width"] + padding
         shape = -(-n // columns) * height + padding, columns * width + padding, grid["channels"]
-        pixels = picture.height / scale, picture.width / scale, len(picture.getbands())
+        pixels = picture.height / scale, picture.width / scale, {"L": 1, "RGB": 3}[picture.mode]
         assert pixels == shape, f"{pixels}, described as {shape}"
         canvas, half = torch.from_numpy(np.array(picture)[::scale, ::scale]), padding // 2
         canvas = canvas.view(shape)[half:-half, half:-half]
@@ -761,7 +756,7 @@ def save_loss_curve(path: Path, losses: Tensor, title: str) -> None:
     axes.semilogy(torch.arange(len(losses)) + 1, losses, "#bbbbbb", lw=0.5, label="each step")
     centres = torch.arange(len(smooth)) + (window + 1) / 2
     axes.semilogy(centres, smooth, "#0072b2", lw=1.2, label=f"mean of {window}")
-    axes.set(xlabel="optimizer step", ylabel="weighted squared error of v", title=title)
+    axes.set(xlabel="optimizer step", ylabel="mean squared error of v", title=title)
     axes.legend(frameon=False)
     save_figure(path, figure)
 
@@ -841,12 +836,12 @@ def open_run(folder: Path, config: dict) -> Iterator[None]:
     except filelock.Timeout:
         raise UserError(f"{folder} is in use by another process") from None
     with lock:
-        for left in folder.rglob(".*.tmp"):  # by a process that was killed while it wrote
-            left.unlink()
         if not path.exists():
             write_atomic(path, json.dumps(config, indent=2))
         if found := differences(path, config):
             raise UserError(f"{folder} is another run: {found}; use another --save_dir")
+        for left in folder.rglob(".*.[0-9]*.tmp"):  # by a process that was killed while it wrote
+            left.unlink()
         yield
 
 
@@ -885,11 +880,11 @@ def training_batch(settings: Settings, images: Tensor, step: int) -> tuple[Tenso
 
 @torch.no_grad()
 def muon_step(weights: Sequence[Tensor], momenta: Sequence[Tensor], lr: float) -> None:
-    """One step of Muon (Jordan et al. 2024) on convolutions, each weight taken as a matrix, its
-    first axis by the rest: five steps x <- (3.4445 - 4.7750 x x^T + 2.0315 (x x^T)^2) x bring all
-    singular values of the Nesterov momentum near 1. The factors are gathered on the small x x^T,
-    with which they commute, and x is multiplied once."""
-    for weight, momentum in zip(weights, momenta, strict=True):
+    """One step of Muon (Jordan et al. 2024) on convolutions, each weight a matrix, first axis by
+    rest: five steps x <- (3.4445 - 4.7750 x x^T + 2.0315 (x x^T)^2) x bring all singular values of
+    the Nesterov momentum near 1. The factors are gathered on the small x x^T, which they commute
+    with, and x is multiplied once. Momenta beyond the weights are left alone."""
+    for weight, momentum in zip(weights, momenta, strict=False):
         momentum.lerp_(weight.grad, 0.05)
         x = weight.grad.lerp(momentum, 0.95).flatten(1)
         scale, wide = max(1, len(x) / x.shape[1]) ** 0.5, len(x) <= x.shape[1]
@@ -916,18 +911,24 @@ class Trainer:
         rest = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
         hidden = [k for k, p in rest.items() if p.ndim == 4 and k[:5] not in ("stem.", "head.")]
         self.hidden = [rest.pop(name) for name in hidden]
-        self.momenta = [torch.zeros_like(p) for p in self.hidden]
+        self.moments = [torch.zeros_like(p) for p in self.hidden]  # Muon's, and then Adam's
         self.adam = torch.optim.Adam(rest.values(), settings.lr, (0.9, 0.99), fused=True)
+        for p in rest.values():
+            self.adam.state[p] = {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
+            self.adam.state[p]["step"] = torch.zeros((), device=device)
+            self.moments += self.adam.state[p].values()
         self.losses = torch.zeros(settings.steps, device=device)
         if checkpoint.exists():
             with reading(checkpoint, "a checkpoint of this run; if damaged, remove it"):
                 assert zipfile.ZipFile(checkpoint).testzip() is None, "checksum"
                 state = torch.load(checkpoint, map_location=device, weights_only=True)
                 assert state["name"] == settings.name, f"of {state['name']}"
-                for name in ("model", "average", "adam"):
+                for name in ("model", "average"):
                     getattr(self, name).load_state_dict(state[name])
-                self.momenta, self.done = state["momenta"], state["step"]
-                self.losses[: self.done] = state["losses"]
+                for own, kept in zip(self.moments, state["moments"], strict=True):
+                    own.copy_(kept.view_as(own))
+                self.done = len(state["losses"])
+                self.losses[: self.done].copy_(state["losses"].view(-1))
 
     def step(self) -> None:
         """One optimizer step; never makes the host wait for the device."""
@@ -945,7 +946,7 @@ class Trainer:
         rate = min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / settings.steps))
         self.adam.param_groups[0]["lr"] = rate * settings.lr
         self.adam.step()
-        muon_step(self.hidden, self.momenta, rate * settings.muon_lr)
+        muon_step(self.hidden, self.moments, rate * settings.muon_lr)
         # A decay that grows with the steps (as in TensorFlow) soon forgets the initial weights
         decay, new = min(settings.ema_decay, (1 + step) / (10 + step)), self.model.parameters()
         with torch.no_grad():
@@ -964,9 +965,9 @@ class Trainer:
             raise UserError(f"{self.settings.name}: {found}; try a lower --lr, another --save_dir")
         rows = "".join(f"{k},{loss!r}\n" for k, loss in enumerate(losses.tolist(), 1))
         write_atomic(self.checkpoint.with_name("loss.csv"), "step,loss\n" + rows)
-        state = {k: getattr(self, k).state_dict() for k in ("model", "average", "adam")}
-        state |= {"momenta": self.momenta, "step": self.done, "losses": losses}
-        write_atomic(self.checkpoint, state | {"name": self.settings.name})
+        state = {"name": self.settings.name, "model": self.model.state_dict(), "losses": losses}
+        state |= {"average": self.average.state_dict(), "moments": self.moments}
+        write_atomic(self.checkpoint, state)
 
 
 def train(settings: Settings, images: Tensor, folder: Path) -> None:
@@ -1005,7 +1006,7 @@ def train(settings: Settings, images: Tensor, folder: Path) -> None:
         print(f"NOTICE: {len(previews) - len(kept)} lost previews left out", file=sys.stderr)
     save_gif(folder / "training_progress.gif", kept)
     save_loss_curve(folder / "loss_curve.png", trainer.losses.cpu(), settings.name)
-    write_atomic(folder / "model.pt", trainer.average.state_dict())
+    write_atomic(folder / "model.pt", trainer.average.state_dict() | {"name": settings.name})
 
 
 def sample_final(settings: Settings, folder: Path, n_eval: int, device: torch.device) -> None:
@@ -1016,9 +1017,11 @@ def sample_final(settings: Settings, folder: Path, n_eval: int, device: torch.de
     with reading(weights, "this run's weights"):
         assert zipfile.ZipFile(weights).testzip() is None, "checksum"
         state = torch.load(weights, map_location=device, weights_only=True)
+        assert f"{settings.name}_".startswith(f"{(name := state.pop('name'))}_"), f"of {name}"
         model = UNet(state["stem.weight"].shape[1] // 4, settings).to(device)
         model.load_state_dict(state)
         assert all(p.isfinite().all() for p in model.parameters()), "not finite"
+        assert all(x.shape[1:] == (model.channels, IMAGE_SIZE, IMAGE_SIZE) for x in images), path
     chunks = range(sum(map(len, images)), n_eval, 64)
     steps = min(settings.sample_steps, settings.timesteps)
     diffusion = GaussianDiffusion(settings.timesteps, device)
@@ -1047,9 +1050,8 @@ def build_parser() -> argparse.ArgumentParser:
     arm.add_argument("--arm", nargs="+", choices=ARMS, metavar="ARM", help="list; see below")
     text = "shorthand for --arm quantum (True) or --arm classical (False)"
     arm.add_argument("--use_quantum", nargs="?", const="True", choices=["True", "False"], help=text)
-    text = "numbers of training images, list, or all (default: all)"
     count = {"type": between(1, 10**9, "all"), "default": [None], "metavar": "N"}
-    add("--n_train", nargs="+", **count, help=text)
+    add("--n_train", nargs="+", **count, help="training images a run, list, or all (default: all)")
     add("--seeds", nargs="+", type=between(0, 2**63 - 1), default=[0], help="list (default: 0)")
     length = parser.add_mutually_exclusive_group()
     for item in fields(Settings):
@@ -1060,8 +1062,7 @@ def build_parser() -> argparse.ArgumentParser:
             where.add_argument(f"--{item.name}", default=item.default, **options)
     length.add_argument("--epochs", type=between(1, 10**6), help="passes over the training images")
     add("--n_eval", type=between(1, 50_000), default=25, help="images drawn finally (default: 25)")
-    text = "train nothing: sample the models in the run folders of FOLDER, under other conditions"
-    add("--weights", type=Path, metavar="FOLDER", help=text)
+    add("--weights", type=Path, metavar="FOLDER", help="only sample the models of FOLDER's runs")
     add("--save_dir", type=Path, default=Path("runs"), help="of the run folders (default: runs)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     return parser
@@ -1070,8 +1071,8 @@ def build_parser() -> argparse.ArgumentParser:
 def this_process(device: str) -> tuple[torch.device, int, int]:
     """The device, and which process this is, of how many: RANK and WORLD_SIZE, set by torchrun or a
     job array; LOCAL_RANK gives each a GPU. Raises UserError when there is none, or no such rank."""
-    names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    rank, size, local = (os.environ.get(name, default) for name, default in names.items())
+    size, local = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_RANK", "0")
+    rank = os.environ.get("RANK", "0" if size == "1" else "")
     if not (all(map(str.isdecimal, (rank, size, local))) and int(rank) < int(size)):
         found = f"RANK={rank} WORLD_SIZE={size} LOCAL_RANK={local}"
         raise UserError(f"{found}: expected whole numbers with 0 <= RANK < WORLD_SIZE")
@@ -1137,8 +1138,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     try:
         make_all(args, symmetries if args.augment else None)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command continues where it stopped", file=sys.stderr)

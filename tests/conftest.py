@@ -11,7 +11,10 @@ import torch
 import quantum_diffusion_mnist as mnist
 import quantum_diffusion_pathmnist as pathmnist
 
-EMBEDDED = {mnist: ("--data", "digits", "--digits", "3"), pathmnist: ("--data", "tissue")}
+EMBEDDED = {
+    mnist: ("--data", "digits", "--digits", "3"),
+    pathmnist: ("--data", "tissue", "--no-augment"),
+}
 
 
 @pytest.fixture(params=EMBEDDED, ids=lambda module: module.__name__.rsplit("_")[-1])

@@ -30,15 +30,15 @@ RESULTS = Path(__file__).parents[1] / "result_gif" / "results"
 
 
 def make_run(root, images, arm="classical", label=3, n_train=None, seed=0, data="digits",
-             condition="", training=None, **trained_on):  # fmt: skip
+             shots=None, training=None, **trained_on):  # fmt: skip
     """A finished run folder with these images (N, C, 28, 28)."""
-    settings = mnist.Settings(arm, data, label, n_train, seed)
-    folder = root / f"{settings.name}_{condition}".rstrip("_")
+    settings = mnist.Settings(arm, data, label, n_train, seed, shots=shots)
+    folder = root / settings.name
     folder.mkdir(parents=True)
     training = select_images(*TRAIN, label, n_train, seed) if training is None else training
     trained_on["sha256"] = hashlib.sha256(training.numpy().tobytes()).hexdigest()
     config = {"settings": asdict(settings), "images": trained_on, "weights": {}}
-    config |= {"condition": condition, "n_eval": len(images)}
+    config |= {"condition": settings.condition, "n_eval": len(images)}
     (folder / "config.json").write_text(json.dumps(config))
     if len(images):
         save_grid(folder / "samples_final.png", images)
@@ -189,10 +189,10 @@ def test_comparison_files(tmp_path, evaluate, monkeypatch):
             save(path, figure)
 
     monkeypatch.setattr(mnist, "save_figure", keep)
-    arms = {"matched": ("", 5), "quantum": ("", 25), "quantum shots10": ("shots10", 45)}
+    arms = {"matched": (None, 5), "quantum": (None, 25), "quantum shots10": (10, 45)}
     for (name, (of, level)), n, s in itertools.product(arms.items(), (10, None), (1, 0)):
         images, end = noisy(THREES[:9], s, level), f", N = {n}" if n else ""
-        runs.append(make_run(tmp_path, images, name.split()[0], 3, n, s, condition=of))
+        runs.append(make_run(tmp_path, images, name.split()[0], 3, n, s, shots=of))
         shown |= {"real" + end: select_images(*TRAIN, 3, n, s), name + end: images}
     results = evaluate(*runs, "--out", out)
     frame, text = pd.read_csv(out / "comparison.csv"), (out / "comparison.md").read_text()
@@ -392,7 +392,7 @@ def test_data_dir_that_cannot_be_written_then_ctrl_c(tmp_path, capsys, monkeypat
 
 def test_pathmnist(tmp_path, evaluate, monkeypatch):
     """The sibling command line, on a file of medmnist's format and on embedded tissue, whose one
-    class trains no classifier. --augment: copies of the square's symmetries are copies."""
+    class trains no classifier. With --augment copies of the square's symmetries are copies."""
     monkeypatch.setattr(evaluation, "CLASSIFIER_STEPS", 40)
     write_npz(evaluate.data_dir)
     for data, label, *more in (("pathmnist", 8), ("tissue", 9, "--features", "none")):
