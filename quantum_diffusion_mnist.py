@@ -67,6 +67,7 @@ QUANTUM_ARMS = ("quantum", "published", "product", "frozen")
 CLASS_NAMES = tuple("0123456789")
 CLASS_IDS = {name: k for k, name in enumerate(CLASS_NAMES)}
 CLASS_PREFIX = ""  # between data set and class in a run's name
+STEPS = 1250  # 13 epochs over a full digit
 DEFAULT_CLASS = {"mnist": "3", "digits": "3"}
 DATA_FLAGS = {
     "--digits": {"dest": "classes", "nargs": "+", "choices": [*CLASS_IDS, "all"]}
@@ -113,7 +114,7 @@ class Settings:
     label: int = 3
     n_train: int | None = None
     seed: int = 0
-    steps: int = setting(1250, between(1, 10**8), "optimizer steps: 13 epochs over a full digit")
+    steps: int = setting(STEPS, between(1, 10**8), "optimizer steps")
     batch_size: int = setting(64, between(1, 10**5), "images per step")
     lr: float = setting(3e-3, between(1e-9, 1e3), "peak learning rate of Adam")
     muon_lr: float = setting(0.02, between(0.0, 1e3), "that of Muon, for the inner convolutions")

@@ -71,11 +71,11 @@ CLASS_NAMES = (*PATHMNIST_CLASSES, "immunohistochemistry")  # the last is the em
 CLASS_IDS = {text: k for k, name in enumerate(CLASS_NAMES) for text in (name, str(k))}
 DEFAULT_CLASS = {"pathmnist": "adenocarcinoma", "tissue": "immunohistochemistry"}
 CLASS_PREFIX = "_"  # between data set and class in a run's name
+STEPS = 2500  # tissue needs more than digits do
 DATA_FLAGS = {
     "--labels": {"nargs": "+", "dest": "classes", "choices": [*CLASS_IDS, "all"], "metavar": "NAME"}
     | {"help": f"list of {', '.join(PATHMNIST_CLASSES)} or 0-8, or all (default: adenocarcinoma)"},
-    "--augment": {"action": argparse.BooleanOptionalAction, "default": True}
-    | {"help": "train on the eight symmetries of each image (default)"},
+    "--augment": {"action": argparse.BooleanOptionalAction, "help": "8 symmetries (default)"},
     "--data": {"choices": ["auto", "pathmnist", "tissue"], "default": "auto"}
     | {"help": "auto (default) takes PathMNIST, or without a network scikit-image's tissue"},
     "--data_dir": {"type": Path, "default": "data", "help": "of pathmnist.npz (default: data)"},
@@ -118,7 +118,7 @@ class Settings:
     label: int = 3
     n_train: int | None = None
     seed: int = 0
-    steps: int = setting(1250, between(1, 10**8), "optimizer steps: 13 epochs over a full digit")
+    steps: int = setting(STEPS, between(1, 10**8), "optimizer steps")
     batch_size: int = setting(64, between(1, 10**5), "images per step")
     lr: float = setting(3e-3, between(1e-9, 1e3), "peak learning rate of Adam")
     muon_lr: float = setting(0.02, between(0.0, 1e3), "that of Muon, for the inner convolutions")
@@ -1137,7 +1137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 2 a mistake of the user's, 130 interrupted."""
     args = build_parser().parse_args(argv)
     try:
-        make_all(args, symmetries if args.augment else None)
+        make_all(args, None if args.augment is False else symmetries)
     except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

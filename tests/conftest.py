@@ -78,13 +78,10 @@ def mnist_dir(tmp_path):
     return tmp_path / "data"
 
 
-REDUCED = {"train": 90, "val": 9, "test": 36}
-
-
 def write_npz(folder, **replaced):
     """A file in medmnist's format; label of image k is 4 k mod 9."""
     arrays = {}
-    for split, n in REDUCED.items():
+    for split, n in (("train", 90), ("val", 9), ("test", 36)):
         pixels = np.random.default_rng(n).integers(0, 256, (n, 28, 28, 3), dtype=np.uint8)
         arrays[f"{split}_images"] = pixels
         arrays[f"{split}_labels"] = (np.arange(n) * 4 % 9).astype(np.uint8)[:, None]
