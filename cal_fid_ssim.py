@@ -266,7 +266,7 @@ def inception_extractor(weights: Path | None, device: torch.device | str) -> Ext
     (bilinear, antialiased), centre crop 299, ImageNet's mean and deviation. Grey is repeated.
     Raises UserError when the weights cannot be had or the file does not hold them."""
     official = Inception_V3_Weights.IMAGENET1K_V1
-    mend = "give a local copy with --inception_weights FILE, or use --features classifier"
+    mend = "give a local copy with --inception_weights FILE, or leave --features out"
     with reading(weights or official.url, f"InceptionV3's weights; {mend}"):
         if weights:
             state = torch.load(weights, map_location="cpu", weights_only=True)
@@ -333,7 +333,7 @@ def load_classifier(
     images and labels, test accuracy). Trained when ``folder`` has none with the same record.
     Raises UserError when there is but one class."""
     if len(train[1].unique()) < 2:
-        ways = "--features inception, or --features none for the figures that need no features"
+        ways = "--features none or inception, or leave --features out"
         raise UserError(f"{source} has a single class, which trains no classifier; use {ways}")
     record = {"source": source, "seed": seed, "steps": CLASSIFIER_STEPS, "n_train": len(train[0])}
     record["trained_on"] = content_hash(*train)
@@ -400,7 +400,7 @@ def read_run(folder: Path, dataset: DataSet) -> Run:
         assert arm in ARMS and re.fullmatch(r"[\w.-]{,99}", condition, re.ASCII), (
             f"{arm} {condition}"
         )
-        whole = label, settings["seed"], config["n_eval"], n_train or 0
+        whole = label, settings["seed"], config["n_eval"], 1 if n_train is None else n_train
         assert all(type(x) is int for x in whole) and 0 <= label < len(module.CLASS_NAMES), whole
         assert settings.get("label_name") in (None, module.CLASS_NAMES[label]), "label_name"
         assert all(isinstance(known[key], (int, float)) for key in BUDGET), "budget"
@@ -786,7 +786,8 @@ def draw_panels(frame: pd.DataFrame, against_size: bool) -> Figure:
 def draw_overview(runs: Sequence[Run], evaluator: Evaluator) -> Figure:
     """Real training images and, row by row, the first images of each arm (and training size), by
     the lowest seed: of every class equally many, OVERVIEW_COLUMNS in all where it can be."""
-    names = dict(sorted((run.settings["label"], run.settings.get("label_name")) for run in runs))
+    labels = sorted({run.settings["label"] for run in runs})
+    names = {label: evaluator.dataset.module.CLASS_NAMES[label] for label in labels}
     each, rows = max(1, OVERVIEW_COLUMNS // len(names)), {}
     white = torch.full((each, *runs[0].images.shape[1:]), 255, dtype=torch.uint8)
     for run in sorted(runs, key=lambda run: -run.settings["seed"]):
@@ -802,9 +803,9 @@ def draw_overview(runs: Sequence[Run], evaluator: Evaluator) -> Figure:
     for axes, ((size, *_, arm), found) in zip(panels, sorted(rows.items()), strict=True):
         show_tiles(axes, torch.cat([*found.values()]), each * len(names))
         axes.set_ylabel(arm + (f", N = {size}" if size < np.inf else ""), ha="right", **style)
-    for k, (label, name) in enumerate(names.items()):
+    for k, name in enumerate(names.values()):
         x = (k + 0.5) * each * (white.shape[-1] + mnist.TILE_PADDING)
-        figure.axes[0].text(x, -8, name or label, ha="center", **style)
+        figure.axes[0].text(x, -9, name, ha="center", **style)
     return figure
 
 

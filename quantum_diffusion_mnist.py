@@ -994,7 +994,7 @@ def train(settings: Settings, images: Tensor, folder: Path) -> None:
         print(f"NOTICE: {len(previews) - len(kept)} lost previews left out", file=sys.stderr)
     save_gif(folder / "training_progress.gif", kept)
     save_loss_curve(folder / "loss_curve.png", trainer.losses.cpu(), settings.name)
-    write_atomic(folder / "model.pt", trainer.average.state_dict() | {"name": settings.name})
+    write_atomic(folder / "model.pt", {"name": settings.name} | trainer.average.state_dict())
 
 
 def sample_final(settings: Settings, folder: Path, n_eval: int, device: torch.device) -> None:
@@ -1005,9 +1005,9 @@ def sample_final(settings: Settings, folder: Path, n_eval: int, device: torch.de
     with reading(weights, "this run's weights"):
         assert zipfile.ZipFile(weights).testzip() is None, "checksum"
         state = torch.load(weights, map_location=device, weights_only=True)
-        assert f"{settings.name}_".startswith(f"{(name := state.pop('name'))}_"), f"of {name}"
+        assert f"{settings.name}_".startswith(f"{state['name']}_"), f"of {state['name']}"
         model = UNet(state["stem.weight"].shape[1] // 4, settings).to(device)
-        model.load_state_dict(state)
+        model.load_state_dict({key: state[key] for key in state.keys() - {"name"}})
         assert all(p.isfinite().all() for p in model.parameters()), "not finite"
         assert all(x.shape[1:] == (model.channels, IMAGE_SIZE, IMAGE_SIZE) for x in images), path
     chunks = range(sum(map(len, images)), n_eval, 64)
@@ -1048,7 +1048,7 @@ def build_parser() -> argparse.ArgumentParser:
             default = "" if item.default is None else f" (default: {item.default})"
             options = {**item.metadata, "help": item.metadata["help"] + default}
             where.add_argument(f"--{item.name}", default=item.default, **options)
-    length.add_argument("--epochs", type=between(1, 10**6), help="passes over the training images")
+    length.add_argument("--epochs", type=between(1, 10**6), help="passes over what is trained on")
     add("--n_eval", type=between(1, 50_000), default=25, help="images drawn finally (default: 25)")
     add("--weights", type=Path, metavar="FOLDER", help="only sample the models of FOLDER's runs")
     add("--save_dir", type=Path, default=Path("runs"), help="of the run folders (default: runs)")
@@ -1127,7 +1127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         make_all(args)
     except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", " ".join(str(error).split()) or "out of memory", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command continues where it stopped", file=sys.stderr)

@@ -366,7 +366,7 @@ MISTAKES = [  # how the run folders are made, more options, what the error says
     (run_of(THREES[:5], training=TRAINED), (), "trained on other images"),  # in another order
     (run_of(COLOUR), (), r"images of \(3, 28, 28\)"),
     (run_of(COLOUR[:, :1, :20, :20]), (), r"of \(1, 20, 20\)"),
-    (FIVE, (*INCEPTION, "none.pth"), "--features classifier"),
+    (FIVE, (*INCEPTION, "none.pth"), "leave --features out"),
     (FIVE, (*PAPER, "--features", "none"), "needs features"),
     (run_of(THREES[:3]), (*PAPER, "--features", "classifier"), r"expected \(5, 1, 28, 28\)"),
 ]
@@ -395,7 +395,7 @@ def test_pathmnist(tmp_path, evaluate, monkeypatch):
     class trains no classifier. With --augment copies of the square's symmetries are copies."""
     monkeypatch.setattr(evaluation, "CLASSIFIER_STEPS", 40)
     write_npz(evaluate.data_dir)
-    for data, label, *more in (("pathmnist", 8), ("tissue", 9, "--features", "none")):
+    for data, label in (("pathmnist", 8), ("tissue", 9)):
         everything = pathmnist.load_images(data, evaluate.data_dir)[1:]
         real = pathmnist.select_images(*everything, label, None, 0)
         eight, what = pathmnist.symmetries(real), {"label": label, "data": data}
@@ -403,9 +403,10 @@ def test_pathmnist(tmp_path, evaluate, monkeypatch):
         turned = real[:6].rot90(1, (2, 3))
         turned = make_run(tmp_path / "b", turned, training=eight, symmetries=8, **what)
         for run, n in ((copies, len(real)), (turned, len(eight))):
-            (result,) = evaluate(run, *more, script=cal_fid_ssim_medmnist)
+            (result,) = evaluate(run, script=cal_fid_ssim_medmnist)
             metrics = result["metrics"]
             assert result["n_real"] == len(real) and result["n_training"] == n
             assert ("trained with augmentation" in result["note"]) == (n == len(eight))
+            assert result["features"].startswith("scattering:") and metrics["fid"] > 0
             assert metrics["near_copies"] == 1 and metrics["distance_ratio"] == 0
             assert (metrics["label_accuracy"] is None) == (data == "tissue")
