@@ -134,10 +134,10 @@ def test_gate_multiplies_the_channels_by_hand():
     unet, seen = leave_zero(qd.UNet(1, qd.Settings("matched")), 0.3), {}
     unet.attention.register_forward_hook(lambda _, inputs, out: seen.update(features=out))
     unet.merge7.register_forward_pre_hook(lambda _, inputs: seen.update(merged=inputs[0]))
-    unet.gate.register_forward_pre_hook(lambda _, inputs: seen.update(pooled=inputs[0]))
+    unet.gate.register_forward_pre_hook(lambda _, inputs: seen.setdefault("in", inputs[0]))
     unet(torch.randn(2, 1, 28, 28), torch.tensor([3, 700]))
     gate = unet.gate(seen["features"].mean((2, 3)))[..., None, None]
-    assert gate.abs().max() > 0.1 and seen["pooled"].requires_grad  # the encoder learns by it
+    assert gate.abs().max() > 0.1 and seen["in"].requires_grad  # the encoder learns by it
     assert torch.allclose(seen["merged"][:, :128], seen["features"] * (1 + gate), atol=1e-5)
 
 
