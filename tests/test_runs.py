@@ -41,7 +41,7 @@ def contents(folder):
 
 def tensors(path):
     """All numbers of a file of nested tensors."""
-    numbers = lambda x: x.tolist() if isinstance(x, torch.Tensor) else x  # noqa: E731
+    numbers = lambda x: x.numpy().tobytes() if isinstance(x, torch.Tensor) else x  # noqa: E731
     return tree_map(numbers, torch.load(path, weights_only=True))
 
 
