@@ -251,7 +251,12 @@ class Extractor(NamedTuple):
             record = {"images": content_hash(images), "made_by": f"{self.preprocessing} {self}"}
             path = folder / f"features_{hashlib.sha256(repr(record).encode()).hexdigest()[:24]}.pt"
             make = lambda: {"record": record, "state": torch.from_numpy(self(images))}  # noqa: E731
-            fits = lambda x: x["state"].isfinite().all() and x["state"].shape[:-1] == (len(images),)  # noqa: E731
+
+            def fits(kept: dict[str, Any]) -> bool:
+                return (
+                    kept["state"].isfinite().all() and kept["state"].shape[:-1] == images.shape[:1]
+                )
+
             return cached(path, record, make, fits)["state"].double().numpy()
         with torch.inference_mode():
             parts = images.expand(-1, self.channels, -1, -1).split(batch)
@@ -397,9 +402,7 @@ def read_run(folder: Path, dataset: DataSet) -> Run:
         arm, label, n_train = (settings[key] for key in ("arm", "label", "n_train"))
         known = {key: value for key, value in settings.items() if key != "label_name"}
         condition = module.Settings(**known).condition
-        assert arm in ARMS and re.fullmatch(r"[\w.-]{,99}", condition, re.ASCII), (
-            f"{arm} {condition}"
-        )
+        assert arm in ARMS and re.fullmatch(r"[\w.-]{,99}", condition, re.ASCII), condition
         whole = label, settings["seed"], config["n_eval"], 1 if n_train is None else n_train
         assert all(type(x) is int for x in whole) and 0 <= label < len(module.CLASS_NAMES), whole
         assert settings.get("label_name") in (None, module.CLASS_NAMES[label]), "label_name"
@@ -786,8 +789,8 @@ def draw_panels(frame: pd.DataFrame, against_size: bool) -> Figure:
 def draw_overview(runs: Sequence[Run], evaluator: Evaluator) -> Figure:
     """Real training images and, row by row, the first images of each arm (and training size), by
     the lowest seed: of every class equally many, OVERVIEW_COLUMNS in all where it can be."""
-    labels = sorted({run.settings["label"] for run in runs})
-    names = {label: evaluator.dataset.module.CLASS_NAMES[label] for label in labels}
+    labels, names = {run.settings["label"] for run in runs}, evaluator.dataset.module.CLASS_NAMES
+    names = {label: names[label] for label in sorted(labels)}
     each, rows = max(1, OVERVIEW_COLUMNS // len(names)), {}
     white = torch.full((each, *runs[0].images.shape[1:]), 255, dtype=torch.uint8)
     for run in sorted(runs, key=lambda run: -run.settings["seed"]):

@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, partial
 from pathlib import Path
 
-# OpenMP's threads spin while they wait, which on a busy machine makes a step thirteen times slower
+# OpenMP's threads spin while they wait: on a busy machine a step is up to thirteen times slower
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch loads OpenMP
 
@@ -511,8 +511,7 @@ def check_simulation(settings: Settings) -> None:
     try:
         results.append(torch.stack(make_qnode(small)(angles, weights), -1).view_as(angles))
     except Exception as error:  # a plugin may raise anything; the reason is shown
-        reason = " ".join(str(error).split())
-        raise UserError(f"--simulator {name} does not run the circuit: {reason}") from None
+        raise UserError(f"--simulator {name} does not run the circuit: {error}") from None
     results += [torch.autograd.grad(y.square().sum(), weights)[0].flatten() for y in results]
     error = max((results[k] - results[k + 1]).abs().max() for k in (0, 2))
     if not settings.shots and not error < 1e-5:  # some devices use float32
@@ -551,6 +550,7 @@ class QuantumAttention(nn.Module):
         if self.settings.simulator == "exact":
             return circuit_expectations(angles, self.weights, self.settings, self.generators)
         qnode = self.qnode if torch.is_grad_enabled() else self.inference_qnode
+        # With shots some devices drop a batch of one
         return torch.stack(qnode(angles.cpu(), self.weights.cpu()), -1).to(angles).view_as(angles)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -870,9 +870,8 @@ def training_batch(settings: Settings, images: Tensor, step: int) -> tuple[Tenso
 def muon_step(weights: Sequence[Tensor], momenta: Sequence[Tensor], lr: float) -> None:
     """One step of Muon (Jordan et al. 2024) on convolutions, each weight a matrix, first axis by
     rest: five steps x <- (3.4445 - 4.7750 x x^T + 2.0315 (x x^T)^2) x bring all singular values of
-    the Nesterov momentum near 1. The factors are gathered on the small x x^T, which they commute
-    with, and x is multiplied once. Momenta beyond the weights are left alone."""
-    for weight, momentum in zip(weights, momenta, strict=False):
+    the Nesterov momentum near 1. The factors are gathered on x x^T, and x is multiplied once."""
+    for weight, momentum in zip(weights, momenta, strict=True):
         momentum.lerp_(weight.grad, 0.05)
         x = weight.grad.lerp(momentum, 0.95).flatten(1)
         scale, wide = max(1, len(x) / x.shape[1]) ** 0.5, len(x) <= x.shape[1]
@@ -934,7 +933,7 @@ class Trainer:
         rate = min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / settings.steps))
         self.adam.param_groups[0]["lr"] = rate * settings.lr
         self.adam.step()
-        muon_step(self.hidden, self.moments, rate * settings.muon_lr)
+        muon_step(self.hidden, self.moments[: len(self.hidden)], rate * settings.muon_lr)
         # A decay that grows with the steps (as in TensorFlow) soon forgets the initial weights
         decay, new = min(settings.ema_decay, (1 + step) / (10 + step)), self.model.parameters()
         with torch.no_grad():
@@ -1101,8 +1100,8 @@ def make_all(args: argparse.Namespace, augment: Callable | None = None) -> None:
         if args.weights:
             config |= find_weights(args.weights, settings, config)
         with open_run(args.save_dir / settings.name, config):
-            runs.append((settings, chosen, config))
-    for number, (settings, chosen, config) in enumerate(runs, 1):
+            runs.append((settings, config))  # not the images, of which a grid has too many
+    for number, (settings, config) in enumerate(runs, 1):
         folder = args.save_dir / settings.name
         print(f"[{number}/{len(runs)}] {settings.name}", flush=True)
         try:
@@ -1113,7 +1112,9 @@ def make_all(args: argparse.Namespace, augment: Callable | None = None) -> None:
                 if not model.exists():
                     if settings.arm in QUANTUM_ARMS:
                         save_circuit(folder / "circuit.png", settings)
-                    train(settings, chosen.to(device), folder)
+                    which = settings.label, settings.n_train, settings.seed
+                    chosen = select_images(images, labels, *which)
+                    train(settings, (augment(chosen) if augment else chosen).to(device), folder)
                 sample_final(settings, folder, args.n_eval, device)
         except UserError as error:
             failed.append(str(error))
