@@ -15,7 +15,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -186,7 +185,8 @@ def random_stream(seed: int, *name: object, device: str | torch.device = "cpu") 
 def reading(path: Path, what: str) -> Iterator[None]:
     """The door for foreign files: whatever reading one raises becomes a UserError that names it."""
     try:
-        assert not (isinstance(path, Path) and path.is_fifo()), "a pipe"
+        if not __debug__ or (isinstance(path, Path) and path.is_fifo()):
+            raise ValueError("a pipe, or python -O, which leaves the checks out")
         yield
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -211,8 +211,7 @@ def load_images(data: str, data_dir: Path, split: str = "train") -> tuple[str, T
             images = torch.from_numpy(images).permute(0, 3, 1, 2)
             return "pathmnist", images, torch.from_numpy(labels[:, 0].astype(np.int64))
     picture = torch.from_numpy(immunohistochemistry())  # 512 x 512: 18 x 18 disjoint tiles
-    tiles = picture.unfold(0, IMAGE_SIZE, IMAGE_SIZE).unfold(1, IMAGE_SIZE, IMAGE_SIZE)
-    tiles = tiles.flatten(0, 1)  # (324, 3, 28, 28), row by row
+    tiles = picture.unfold(0, 28, 28).unfold(1, 28, 28).flatten(0, 1)  # (324, 3, 28, 28), by rows
     chosen = tiles[252:] if split == "test" else tiles[:252]
     return "tissue", chosen, torch.full((len(chosen),), len(PATHMNIST_CLASSES))
 
@@ -251,8 +250,7 @@ def select_images(images: Tensor, labels: Tensor, label: int, n: int | None, see
 
 def symmetries(images: Tensor) -> Tensor:
     """The eight rotations and reflections of each image: (N, C, H, W) -> (8 N, C, H, W)."""
-    turned = [images.rot90(k, (2, 3)) for k in range(4)]
-    return torch.cat([*turned, *(image.flip(3) for image in turned)])
+    return torch.cat([images.rot90(k, (2, 3)).flip(d) for d in ((), (3,)) for k in range(4)])
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -427,8 +425,7 @@ def transfer_matrices(weights: Tensor, settings: Settings) -> Tensor:
     bonds to the left, (1, cos, sin)]."""
     (n_layers, n, _), (p1, p2) = weights.shape, settings.gate_noise
     control, target = depolarising(p2, weights).repeat(2, n, 1)
-    for end in (control[-1], target[0]):  # of the chain
-        end.fill_(1)
+    control[-1] = target[0] = 1  # the chain's ends
     copy, add = (placed(x, weights.device, weights.dtype) for x in (COPY, ADD))
     cnot = torch.einsum("ns,rst,nt,tpq->nrsqp", control, copy, target, add)
     if settings.arm == "product":  # the bonds carry nothing but the last bit, which is measured
@@ -629,9 +626,8 @@ class UNet(nn.Module):
         torch.manual_seed(settings.seed)
         self.channels = channels
         width, bottleneck, embedding = 48, 128, 128  # channels at 14x14, at 7x7, of the time
-        self.embed = nn.Sequential(
-            nn.Linear(64, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
-        )
+        layers = nn.Linear(64, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
+        self.embed = nn.Sequential(*layers)
         self.stem = nn.Conv2d(4 * channels, width, 3, padding=1)
         self.encode14 = ResBlock(width, embedding)
         self.down = nn.Conv2d(width, bottleneck, 2, stride=2)
@@ -777,13 +773,13 @@ def run_config(settings: Settings, images: Tensor, counts: dict, device: torch.d
     weights = list(UNet(images.shape[1], settings).named_parameters())
     counted = {"model": weights, "gate": [item for item in weights if item[0].startswith("gate.")]}
     counted["trainable"] = [item for item in weights if item[1].requires_grad]
-    commit, hardware = "", "unknown"
+    commit = hardware = ""
     with contextlib.suppress(FileNotFoundError):  # no git on this machine
         command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
         commit = done.stdout.strip()
-    with contextlib.suppress(OSError, TypeError):  # Linux tells the model
-        hardware = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    with contextlib.suppress(OSError):  # Linux tells the model
+        hardware = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].split("\n")[0]
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else hardware
     digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
     config = {
@@ -797,7 +793,7 @@ def run_config(settings: Settings, images: Tensor, counts: dict, device: torch.d
         "versions": {"python": sys.version.split()[0]}
         | {module.__name__: module.__version__ for module in (torch, qml, np)},
         "git": commit,
-        "device": f"{device}, {hardware}, {torch.backends.cpu.get_cpu_capability()}",
+        "device": f"{device}, {hardware or 'unknown'}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
     }
     return json.loads(json.dumps(config))
@@ -919,7 +915,7 @@ class Trainer:
         if checkpoint.exists():
             with reading(checkpoint, "a checkpoint of this run; if damaged, remove it"):
                 assert zipfile.ZipFile(checkpoint).testzip() is None, "checksum"
-                state = torch.load(checkpoint, map_location=device, weights_only=True)
+                state = dict(torch.load(checkpoint, map_location=device, weights_only=True))
                 assert state["name"] == settings.name, f"of {state['name']}"
                 for name in ("model", "average"):
                     getattr(self, name).load_state_dict(state[name])
@@ -1014,7 +1010,7 @@ def sample_final(settings: Settings, folder: Path, n_eval: int, device: torch.de
     images = [load_grid(path)] if path.exists() else []
     with reading(weights, "this run's weights"):
         assert zipfile.ZipFile(weights).testzip() is None, "checksum"
-        state = torch.load(weights, map_location=device, weights_only=True)
+        state = dict(torch.load(weights, map_location=device, weights_only=True))
         assert f"{settings.name}_".startswith(f"{state['name']}_"), f"of {state['name']}"
         model = UNet(state["stem.weight"].shape[1] // 4, settings).to(device)
         model.load_state_dict({key: state[key] for key in state.keys() - {"name"}})
@@ -1029,6 +1025,8 @@ def sample_final(settings: Settings, folder: Path, n_eval: int, device: torch.de
             # The CPU's kernels round differently for few images: a small rest has company.
             numbers = range(first, first + max(n, 16))
             new = diffusion.sample(model, settings.seed, "image", numbers, steps, bar)
+            if not new.isfinite().all():
+                raise UserError(f"{weights}: its images are not finite; train with a lower --lr")
             images.append(to_uint8(new[:n]).cpu())
             save_grid(path, torch.cat(images))
     config = read_config(folder / "config.json") | {"n_eval": sum(map(len, images))}
@@ -1138,7 +1136,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     try:
         make_all(args, None if args.augment is False else symmetries)
-    except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "allocat" not in str(error):
+            raise  # a fault of this script
         print("error:", " ".join(str(error).split()) or "out of memory", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
