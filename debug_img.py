@@ -8,6 +8,7 @@ Prints count, size, ground colour, method (metadata: exact; detected: by the loo
 
 import argparse
 import contextlib
+import io
 import json
 import math
 import sys
@@ -259,6 +260,7 @@ def draw_split(path: Path, grid: Grid) -> Figure:
 def exit_codes(*mistakes: type[Exception]) -> Iterator[None]:
     """A user's mistake, or a file that cannot be read or written, prints one line and exits 2;
     Ctrl-C exits 130."""
+    sys.stderr = sys.stderr or io.StringIO()  # closed: progress bars need one
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names that are not UTF-8
