@@ -185,9 +185,9 @@ def ssim_diversity(images: Tensor, seed: int) -> float:
 
 
 def nearest_images(images: Tensor, training: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """For each uint8 image its nearest training image: (distance, index), each (N,).
-    The distance is the root mean square difference of the pixels, black to white being 1.
-    Integers below 2^53 in float64: a copy has distance 0 exactly."""
+    """For each image its nearest training image: (distance, index), each (N,). The distance is the
+    root mean square difference of the pixels, whole numbers of any type, over 255: for uint8 black
+    to white is 1. Integers below 2^53 in float64: a copy has distance 0 exactly."""
     a, b = (x.flatten(1).double() for x in (images, training))
     lengths, found = b.square().sum(dim=1), []
     for x in a.split(CHUNK):
@@ -364,12 +364,14 @@ def load_classifier(
 class DataSet(NamedTuple):
     """What differs between the MNIST and the PathMNIST command line: the training script's module
     (load_images, select_images, UserError, perhaps symmetries), the data sources, the paper's
-    table (arm, FID and paired SSIM), and --features of its own, the first being the default."""
+    table (arm, FID and paired SSIM), --features of its own, the first being the default, and what
+    of the images is compared in the search for copies."""
 
     module: Any
     sources: tuple[str, ...]
     withdrawn: dict[str, tuple[float, float]]
     features: dict[str, Callable[[Tensor], Extractor]]
+    compared: Callable[[Tensor], Tensor] = Tensor.double
 
 
 WITHDRAWN = {"classical": (271.05, 0.1085), "quantum": (259.25, 0.1263)}
@@ -515,7 +517,8 @@ class Evaluator:
         figures = self.compare(self.sample(images), reference)
         floor = dict(self.floor(label, len(images)))
         # The threshold is the first percentile of held-out images: new images score about 1 %.
-        closest, usual = (nearest_images(x, training) for x in (images, held_out))
+        *both, known = map(self.dataset.compared, (images, held_out, training))
+        closest, usual = (nearest_images(x, known) for x in both)
         threshold, middle = np.percentile(usual[0], 1), np.median(usual[0])
         parts = (figures, images, *closest), (floor, held_out, *usual)
         for part, own, distance, nearest in parts:

@@ -7,7 +7,7 @@ from scipy import linalg
 from skimage.metrics import structural_similarity
 
 import cal_fid_ssim as metrics
-from cal_fid_ssim_medmnist import scattering_extractor
+from cal_fid_ssim_medmnist import layout, scattering_extractor
 from quantum_diffusion_mnist import UserError, load_images, to_float
 
 DIGITS = load_images("digits", None)[1][:200]
@@ -117,8 +117,7 @@ def test_nearest_image_and_its_distance(monkeypatch):
     assert (distance == 0).all() and (index == order.numpy()).all()
     black, white = torch.zeros(1, 3, 28, 28).byte(), torch.full((1, 3, 28, 28), 255).byte()
     assert metrics.nearest_images(black, white)[0] == pytest.approx([1])
-    near = torch.cat([white, black + 1])
-    assert metrics.nearest_images(black, near)[0] == pytest.approx([1 / 255])
+    assert metrics.nearest_images(black, torch.cat([white, black + 1]))[0] == pytest.approx(1 / 255)
 
 
 def test_features_are_kept_by_what_they_were_made_of(tmp_path, capsys):
@@ -147,8 +146,7 @@ def test_classifier_is_trained_again_for_other_images(tmp_path, monkeypatch, cap
         model, _ = metrics.load_classifier("digits", tmp_path, train, test, 0)
         return model[-1].weight, capsys.readouterr().out
 
-    first, _ = load(DIGITS, labels)
-    again, said = load(DIGITS, labels)
+    (first, _), (again, said) = load(DIGITS, labels), load(DIGITS, labels)
     assert torch.equal(first, again) and said == ""
     assert "made again" in load(255 - DIGITS, labels)[1]
     assert "made again" in load(DIGITS, labels.flip(0))[1]
@@ -174,3 +172,8 @@ def test_scattering_sees_structure_that_spectra_do_not():
     kid = [metrics.kernel_distance(x, train)[0] for x in (new, other)]
     assert 20 * abs(kid[0]) < kid[1] and train.shape == (200, 186), kid
     assert np.abs(extractor(discs[200:].roll((5, 9), (2, 3))) - new).max() < 1e-6
+    others = torch.cat([discs[:1] // 2 + 60, torch.full((1, 3, 28, 28), 130).byte()])  # paler, flat
+    assert (metrics.nearest_images(*map(layout, (others, discs)))[0] < [0.1, 0.9]).tolist() == [
+        1,
+        0,
+    ]

@@ -9,7 +9,7 @@ from scipy import stats
 
 ROOT = Path(__file__).parent.parent
 README, RESULTS = PAGES = ROOT / "README.md", ROOT / "result_gif" / "README.md"
-STUDIES = {"scaling": 21 * 6, "mnist": 8 * 6, "pathmnist": 4 * 6}  # cells
+STUDIES = {"scaling": 21 * 6, "mnist": 8 * 6, "pathmnist": 6 * 6}  # cells
 NUMBER = re.compile(r"[-+]?\d+\.\d+")
 
 
