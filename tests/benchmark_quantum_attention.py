@@ -2,6 +2,7 @@
 
     python tests/benchmark_quantum_attention.py                 # cost.csv, about five minutes
     python tests/benchmark_quantum_attention.py --trainability  # trainability.csv and .png instead
+    python tests/benchmark_quantum_attention.py --peers         # peers.csv instead
 
 Batch 64, 16 qubits, 3 layers unless said; medians over interleaved repeats.
 """
@@ -14,8 +15,10 @@ import resource
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import numpy
 import torch
 from matplotlib.figure import Figure
 
@@ -97,6 +100,148 @@ def peak(queue, simulator: str, calls: int):
         seconds.append(time.perf_counter() - start)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     queue.put((statistics.median(seconds), (after - before) / 1024))
+
+
+def state_vector(xp, angles, weights):
+    """<Z_i> (B, n) by plain state vectors. xp: torch or jax.numpy; weights: (L, n, 2)."""
+    n, state = angles.shape[1], xp.ones_like(angles[:, :1]) + 0j
+
+    def pairs(i, *axes):  # the state's amplitudes, with qubit i, or i and i + 1, on an axis
+        return state.reshape((len(angles), 2**i, *axes, -1))
+
+    for i in range(n):  # RY(x)|0>
+        cos, sin = (f(angles[:, i] / 2) for f in (xp.cos, xp.sin))
+        state = (state[:, :, None] * xp.stack([cos, sin], 1)[:, None]).reshape(len(angles), -1)
+    for layer in weights:
+        for i in range(n):
+            cos, sin = (f(layer[i, 1] / 2) for f in (xp.cos, xp.sin))
+            turn = xp.exp(0.5j * layer[i, 0])
+            zero, one = pairs(i, 2)[:, :, 0] / turn, pairs(i, 2)[:, :, 1] * turn
+            state = xp.stack([cos * zero - sin * one, sin * zero + cos * one], 2)
+        for i in range(n - 1):
+            zero, one = pairs(i, 2, 2)[:, :, 0], pairs(i, 2, 2)[:, :, 1]
+            state = xp.stack([zero, xp.flip(one, (2,))], 2)
+    odds = [(abs(pairs(i, 2)) ** 2).sum(3).sum(1) for i in range(n)]
+    return xp.stack([p[:, 0] - p[:, 1] for p in odds], 1)
+
+
+def by_torch(function):
+    """function(angles, weights) -> <Z_i>, as a call with the loss's gradients."""
+
+    def call(angles, weights):
+        both = [x.clone().requires_grad_() for x in (angles, weights)]
+        values = function(*both)
+        return values.detach(), *torch.autograd.grad(values.square().sum(), both)
+
+    return call
+
+
+def by_jax(function):
+    """The same for a function of JAX, compiled."""
+    import jax
+
+    def loss(angles, weights):
+        values = function(angles, weights)
+        return (values**2).sum(), values
+
+    compiled = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+
+    def call(angles, weights):
+        (_, values), gradients = compiled(*(jax.numpy.asarray(x) for x in (angles, weights)))
+        return [torch.from_numpy(numpy.array(x)) for x in (values, *gradients)]
+
+    return call
+
+
+def jax_state_vector():
+    import jax
+
+    return by_jax(partial(state_vector, jax.numpy))
+
+
+def tensorcircuit(backend):
+    import tensorcircuit
+
+    library = tensorcircuit.set_backend(backend)
+
+    def one(angles, weights):
+        n = len(angles)
+        circuit = tensorcircuit.Circuit(n)
+        for i in range(n):
+            circuit.ry(i, theta=angles[i])
+        for layer in weights:
+            for i in range(n):
+                circuit.rz(i, theta=layer[i, 0])
+                circuit.ry(i, theta=layer[i, 1])
+            for i in range(n - 1):
+                circuit.cnot(i, i + 1)
+        # JAX: each value a contraction of its own; torch: from the state
+        reuse = backend == "pytorch"
+        values = [circuit.expectation_ps(z=[i], reuse=reuse) for i in range(n)]
+        return library.real(library.stack(values))
+
+    every = library.vmap(one, vectorized_argnums=0)
+    return by_jax(every) if backend == "jax" else by_torch(every)
+
+
+def deepquantum():
+    import deepquantum
+
+    def values(angles, weights):
+        n = angles.shape[1]
+        circuit = deepquantum.QubitCircuit(n, mps=True, chi=8)
+        circuit.rylayer(encode=True)
+        for _ in weights:
+            for i in range(n):
+                circuit.rz(i, encode=True)
+                circuit.ry(i, encode=True)
+            for i in range(n - 1):
+                circuit.cnot(i, i + 1)
+        for i in range(n):
+            circuit.observable(i, "z")
+        circuit(data=torch.cat([angles, weights.flatten().expand(len(angles), -1)], 1))
+        return circuit.expectation()
+
+    return by_torch(values)
+
+
+PEERS = {
+    "tensorcircuit-ng, JAX, exact contraction": partial(tensorcircuit, "jax"),
+    "tensorcircuit-ng, torch, state vector": partial(tensorcircuit, "pytorch"),
+    "JAX, state vector": jax_state_vector,
+    "torch, state vector": lambda: by_torch(partial(state_vector, torch)),
+    "deepquantum, MPS, bond 8": deepquantum,
+}
+
+
+def peers(out: Path) -> None:
+    """peers.csv: forward and backward of the circuit by other simulators, each in turn with the
+    exact layer. What is compared first: values and gradients."""
+    generator = torch.Generator().manual_seed(0)
+    angles = torch.randn(BATCH, QUBITS, generator=generator)
+    weights = 2 * torch.pi * torch.rand(LAYERS, QUBITS, 2, generator=generator)
+    settings = mnist.Settings("quantum")
+    exact = by_torch(lambda *both: mnist.circuit_expectations(*both, settings))
+    true, rows = exact(angles, weights), []
+    for name, make in PEERS.items():
+        try:
+            peer, start = make(), time.perf_counter()
+        except ImportError as error:
+            print(f"{name}: skipped, no package {error.name}")
+            continue
+        found = peer(angles, weights)
+        first = time.perf_counter() - start  # compiling included
+        errors = [(a - b).abs().max().item() for a, b in zip(found, true, strict=True)]
+        calls = {key: partial(f, angles, weights) for key, f in (("peer", peer), ("exact", exact))}
+        seconds = medians(calls, 5)
+        ratio = seconds["peer"] / seconds["exact"]
+        numbers = (1e3 * seconds["peer"], ratio, first, max(errors[:1]), max(errors[1:]))
+        rows.append((name, *(f"{x:.4g}" for x in numbers)))
+        print(*rows[-1], sep=", ", flush=True)
+    columns = ("simulator", "ms", "times the exact layer's", "first call, s")
+    columns += ("largest difference of a value", "of a gradient")
+    with (out / "peers.csv").open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([columns, *rows])
 
 
 ANSATZE = {"quantum": 2, "product": 2, "published": 1}  # rotations per layer
@@ -225,11 +370,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     text = "draw the variance of the circuit's gradients instead"
     parser.add_argument("--trainability", action="store_true", help=text)
+    text = "time other simulators, if installed (tensorcircuit-ng, jax, deepquantum), instead"
+    parser.add_argument("--peers", action="store_true", help=text)
     text = "where the files go (default: result_gif/results)"
     parser.add_argument("--out", type=Path, default=Path("result_gif/results"), help=text)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    (trainability if args.trainability else cost)(args.out)
+    (peers if args.peers else trainability if args.trainability else cost)(args.out)
 
 
 if __name__ == "__main__":
