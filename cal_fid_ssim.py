@@ -253,9 +253,9 @@ class Extractor(NamedTuple):
             make = lambda: {"record": record, "state": torch.from_numpy(self(images))}  # noqa: E731
 
             def fits(kept: dict[str, Any]) -> bool:
-                return (
-                    kept["state"].isfinite().all() and kept["state"].shape[:-1] == images.shape[:1]
-                )
+                state, shape = kept["state"], (len(images), self(images[:1]).shape[1])
+                whole = state.dtype == torch.float64 and state.shape == shape
+                return whole and state.isfinite().all()
 
             return cached(path, record, make, fits)["state"].double().numpy()
         with torch.inference_mode():
@@ -341,23 +341,23 @@ def load_classifier(
         ways = "--features none or inception, or leave --features out"
         raise UserError(f"{source} has a single class, which trains no classifier; use {ways}")
     record = {"source": source, "seed": seed, "steps": CLASSIFIER_STEPS, "n_train": len(train[0])}
-    record["trained_on"] = content_hash(*train)
+    record |= {"trained_on": content_hash(*train), "n_test": len(test[0])}
 
     def make() -> dict[str, Any]:
         model = train_classifier(*train, seed)
-        tested = {"test_accuracy": accuracy(model, *test), "n_test": len(test[0])}
+        tested = {"test_accuracy": accuracy(model, *test)}
         return {"record": record | tested, "state": model.state_dict()}
 
     def fits(kept: dict[str, Any]) -> bool:
         model.load_state_dict(kept["state"])
         finite = all(x.isfinite().all() for x in model.state_dict().values())
-        return finite and isinstance(kept["record"]["test_accuracy"], float)
+        return finite and 0 <= float(kept["record"]["test_accuracy"]) <= 1
 
     path = folder / f"classifier_{source}_seed{seed}.pt"
     model = build_classifier(train[0].shape[1], int(train[1].max()) + 1, seed)
     kept = cached(path, record, make, fits)
     model.load_state_dict(kept["state"])
-    return model.eval(), kept["record"]
+    return model.eval(), record | {"test_accuracy": float(kept["record"]["test_accuracy"])}
 
 
 # ---------------------------------------------------------------------------- measuring one run
@@ -412,7 +412,9 @@ def read_run(folder: Path, dataset: DataSet) -> Run:
         assert hasattr(module, "symmetries") or "symmetries" not in trained_on, "symmetries"
     if not grid.exists():
         raise UserError(f"{folder}: not finished, no {grid.name}; {config.get('command', '')}")
-    images = split_grid(grid, config["n_eval"]).images
+    images, _, _, method, _ = split_grid(grid, config["n_eval"])
+    if method != "metadata":
+        raise UserError(f"{grid}: not the lossless grid that the run wrote")
     if not len(images) == config["n_eval"] >= 2:
         expected = f"expected n_eval = {config['n_eval']} of {path.name}, and at least 2"
         raise UserError(f"{grid}: {len(images)} images, {expected}")

@@ -88,6 +88,7 @@ def read_picture(path: Path) -> tuple[np.ndarray, str | None]:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path) as file:
             assert file.width * file.height <= MAX_PIXELS, f"{file.size}: over {MAX_PIXELS} pixels"
+            assert file.mode[0] not in "IF", f"{file.mode}: more than 8 bits a channel"
             file.seek(getattr(file, "n_frames", 1) - 1)
             rgba = file.convert("RGBA")
             white = Image.new("RGBA", rgba.size, "white")
@@ -191,6 +192,8 @@ def lattice(mask: np.ndarray) -> tuple[list[int], int]:
     room = np.arange(-int((origin + 1) // step), int((len(drawn) - side - origin + 1) // step) + 1)
     edges = np.rint(origin + step * room).astype(int).clip(0, len(drawn) - side)
     used = np.flatnonzero(drawn[edges + 2] & drawn[edges + side - 3])
+    if not len(used):
+        raise ValueError("rows or columns of tiles at unequal distances")
     return edges[used[0] : used[-1] + 1].tolist(), side
 
 
@@ -266,8 +269,8 @@ def exit_codes(*mistakes: type[Exception]) -> Iterator[None]:
             stream.reconfigure(errors="backslashreplace")  # names that are not UTF-8
     try:
         yield
-    except (UserError, OSError, *mistakes) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+    except (UserError, OSError, MemoryError, *mistakes) as error:
+        print("error:", " ".join(str(error).split()) or "out of memory", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -50,7 +50,6 @@ from tqdm import tqdm
 IMAGE_SIZE = 28
 TILE_PADDING = 2  # white pixels between the tiles of a picture, before enlargement
 SAMPLE_STEPS, PREVIEW_STEPS = 50, 25  # network evaluations for the final grid and for previews
-GIF_BYTES = 400_000
 EXACT_LAYERS = 5  # memory and time grow by 16 with every layer
 MIXED_QUBITS, DEVICE_QUBITS = 10, 24  # what fits into memory on default.mixed, on other devices
 
@@ -181,8 +180,8 @@ def random_stream(seed: int, *name: object, device: str | torch.device = "cpu") 
 def reading(path: Path, what: str) -> Iterator[None]:
     """The door for foreign files: whatever reading one raises becomes a UserError that names it."""
     try:
-        if not __debug__ or (isinstance(path, Path) and path.is_fifo()):
-            raise ValueError("a pipe, or python -O, which leaves the checks out")
+        if not __debug__ or (isinstance(path, Path) and (path.is_fifo() or path.is_char_device())):
+            raise ValueError("a pipe or device, or python -O, which leaves the checks out")
         yield
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -202,7 +201,8 @@ def load_images(data: str, data_dir: Path, split: str = "train") -> tuple[str, T
         with reading(data_dir / raw, "MNIST; delete it to download again"):
             dataset = torchvision.datasets.MNIST(data_dir, train=split == "train")
             images, labels = dataset.data[:, None], dataset.targets.long()
-            assert images.shape == (len(labels), 1, IMAGE_SIZE, IMAGE_SIZE) and labels.max() <= 9
+            assert images.shape == (len(labels), 1, IMAGE_SIZE, IMAGE_SIZE), images.shape
+            assert images.dtype == torch.uint8 and {*labels.tolist()} <= {*range(10)}, "0 to 9"
             return "mnist", images, labels
     bunch = load_digits()
     small = torch.from_numpy(bunch.images)[:, None] / 16  # published range 0..16
@@ -709,28 +709,27 @@ def load_grid(path: Path) -> Tensor:
 
 def save_gif(path: Path, frames: Sequence[tuple[str, Tensor]]) -> None:
     """Saves (caption, images (N, C, H, W) uint8) frames as an animation, at most ten images each.
-    The enlargement shrinks from 4, and then every other frame goes, until it has ``GIF_BYTES``."""
+    The enlargement shrinks from 4, and then every other frame goes, until it has 400 kB."""
     for scale, stride in ((4, 1), (3, 1), (2, 1), (1, 1), (1, 2), (1, 4), (1, 8)):
         pictures = []
         for caption, images in frames[::-1][::stride][::-1]:  # the last frame always stays
             strip = Image.fromarray(tile(images[:10], 10, scale).squeeze())
-            canvas = Image.new("RGB", (strip.width, strip.height + 14), "white")
-            canvas.paste(strip, (0, 14))
-            ImageDraw.Draw(canvas).text((3, 1), caption, fill="black")
+            canvas = Image.new("RGB", (strip.width, strip.height + 7 * scale), "white")
+            canvas.paste(strip, (0, 7 * scale))
+            ImageDraw.Draw(canvas).text((4, scale), caption, fill="black", font_size=5 * scale)
             pictures.append(canvas.quantize(64))
         buffer = io.BytesIO()
         options = {"duration": [200] * (len(pictures) - 1) + [2000], "loop": 0}  # milliseconds
         pictures[0].save(buffer, "gif", save_all=True, append_images=pictures[1:], **options)
-        if buffer.tell() < GIF_BYTES:
+        if buffer.tell() < 400_000:
             break
     write_atomic(path, buffer.getvalue())
 
 
 def save_figure(path: Path, figure: Figure) -> None:
     """Writes a matplotlib figure at 200 dpi, or fewer where that makes over 6,000 pixels."""
-    buffer = io.BytesIO()
     dpi = min(200, 6000 / max(figure.get_size_inches()))
-    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight")
+    figure.savefig(buffer := io.BytesIO(), format="png", dpi=dpi, bbox_inches="tight")
     write_atomic(path, buffer.getvalue())
 
 
@@ -814,7 +813,7 @@ def open_run(folder: Path, config: dict) -> Iterator[None]:
     """Creates the run folder, or makes sure that it is this very run's and no other process works
     in it. Raises UserError otherwise, and names the settings that differ."""
     path = folder / "config.json"
-    if not path.exists() and any(not f.name.startswith(".") for f in folder.glob("*")):
+    if not path.exists() and {f.name[:12] for f in folder.glob("*")} - {".lock", ".config.json"}:
         raise UserError(f"{folder} has no config.json: not a run; use another --save_dir")
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -826,8 +825,8 @@ def open_run(folder: Path, config: dict) -> Iterator[None]:
             write_atomic(path, json.dumps(config, indent=2))
         if found := differences(path, config):
             raise UserError(f"{folder} is another run: {found}; use another --save_dir")
-        for left in folder.rglob(".*.[0-9]*.tmp"):  # by a process that was killed while it wrote
-            left.unlink()
+        for left in [*folder.glob(".*.[0-9]*.tmp"), *folder.glob("samples/.*.[0-9]*.tmp")]:
+            left.unlink()  # by a process that was killed while it wrote
         yield
 
 
@@ -835,7 +834,7 @@ def find_weights(folder: Path, settings: Settings, config: dict) -> dict:
     """The ``model.pt`` of the ideal run of the same arm, data, class, size and seed in ``folder``,
     as entries of ``config.json``. Raises UserError: there is none, or it was trained otherwise."""
     path = folder / replace(settings, **IDEAL, sample_steps=SAMPLE_STEPS).name / "model.pt"
-    if not path.exists():
+    if not path.is_file():
         raise UserError(f"--weights {folder}: no {path}; train it, or name its folder")
     skip = (*IDEAL, "sample_steps", "n_frames", "n_samples", "weights_sha256")
     if found := differences(path.with_name("config.json"), config, skip):
@@ -912,8 +911,9 @@ class Trainer:
                     getattr(self, name).load_state_dict(state[name])
                 for own, kept in zip(self.moments, state["moments"], strict=True):
                     own.copy_(kept.view_as(own))
-                self.done = len(state["losses"])
-                self.losses[: self.done].copy_(state["losses"].view(-1))
+                self.done, losses = int(self.moments[-1]), state["losses"]  # Adam counts steps
+                self.losses[: self.done].view_as(losses).copy_(losses)
+                assert all(p.isfinite().all() for p in self.average.parameters()), "not finite"
 
     def step(self) -> None:
         """One optimizer step; never makes the host wait for the device."""
@@ -1002,7 +1002,8 @@ def sample_final(settings: Settings, folder: Path, n_eval: int, device: torch.de
     with reading(weights, "this run's weights"):
         assert zipfile.ZipFile(weights).testzip() is None, "checksum"
         state = dict(torch.load(weights, map_location=device, weights_only=True))
-        assert f"{settings.name}_".startswith(f"{state['name']}_"), f"of {state['name']}"
+        name, ideal = state["name"], settings.name.removesuffix(f"_{settings.condition}")
+        assert name in (settings.name, ideal), f"of {name}"
         model = UNet(state["stem.weight"].shape[1] // 4, settings).to(device)
         model.load_state_dict({key: state[key] for key in state.keys() - {"name"}})
         assert all(p.isfinite().all() for p in model.parameters()), "not finite"
@@ -1060,9 +1061,9 @@ def this_process(device: str) -> tuple[torch.device, int, int]:
     job array; LOCAL_RANK gives each a GPU. Raises UserError when there is none, or no such rank."""
     size, local = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_RANK", "0")
     rank = os.environ.get("RANK", "0" if size == "1" else "")
-    if not (all(map(str.isdecimal, (rank, size, local))) and int(rank) < int(size)):
-        found = f"RANK={rank} WORLD_SIZE={size} LOCAL_RANK={local}"
-        raise UserError(f"{found}: expected whole numbers with 0 <= RANK < WORLD_SIZE")
+    whole = all(x.isdecimal() and len(x) < 10 for x in (rank, size, local))
+    if not (whole and int(rank) < int(size)):
+        raise UserError(f"RANK={rank} WORLD_SIZE={size} LOCAL_RANK={local}: not RANK < WORLD_SIZE")
     count = torch.cuda.device_count()
     device = device.replace("auto", "cuda" if count else "cpu")
     if device == "cuda" and count:
@@ -1074,9 +1075,8 @@ def this_process(device: str) -> tuple[torch.device, int, int]:
 
 
 def make_all(args: argparse.Namespace, augment: Callable | None = None) -> None:
-    """Makes every run that the flags ask for, or this process's share, that is not there yet.
-    ``augment`` makes eight of each image. Mistakes are found before any work; the UserError of one
-    run does not stop the others."""
+    """Makes every missing run that the flags ask for, or this process's share of them. ``augment``
+    makes eight of each image. Mistakes are found before any work; one run's stops no other."""
     device, rank, processes = this_process(args.device)
     arms = args.arm or ["quantum" if args.use_quantum == "True" else "classical"]
     options = {f.name: getattr(args, f.name) for f in fields(Settings) if f.metadata}
@@ -1125,6 +1125,7 @@ def make_all(args: argparse.Namespace, augment: Callable | None = None) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 2 a mistake of the user's, 130 interrupted."""
     args = build_parser().parse_args(argv)
+    sys.stderr = sys.stderr or io.StringIO()  # closed: the progress bars need one
     try:
         make_all(args)
     except (UserError, OSError, MemoryError, RuntimeError) as error:

@@ -72,7 +72,7 @@ MUTATIONS = {
     "a list": lambda data: b"[]",
     "a number": lambda data: b"1e999",
     "a pickle": lambda data: pickle.dumps(print),
-    "a picture": lambda data: written(lambda f: Image.new("L", (62, 32)).save(f, "png")),
+    "a picture": lambda data: written(lambda f: Image.new("I;16", (62, 32)).save(f, "png")),
     "a payload": lambda data: written(lambda f: torch.save({"x": Payload()}, f)),
     "an archive": lambda data: written(lambda f: np.savez(f, a=0)),
     "a tensor": lambda data: written(lambda f: torch.save(torch.zeros(3), f)),
@@ -223,7 +223,7 @@ def test_a_full_disk_names_the_file_and_keeps_what_was_there(run, monkeypatch, f
     "variables",
     [
         ("2", "2", "0"), ("32", "32", "0"), ("-1", "2", "0"), ("x", "2", "0"), ("0", "0", "0"),
-        ("0", "", "0"), ("0", "two", "0"), ("0", "1.0", "0"), ("0", "2", "-1"), ("²", "3", "0"),
+        ("0", "", "0"), ("0", "x", "0"), ("0", "9" * 5000, "0"), ("0", "2", "-1"), ("²", "3", "0"),
     ],
 )  # fmt: skip
 def test_environment(tmp_path, monkeypatch, variables, fails):
@@ -244,7 +244,7 @@ def test_a_folder_in_use_and_a_foreign_one(run, fails):
     (run / "model.pt").write_bytes(b"")  # does not keep others from being made
     assert "model.pt" in fails(mnist, [*QUANTUM, "--seeds", 0, 1])
     assert Path("runs", run.name.replace("seed0", "seed1"), "samples_final.png").exists()
-    (run / "config.json").unlink()
+    shutil.rmtree(run), (run / ".git").mkdir(parents=True)
     assert "config.json" in fails(mnist, QUANTUM)
 
 
@@ -296,7 +296,7 @@ def test_mnist_files(mnist_dir, tmp_path, how, fails):
     assert hashes(raw) == before and not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("how", ["empty", "half", "zeros", "text", "a pickle", "an archive"])
+@pytest.mark.parametrize("how", ["empty", "half", "zeros", "text", "a pickle", "a picture"])
 def test_pictures(runs, tmp_path, how, fails):
     path = tmp_path / "a$b|c\n.png"
     path.write_bytes(MUTATIONS[how]((runs / NAME.format("quantum") / "circuit.png").read_bytes()))

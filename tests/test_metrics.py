@@ -126,7 +126,7 @@ def test_features_are_kept_by_what_they_were_made_of(tmp_path, capsys):
     extractor = metrics.Extractor("classifier", "", model, to_float, 1, "cpu")
     first, changed = extractor(DIGITS[:6], tmp_path), DIGITS[:6].clone()
     (file,) = tmp_path.iterdir()
-    torch.save(torch.load(file) | {"state": torch.full((6, 64), 7.0)}, file)
+    torch.save(torch.load(file) | {"state": torch.full((6, 64), 7.0).double()}, file)
     assert (extractor(DIGITS[:6].clone(), tmp_path) == 7).all()
     changed[3, 0, 14, 14] ^= 1
     assert np.abs(extractor(changed, tmp_path) - first).max() < 1
