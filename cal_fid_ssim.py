@@ -405,6 +405,7 @@ def read_run(folder: Path, dataset: DataSet) -> Run:
         known = {key: value for key, value in settings.items() if key != "label_name"}
         condition = module.Settings(**known).condition
         assert arm in ARMS and re.fullmatch(r"[\w.-]{,99}", condition, re.ASCII), condition
+        assert condition == config["condition"], "condition"
         whole = label, settings["seed"], config["n_eval"], 1 if n_train is None else n_train
         assert all(type(x) is int for x in whole) and 0 <= label < len(module.CLASS_NAMES), whole
         assert settings.get("label_name") in (None, module.CLASS_NAMES[label]), "label_name"

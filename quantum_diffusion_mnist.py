@@ -1124,9 +1124,9 @@ def make_all(args: argparse.Namespace, augment: Callable | None = None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 2 a mistake of the user's, 130 interrupted."""
-    args = build_parser().parse_args(argv)
     sys.stderr = sys.stderr or io.StringIO()  # closed: the progress bars need one
     try:
+        args = build_parser().parse_args(argv)
         make_all(args)
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         if type(error) is RuntimeError and "allocat" not in str(error):
