@@ -416,7 +416,7 @@ def transfer_matrices(weights: Tensor, settings: Settings) -> Tensor:
     bonds to the left, (1, cos, sin)]."""
     (n_layers, n, _), (p1, p2) = weights.shape, settings.gate_noise
     control, target = depolarising(p2, weights).repeat(2, n, 1)
-    control[-1] = target[0] = 1  # the chain's ends
+    control[-1].fill_(1), target[0].fill_(1)  # the chain's ends
     copy, add = (placed(x, weights.device, weights.dtype) for x in (COPY, ADD))
     cnot = torch.einsum("ns,rst,nt,tpq->nrsqp", control, copy, target, add)
     if settings.arm == "product":  # the bonds carry nothing but the last bit, which is measured
