@@ -222,7 +222,7 @@ def test_comparison_files(tmp_path, evaluate, monkeypatch):
         assert (pixels[:, 30 * len(images) + 2 :] == 255).all()
 
 
-@pytest.mark.parametrize("name", ["mnist", "scaling", "pathmnist"])
+@pytest.mark.parametrize("name", ["mnist", "four_arms", "scaling", "pathmnist"])
 def test_committed_tables_are_those_of_the_committed_csv(name):
     frame = evaluation.read_comparison(RESULTS / name / "comparison.csv")
     expected = (RESULTS / name / "comparison.md").read_text()
