@@ -1063,7 +1063,7 @@ def this_process(device: str) -> tuple[torch.device, int, int]:
     rank = os.environ.get("RANK", "0" if size == "1" else "")
     whole = all(x.isdecimal() and len(x) < 10 for x in (rank, size, local))
     if not (whole and int(rank) < int(size)):
-        raise UserError(f"RANK={rank} WORLD_SIZE={size} LOCAL_RANK={local}: not RANK < WORLD_SIZE")
+        raise UserError(f"RANK={rank} WORLD_SIZE={size} LOCAL_RANK={local}: not whole, or too big")
     count = torch.cuda.device_count()
     device = device.replace("auto", "cuda" if count else "cpu")
     if device == "cuda" and count:
