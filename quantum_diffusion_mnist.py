@@ -50,6 +50,7 @@ from tqdm import tqdm
 IMAGE_SIZE = 28
 TILE_PADDING = 2  # white pixels between the tiles of a picture, before enlargement
 SAMPLE_STEPS, PREVIEW_STEPS = 50, 25  # network evaluations for the final grid and for previews
+NOISE_SCALE = 1.01  # the sampler's S_noise (Karras et al. 2022): without it contrast is lost
 EXACT_LAYERS = 5  # memory and time grow by 16 with every layer
 MIXED_QUBITS, DEVICE_QUBITS = 10, 24  # what fits into memory on default.mixed, on other devices
 
@@ -65,7 +66,7 @@ QUANTUM_ARMS = ("quantum", "published", "product", "frozen")
 CLASS_NAMES = tuple("0123456789")
 CLASS_IDS = {name: k for k, name in enumerate(CLASS_NAMES)}
 CLASS_PREFIX = ""  # between data set and class in a run's name
-STEPS = 1250  # 13 epochs over a full digit
+STEPS = 1250  # 13 epochs over a full digit, 100 over 100 tissues and their symmetries
 DEFAULT_CLASS = {"mnist": "3", "digits": "3"}
 DATA_FLAGS = {
     "--digits": {"dest": "classes", "nargs": "+", "choices": [*CLASS_IDS, "all"]}
@@ -265,9 +266,8 @@ def cosine_beta_schedule(timesteps: int, s: float = 0.008) -> Tensor:
 
 class GaussianDiffusion:
     """The forward process q of DDPM (Ho et al. 2020) and a sampler of second order.
-    Index ``t`` = 0 .. T-1 stands for the paper's t = 1 .. T. With alpha = sqrt(alpha_bar) and
-    sigma = sqrt(1 - alpha_bar), the network predicts v = alpha noise - sigma x0 (Salimans & Ho
-    2022), which stays well-conditioned at the noisy end, where the noise says nothing about x0."""
+    Index t = 0 .. T-1 is the paper's 1 .. T. With alpha = sqrt(alpha_bar), sigma = sqrt(1 -
+    alpha_bar), the network predicts v = alpha noise - sigma x0, which is stable in pure noise."""
 
     def __init__(self, timesteps: int, device: torch.device | str = "cpu"):
         self.timesteps, self.device = timesteps, torch.device(device)
@@ -276,8 +276,8 @@ class GaussianDiffusion:
         self.alpha, self.sigma = squares.sqrt().float().to(device)
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t given x0 (Ho et al. eq. 4), and v, which the network is trained to output there. x0,
-        noise: (B, C, H, W); t: (B,) int64."""
+        """x_t given x0 (Ho et al. eq. 4), and v (Salimans & Ho 2022), the network's target there.
+        x0, noise: (B, C, H, W); t: (B,) int64."""
         alpha, sigma = self.alpha[t], self.sigma[t]
         return alpha * x0 + sigma * noise, alpha * noise - sigma * x0
 
@@ -289,34 +289,34 @@ class GaussianDiffusion:
         evaluations of the model, (x (n, C, 28, 28), t (n,)) -> v; 1 <= steps <= T.
         SDE-DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095). Of first order, with d = x0, it is
         DDPM's ancestral step; the second order extrapolates from the x0 before. The noise levels
-        lie evenly in lambda = log(alpha / sigma) from -6 on, but the first, t = T - 1. An image has
-        random streams of its own, and does not depend on those it is drawn with."""
+        lie evenly in asinh(lambda), lambda = log(alpha / sigma) from -6; the first is T - 1. x0 is
+        clipped at the end alone, or black turns grey. An image has random streams of its own, and
+        does not depend on those it is drawn with."""
         stream = partial(random_stream, seed, series, device=self.device)
         noise = [stream(k) for k in numbers]
         if model.gate is not None:
             model.gate.generators = [stream(k, "shots") for k in numbers]
         log_snr = (self.alpha_bar / (1 - self.alpha_bar)).log() / 2  # lambda, falls with t
-        wanted = torch.linspace(-6, log_snr[0], steps, dtype=torch.float64)
+        wanted = torch.linspace(math.asinh(-6), log_snr[0].asinh(), steps).sinh()
         levels, k = (log_snr - wanted[:, None]).abs().argmin(1), torch.arange(steps)
         levels[0] = self.timesteps - 1  # and now the next free one, where two fall on one level
         levels = (levels + k).clamp(steps - 1, self.timesteps - 1).cummin(0).values - k
         alpha_bar, log_snr = self.alpha_bar[levels], log_snr[levels].tolist()
         alpha, sigma = alpha_bar.sqrt().tolist(), (1 - alpha_bar).sqrt().tolist()
-        size, before, h_before = (model.channels, IMAGE_SIZE, IMAGE_SIZE), None, 0.0
+        size, before, h_before = (model.channels, IMAGE_SIZE, IMAGE_SIZE), 0.0, math.inf
         x = torch.stack([torch.randn(size, generator=g, device=self.device) for g in noise])
         for k, t in enumerate(levels.tolist()):
             v = model(x, torch.full((len(x),), t, device=self.device))
-            x0 = (self.alpha[t] * x - self.sigma[t] * v).clamp(-1, 1)
+            x0 = self.alpha[t] * x - self.sigma[t] * v
             bar.update()
             if k == steps - 1:
-                return x0
+                return x0.clamp(-1, 1)
             h = log_snr[k + 1] - log_snr[k]
-            d = x0 if before is None else x0 + (x0 - before) * (h / (2 * h_before))
-            before, h_before = x0, h
+            d, before, h_before = x0 + (x0 - before) * (h / (2 * h_before)), x0, h
             fresh = -math.expm1(-2 * h)  # the share of the noise's variance that is drawn anew
             x = (sigma[k + 1] / sigma[k] * math.exp(-h)) * x + (alpha[k + 1] * fresh) * d
             new = torch.stack([torch.randn(size, generator=g, device=self.device) for g in noise])
-            x = x + (sigma[k + 1] * math.sqrt(fresh)) * new
+            x = x + (NOISE_SCALE * sigma[k + 1] * math.sqrt(fresh)) * new
 
 
 # --------------------------------------------------- quantum circuit and exact simulation

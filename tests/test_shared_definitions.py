@@ -15,7 +15,6 @@ DIFFERENT = {
     "CLASS_NAMES": "digits and tissues",
     "CLASS_IDS": "tissues have names and numbers",
     "CLASS_PREFIX": "mnist3, but pathmnist_stroma",
-    "STEPS": "tissue needs twice as many",
     "DEFAULT_CLASS": "of each data set",
     "DATA_FLAGS": "--digits, but --labels and --augment",
     "load_images": "the data set",
