@@ -50,7 +50,7 @@ from tqdm import tqdm
 IMAGE_SIZE = 28
 TILE_PADDING = 2  # white pixels between the tiles of a picture, before enlargement
 SAMPLE_STEPS, PREVIEW_STEPS = 50, 25  # network evaluations for the final grid and for previews
-NOISE_SCALE = 1.01  # the sampler's S_noise (Karras et al. 2022): without it contrast is lost
+NOISE_SCALE = 1.01  # of the sampler's new noise (Karras et al. 2022): else contrast is lost
 EXACT_LAYERS = 5  # memory and time grow by 16 with every layer
 MIXED_QUBITS, DEVICE_QUBITS = 10, 24  # what fits into memory on default.mixed, on other devices
 
@@ -285,13 +285,13 @@ class GaussianDiffusion:
     def sample(
         self, model: nn.Module, seed: int, series: str, numbers: range, steps: int, bar: tqdm
     ) -> Tensor:
-        """Draws the images ``numbers`` of a series, (n, C, 28, 28) float32 in -1..1, with ``steps``
-        evaluations of the model, (x (n, C, 28, 28), t (n,)) -> v; 1 <= steps <= T.
-        SDE-DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095). Of first order, with d = x0, it is
-        DDPM's ancestral step; the second order extrapolates from the x0 before. The noise levels
-        lie evenly in asinh(lambda), lambda = log(alpha / sigma) from -6; the first is T - 1. x0 is
-        clipped at the end alone, or black turns grey. An image has random streams of its own, and
-        does not depend on those it is drawn with."""
+        """Draws the images ``numbers`` of a series, (n, C, 28, 28) float32 in -1..1, in ``steps``
+        calls v = model(x, t) with x (n, C, 28, 28) and t (n,); 1 <= steps <= T.
+        SDE-DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095): d extrapolates from the last step's
+        x0 and this one. With d = x0 and NOISE_SCALE 1 it is DDPM's ancestral step. The levels lie
+        evenly in asinh(lambda), lambda = log(alpha / sigma), from -6 to t = 0, but the first, which
+        is T - 1. x0 is clipped at the end alone: earlier, black turns grey. An image has its own
+        random streams and does not depend on those it is drawn with."""
         stream = partial(random_stream, seed, series, device=self.device)
         noise = [stream(k) for k in numbers]
         if model.gate is not None:
@@ -299,21 +299,21 @@ class GaussianDiffusion:
         log_snr = (self.alpha_bar / (1 - self.alpha_bar)).log() / 2  # lambda, falls with t
         wanted = torch.linspace(math.asinh(-6), log_snr[0].asinh(), steps).sinh()
         levels, k = (log_snr - wanted[:, None]).abs().argmin(1), torch.arange(steps)
-        levels[0] = self.timesteps - 1  # and now the next free one, where two fall on one level
-        levels = (levels + k).clamp(steps - 1, self.timesteps - 1).cummin(0).values - k
+        levels[0] = self.timesteps - 1  # and now to free ones where several fall on one level
+        levels = (levels + k).clamp(min=steps - 1).cummin(0).values - k
         alpha_bar, log_snr = self.alpha_bar[levels], log_snr[levels].tolist()
         alpha, sigma = alpha_bar.sqrt().tolist(), (1 - alpha_bar).sqrt().tolist()
         size, before, h_before = (model.channels, IMAGE_SIZE, IMAGE_SIZE), 0.0, math.inf
         x = torch.stack([torch.randn(size, generator=g, device=self.device) for g in noise])
         for k, t in enumerate(levels.tolist()):
             v = model(x, torch.full((len(x),), t, device=self.device))
-            x0 = self.alpha[t] * x - self.sigma[t] * v
+            x0 = alpha[k] * x - sigma[k] * v
             bar.update()
             if k == steps - 1:
                 return x0.clamp(-1, 1)
             h = log_snr[k + 1] - log_snr[k]
             d, before, h_before = x0 + (x0 - before) * (h / (2 * h_before)), x0, h
-            fresh = -math.expm1(-2 * h)  # the share of the noise's variance that is drawn anew
+            fresh = -math.expm1(-2 * h)  # the share of the next level's noise that is drawn anew
             x = (sigma[k + 1] / sigma[k] * math.exp(-h)) * x + (alpha[k + 1] * fresh) * d
             new = torch.stack([torch.randn(size, generator=g, device=self.device) for g in noise])
             x = x + (NOISE_SCALE * sigma[k + 1] * math.sqrt(fresh)) * new
@@ -866,18 +866,18 @@ def training_batch(settings: Settings, images: Tensor, step: int) -> tuple[Tenso
 @torch.no_grad()
 def muon_step(weights: Sequence[Tensor], momenta: Sequence[Tensor], lr: float) -> None:
     """One step of Muon (Jordan et al. 2024) on convolutions, each weight a matrix, first axis by
-    rest: five steps x <- (3.4445 - 4.7750 x x^T + 2.0315 (x x^T)^2) x bring all singular values of
-    the Nesterov momentum near 1. The factors are gathered on x x^T, and x is multiplied once."""
+    rest: five steps x <- (3.4445 - 4.7750 x x^T + 2.0315 (x x^T)^2) x bring most singular values of
+    the Nesterov momentum near 1. The factors are built from x x^T; x is multiplied once, last."""
     for weight, momentum in zip(weights, momenta, strict=True):
-        momentum.lerp_(weight.grad, 0.05)
-        x = weight.grad.lerp(momentum, 0.95).flatten(1)
+        x = weight.grad.lerp(momentum.lerp_(weight.grad, 0.05), 0.95).flatten(1)
         scale, wide = max(1, len(x) / x.shape[1]) ** 0.5, len(x) <= x.shape[1]
         x = (x if wide else x.mT) / (x.norm() + 1e-7)
-        gram, total = x @ x.mT, torch.eye(min(x.shape), device=x.device)
-        for _ in range(5):
+        gram, factor, total = x @ x.mT, None, None
+        for k in range(5):
+            gram = factor @ gram @ factor if k else gram
             factor = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
             factor.diagonal().add_(3.4445)
-            gram, total = factor @ gram @ factor, factor @ total
+            total = factor @ total if k else factor
         x = total @ x
         weight.add_((x if wide else x.mT).view_as(weight), alpha=-lr * scale)
 
