@@ -124,7 +124,7 @@ def test_muon_by_its_iteration_in_float64(shape):
         buffer = 0.95 * buffer + 0.05 * gradient
         x = 0.95 * buffer + 0.05 * gradient
         x /= x.norm()
-        for _ in range(5):
+        for _ in range(3):
             a = x @ x.mT
             x = 3.4445 * x - 4.7750 * a @ x + 2.0315 * a @ a @ x
         change = -0.1 * max(1, x.shape[0] / x.shape[1]) ** 0.5 * x
@@ -162,7 +162,7 @@ def test_average_and_learning_rates_by_hand(monkeypatch):
         expected = decay * expected + (1 - decay) * trainer.model.head.weight.detach().double()
     assert torch.allclose(trainer.average.head.weight.double(), expected, atol=1e-6)
     assert rates == pytest.approx([0.005 * (k + 1) for k in range(6)])
-    for done, share in ((49, 0.5), (99, 0.99396), (1000, 0.5), (1500, 0.14645), (1999, 0)):
+    for done, share in ((49, 0.5), (99, 0.9505), (1000, 0.5), (1500, 0.25), (1999, 0.0005)):
         trainer.done = done
         trainer.step()
         assert trainer.adam.param_groups[0]["lr"] == pytest.approx(share, abs=1e-5)
