@@ -1015,7 +1015,7 @@ def sample_final(settings: Settings, folder: Path, n_eval: int, device: torch.de
         model.load_state_dict({key: state[key] for key in state.keys() - {"name"}})
         assert all(p.isfinite().all() for p in model.parameters()), "not finite"
         assert all(x.shape[1:] == (model.channels, IMAGE_SIZE, IMAGE_SIZE) for x in images), path
-    size = 64 if device.type == "cpu" else 512  # a GPU takes no longer for as many
+    size = 64 if device.type == "cpu" else 512  # a GPU takes hardly longer
     chunks = range(sum(map(len, images)), n_eval, size)
     steps = min(settings.sample_steps, settings.timesteps)
     diffusion = GaussianDiffusion(settings.timesteps, device)

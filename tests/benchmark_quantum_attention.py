@@ -364,7 +364,7 @@ def processor() -> str:
     """The CPU's model and family, from Linux's /proc/cpuinfo."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     known = dict(reversed([map(str.strip, line.split(":", 1)) for line in lines if ":" in line]))
-    return f"{known.get('model name')} (family {known.get('cpu family')})"
+    return f"{known.get('model name')} (family {known.get('cpu family')}, model {known.get('model')})"
 
 
 def main() -> None:
