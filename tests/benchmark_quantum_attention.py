@@ -364,7 +364,8 @@ def processor() -> str:
     """The CPU's model and family, from Linux's /proc/cpuinfo."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     known = dict(reversed([map(str.strip, line.split(":", 1)) for line in lines if ":" in line]))
-    return f"{known.get('model name')} (family {known.get('cpu family')}, model {known.get('model')})"
+    family, model = known.get("cpu family"), known.get("model")
+    return f"{known.get('model name')} (family {family}, model {model})"
 
 
 def main() -> None:
