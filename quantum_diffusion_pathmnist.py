@@ -874,7 +874,7 @@ def training_batch(settings: Settings, images: Tensor, step: int) -> tuple[Tenso
 def muon_step(weights: Sequence[Tensor], momenta: Sequence[Tensor], lr: float) -> None:
     """One step of Muon (Jordan et al. 2024) on convolutions, each weight a matrix, first axis by
     rest: three steps x <- (3.4445 - 4.7750 x x^T + 2.0315 (x x^T)^2) x bring most singular values
-    of the Nesterov momentum near 1 (Jordan's five: no better here); x is multiplied once, last."""
+    of the Nesterov momentum near 1 (Jordan's five: no clear gain); x is multiplied once, last."""
     for weight, momentum in zip(weights, momenta, strict=True):
         x = weight.grad.lerp(momentum.lerp_(weight.grad, 0.05), 0.95).flatten(1)
         scale, wide = max(1, len(x) / x.shape[1]) ** 0.5, len(x) <= x.shape[1]
