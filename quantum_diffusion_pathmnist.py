@@ -876,7 +876,8 @@ def muon_step(weights: Sequence[Tensor], momenta: Sequence[Tensor], lr: float) -
     rest: three steps x <- (3.4445 - 4.7750 x x^T + 2.0315 (x x^T)^2) x bring most singular values
     of the Nesterov momentum near 1 (Jordan's five: no clear gain); x is multiplied once, last."""
     for weight, momentum in zip(weights, momenta, strict=True):
-        x = weight.grad.lerp(momentum.lerp_(weight.grad, 0.05), 0.95).flatten(1)
+        weight, grad, momentum = (x.permute(0, 2, 3, 1) for x in (weight, weight.grad, momentum))
+        x = grad.lerp(momentum.lerp_(grad, 0.05), 0.95).flatten(1)  # as stored: not a copy
         scale, wide = max(1, len(x) / x.shape[1]) ** 0.5, len(x) <= x.shape[1]
         x = (x if wide else x.mT) / (x.norm() + 1e-7)
         gram, factor, total = x @ x.mT, None, None
@@ -885,8 +886,7 @@ def muon_step(weights: Sequence[Tensor], momenta: Sequence[Tensor], lr: float) -
             factor = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
             factor.diagonal().add_(3.4445)
             total = factor @ total if k else factor
-        x = total @ x
-        weight.add_((x if wide else x.mT).view_as(weight), alpha=-lr * scale)
+        weight.add_((total @ x if wide else x.mT @ total).view_as(weight), alpha=-lr * scale)
 
 
 class Trainer:
