@@ -379,8 +379,8 @@ FLIPS = PAULIS[:2]  # X to the power of 0 and 1
 ADD = torch.einsum("tij,bjk,pkl,dli,qbd->tpq", PAULIS, FLIPS, PAULIS, FLIPS, PAULIS).real / 4
 AXES = torch.zeros(2, 4, 4)  # the generators of RZ and RY
 AXES[[0, 1], [2, 1], [1, 3]], AXES[[0, 1], [1, 3], [2, 1]] = 1, -1
-ENDS = {2: torch.tensor([[1.0, 1], [1, 0]])}  # D: bonds at the left end (bit 0), at the right (sum)
-for _ in range(EXACT_LAYERS - 1):  # in front of the last layer, whose bond has I and Z alone
+ENDS = {1: torch.ones(2, 1)}  # D: the bonds at a chain's left end (bit 0), at its right end (sum)
+for _ in range(EXACT_LAYERS - 1):
     inner, layer = ENDS[max(ENDS)], torch.tensor([[1.0, 0, 0, 1], [1, 1, 0, 0]])
     ENDS[4 * max(ENDS)] = (layer[:, :, None] * inner[:, None]).flatten(1)
 placed = cache(Tensor.to)  # a copy to a GPU makes the host wait, so each constant is copied once
@@ -406,72 +406,72 @@ def transfer_matrices(weights: Tensor, settings: Settings) -> Tensor:
     """The site tensors of the circuit's matrix product state, doubled, for all inputs at once.
     In every layer, qubit i shares a bond q with its left neighbour, which controls it, and a bond r
     with its right neighbour, which it controls. From layer to layer, with the gates G of
-    ``gate_matrices``, v becomes sum_{p,t} COPY[r, s, t] ADD[t, p, q] (G v)[p]. After the last layer
-    the bit on r says all about a measurement in the Z basis: of s only I remains, of r and q only I
-    and Z. So the bonds of L layers have D = 2 * 4**(L-1) values together, and nothing is truncated.
+    ``gate_matrices``, v becomes sum_{p,t} COPY[r, s, t] ADD[t, p, q] (G v)[p]. The last chain turns
+    Z of a qubit into Z of it and of all to its left: so in the last layer s is I, and the bonds
+    hold Z up to the measured qubit and I beyond. Those of the other layers have D = 4**(L-1) values
+    together; nothing is truncated. Without CNOTs (arm ``product``) a qubit is a chain of its own.
     The input enters by RY(x)|0>, whose v is linear in (1, cos x, sin x), hence three matrices per
     qubit; all else does not depend on the batch. Noise is diagonal, so its exact mean is free; in
     the last layer that of a CNOT's control follows the copy: ``circuit_expectations`` adds it.
-    weights: as in ``quantum_circuit``. Returns (n, D, D, 3), indexed [qubit, bonds to the right,
-    bonds to the left, (1, cos, sin)]."""
-    (n_layers, n, _), (p1, p2) = weights.shape, settings.gate_noise
-    control, target = depolarising(p2, weights).repeat(2, n, 1)
-    control[-1].fill_(1), target[0].fill_(1)  # the chain's ends
+    weights: as in ``quantum_circuit``. Returns (2, m, c, 3, D, D), indexed [I or Z, qubit of the
+    chain, chain, (1, cos, sin), bonds to the left, bonds to the right]."""
+    n, (p1, p2) = weights.shape[1], settings.gate_noise
+    length = 1 if settings.arm == "product" else n
+    noise = depolarising(p2, weights).repeat(2, length, n // length, 1)
+    noise[0, -1].fill_(1), noise[1, 0].fill_(1)  # a chain's ends have no target, no control
+    control, target = noise.flatten(1, 2)
     copy, add = (placed(x, weights.device, weights.dtype) for x in (COPY, ADD))
     cnot = torch.einsum("ns,rst,nt,tpq->nrsqp", control, copy, target, add)
-    if settings.arm == "product":  # the bonds carry nothing but the last bit, which is measured
-        cnot = torch.zeros_like(cnot)
-        cnot[:, 0, :, 0].diagonal(dim1=1, dim2=2).fill_(1)
-        cnot[:, 3, 0, 0, 3].fill_(1)
     layers = torch.einsum("nrsqp,lnpu->lnrsqu", cnot, gate_matrices(weights, p1))
     site = weights.new_zeros(4, 3)
     site[0, 0], site[3, 1], site[1, 2] = depolarising(p1, weights)[:3]  # RY(x)|0>: (1, sin, 0, cos)
-    site = site.view(1, 4, 1, 1, 3).expand(n, 4, 1, 1, 3)
-    for number, layer in enumerate(layers, 1):
-        if number == n_layers:
-            layer = layer[:, ::3, :1, ::3]
-        site = torch.einsum("nrsqu,nubck->nsbrcqk", layer, site).flatten(4, 5).flatten(2, 3)
-    return site.squeeze(1)
+    site = site.view(1, 4, 3, 1, 1).expand(n, 4, 3, 1, 1)
+    for layer in layers[:-1]:
+        site = torch.einsum("nrsqu,nukcb->nskqcrb", layer, site).flatten(5, 6).flatten(3, 4)
+    last = layers[-1, :, ::3, 0, ::3].diagonal(dim1=1, dim2=2)
+    site = torch.einsum("nuz,nukcb->nzkcb", last, site)
+    return site.unflatten(0, (length, -1)).movedim(2, 0)
 
 
-def environments(angles: Tensor, transfer: Tensor) -> tuple[Tensor, Tensor]:
-    """Everything left and everything right of each bond: one sweep from each end, in one batch.
-    left_i = T_i(x_i) left_{i-1} starts from a left neighbour whose bit is 0 in all layers;
-    right_{i-1} = T_i(x_i)^T right_i from a bond that nobody reads: the sum over its bit, on either
-    side. angles: (B, n), radians; transfer: (n, D, D, 3). Returns left (n + 1, B, D), with the
-    start first, and right (n, B, D)."""
-    n, d = transfer.shape[:2]
-    bonds = [placed(ENDS[d], angles.device, angles.dtype)[:, None].expand(2, len(angles), d)]
+def environments(angles: Tensor, transfer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What is left of each qubit, itself with its Z included, and what is right of it.
+    Left: one sweep along the chain, from a neighbour whose bit is 0 in all layers. Right: nothing
+    is measured there, and an observable spreads to the next qubit by an earlier layer's CNOT alone,
+    so sweeps over L - 1 qubits do, all in one batch, each from a bond that nobody reads: the sum
+    over its bit. angles: (B, n), radians; transfer: (2, m, c, 3, D, D). Returns the inputs
+    (m, c, B, 3, 1) and both environments (m, c, B, D)."""
     inputs = torch.stack([torch.ones_like(angles), angles.cos(), angles.sin()], -1).transpose(0, 1)
-    inputs = torch.stack([inputs, inputs.flip(0)], 1).unsqueeze(4)  # (n, 2, B, 3, 1)
-    maps = torch.stack([transfer.transpose(1, 2), transfer.flip(0)], 1)  # [.., from, to, 3]
-    maps = maps.permute(0, 1, 4, 2, 3).reshape(n, 2, 3 * d, d)
-    for x, site in zip(inputs.unbind(0), maps.unbind(0), strict=True):
-        bonds.append(torch.bmm((bonds[-1].unsqueeze(2) * x).flatten(2), site))
-    bonds = torch.stack(bonds)
-    return bonds[:, 0], bonds[:-1, 1].flip(0)
-
-
-def with_z(left: Tensor) -> Tensor:
-    """Environments (..., D) after Z on the measured qubit: exchanges the last layer's I and Z."""
-    return left.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    inputs, d = inputs.unflatten(0, transfer.shape[1:3]).unsqueeze(4), transfer.shape[-1]
+    start, end = placed(ENDS[d], angles.device, angles.dtype)
+    left, right = [start.expand(*inputs.shape[1:3], d)], end.expand(*inputs.shape[:3], d)
+    on_i, on_z = transfer.unbind(0)
+    for x, site in zip(inputs.unbind(0), on_z.flatten(2, 3).unbind(0), strict=True):
+        left.append(torch.bmm((left[-1].unsqueeze(2) * x).flatten(2), site))
+    sites = on_i[1:].mT.flatten(2, 3)
+    for _ in range(round(math.log(d, 4))):
+        inner = (right[1:].unsqueeze(3) * inputs[1:]).flatten(3) @ sites
+        right = torch.cat([inner, right[-1:]])
+    return inputs, torch.stack(left[1:]), right
 
 
 def sample_outcomes(angles: Tensor, transfer: Tensor, uniform: Tensor) -> Tensor:
     """Measures all qubits together, from left to right: 1 or -1 of every qubit and shot.
-    What is left of a bond, given the outcomes so far, and all that is right of it give the next
-    qubit's <Z> and with it the odds of its outcome z, on which (1 + z Z) / 2 then projects. This is
-    the exact joint distribution under noise, but for the flips that ``circuit_expectations`` adds.
-    angles: (B, n), radians; transfer: (n, D, D, 3); uniform: (B, S, n) in 0..1. -> (B, S, n)."""
-    lefts, right = environments(angles, transfer)
-    left = lefts[0].unsqueeze(1).expand(-1, uniform.shape[1], -1)
-    inputs, outcomes = torch.stack([torch.ones_like(angles), angles.cos(), angles.sin()], -1), []
-    for i, numbers in enumerate(uniform.split(1, -1)):
-        left = left @ torch.einsum("rck,bk->bcr", transfer[i], inputs[:, i])
-        total, z_total = left @ right[i].unsqueeze(-1), with_z(left) @ right[i].unsqueeze(-1)
-        outcomes.append((2 * numbers * total < total + z_total).to(left) * 2 - 1)
-        left = (left + outcomes[-1] * with_z(left)) / (total + outcomes[-1] * z_total)
-    return torch.cat(outcomes, -1)
+    What is left of a qubit, given the outcomes so far, and all that is right of it give its <Z> and
+    the odds of its outcome z, on which (1 + z Z) / 2 then projects: Z becomes z. This is the exact
+    joint distribution under noise, but for the flips that ``circuit_expectations`` adds. angles:
+    (B, n), radians; transfer: (2, m, c, 3, D, D); uniform: (B, S, n) in 0..1. -> (B, S, n)."""
+    inputs, _, right = environments(angles, transfer)
+    uniform = uniform.permute(2, 0, 1).unflatten(0, inputs.shape[:2]).unsqueeze(4)
+    left = placed(ENDS[right.shape[-1]], angles.device, angles.dtype)[0]
+    left, z, outcomes = left.expand(*uniform.shape[1:4], -1), 1, []
+    for i, numbers in enumerate(uniform):
+        sites = torch.einsum("ackde,cbkx->acbde", transfer[:, i], inputs[i])
+        after, after_z = left @ sites[0], z * (left @ sites[1])
+        total, total_z = (x @ right[i].unsqueeze(3) for x in (after, after_z))
+        z = (2 * numbers * total < total + total_z).to(left) * 2 - 1
+        left = (after + z * after_z) / (total + z * total_z)
+        outcomes.append(z)
+    return torch.stack(outcomes).flatten(0, 1).squeeze(3).permute(1, 2, 0)
 
 
 def circuit_expectations(
@@ -485,8 +485,8 @@ def circuit_expectations(
     factors = angles.new_full((n,), 1 - 2 * settings.readout_noise)
     if settings.arm != "product":  # the last CNOTs' noise on their controls: like misread bits
         factors[:-1] *= 1 - 4 * settings.gate_noise[1] / 3
-    left, right = environments(angles, transfer)
-    mean = factors * (with_z(left[1:]) * right).sum(-1).T
+    _, left, right = environments(angles, transfer)
+    mean = factors * (left * right).sum(-1).flatten(0, 1).T
     if shots:
         with torch.no_grad():
             uniform = [torch.rand(2, shots, n, generator=g, device=g.device) for g in generators]

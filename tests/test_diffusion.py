@@ -76,7 +76,7 @@ def test_every_step_of_the_sampler_is_the_posterior(timesteps, steps):
         x0 = 0.1 + 0.04 * (log_snr[t] + (h / 2 if k else 0))
         precision = (1 - beta) / beta + 1 / (1 - a[s])
         mean = (1 - beta).sqrt() / beta * states[k] + a[s].sqrt() / (1 - a[s]) * x0
-        expected = mean / precision + qd.NOISE_SCALE * noise[k + 1] / precision.sqrt()
+        expected = mean / precision + 1.01 * noise[k + 1] / precision.sqrt()
         assert (states[k + 1] - expected).abs().max() < 2e-5, k
     assert (result - (0.1 + 0.04 * log_snr[levels[-1]])).abs().max() < 1e-5
     bright = Denoiser(diffusion, lambda x, t: torch.full_like(x, 1.5))
