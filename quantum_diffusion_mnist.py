@@ -428,7 +428,7 @@ def transfer_matrices(weights: Tensor, settings: Settings) -> Tensor:
     site = site.view(1, 4, 3, 1, 1).expand(n, 4, 3, 1, 1)
     for layer in layers[:-1]:
         site = torch.einsum("nrsqu,nukcb->nskqcrb", layer, site).flatten(5, 6).flatten(3, 4)
-    last = layers[-1, :, ::3, 0, ::3].diagonal(dim1=1, dim2=2)
+    last = layers[-1, :, ::3, 0, ::3].diagonal(dim1=1, dim2=2)  # s is I, r = q is I or Z
     site = torch.einsum("nuz,nukcb->nzkcb", last, site)
     return site.unflatten(0, (length, -1)).movedim(2, 0)
 
