@@ -373,13 +373,13 @@ def make_qnode(settings: Settings, diff_method: str | None = "best") -> qml.QNod
 PAULIS = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 0], [0, -1j, 1j, 0], [1, 0, 0, -1]]).view(4, 2, 2)
 # A CNOT is two tensors with a bond between its qubits, on which the control's bit b travels, as a
 # density matrix: COPY [bond, qubit, qubit before] takes |b><d| to |b><d| x |b><d|, and ADD
-# [qubit, qubit before, bond] applies to the target X^b on the left and X^d on the right.
+# [qubit, qubit before, bond] takes the target's density matrix rho to X^b rho X^d.
 COPY = torch.einsum("rba,sba,tab->rst", PAULIS, PAULIS, PAULIS).real / 2
 FLIPS = PAULIS[:2]  # X to the power of 0 and 1
 ADD = torch.einsum("tij,bjk,pkl,dli,qbd->tpq", PAULIS, FLIPS, PAULIS, FLIPS, PAULIS).real / 4
 AXES = torch.zeros(2, 4, 4)  # the generators of RZ and RY
 AXES[[0, 1], [2, 1], [1, 3]], AXES[[0, 1], [1, 3], [2, 1]] = 1, -1
-ENDS = {1: torch.ones(2, 1)}  # D: the bonds at a chain's left end (bit 0), at its right end (sum)
+ENDS = {1: torch.ones(2, 1)}  # by D: bonds at a chain's left end (b = d = 0), right end (sum)
 for _ in range(EXACT_LAYERS - 1):
     inner, layer = ENDS[max(ENDS)], torch.tensor([[1.0, 0, 0, 1], [1, 1, 0, 0]])
     ENDS[4 * max(ENDS)] = (layer[:, :, None] * inner[:, None]).flatten(1)
@@ -403,16 +403,16 @@ def gate_matrices(weights: Tensor, p1: float = 0.0) -> Tensor:
 
 
 def transfer_matrices(weights: Tensor, settings: Settings) -> Tensor:
-    """The site tensors of the circuit's matrix product state, doubled, for all inputs at once.
+    """The site tensors of the circuit's density matrix, an exact matrix product, for all inputs.
     In every layer, qubit i shares a bond q with its left neighbour, which controls it, and a bond r
     with its right neighbour, which it controls. From layer to layer, with the gates G of
-    ``gate_matrices``, v becomes sum_{p,t} COPY[r, s, t] ADD[t, p, q] (G v)[p]. The last chain turns
-    Z of a qubit into Z of it and of all to its left: so in the last layer s is I, and the bonds
-    hold Z up to the measured qubit and I beyond. Those of the other layers have D = 4**(L-1) values
-    together; nothing is truncated. Without CNOTs (arm ``product``) a qubit is a chain of its own.
+    ``gate_matrices``, v becomes sum_{p,t} COPY[r, s, t] ADD[t, p, q] (G v)[p]. In the last layer a
+    measured Z can be read on r instead of s, as COPY[Z, I] = COPY[I, Z]; so s is I, and ADD hands Z
+    on: q = r is Z up to the measured qubit and I beyond. The other layers' bonds have D = 4**(L-1)
+    values together. There are c chains of m qubits: one of n or, in arm ``product``, n of one.
     The input enters by RY(x)|0>, whose v is linear in (1, cos x, sin x), hence three matrices per
     qubit; all else does not depend on the batch. Noise is diagonal, so its exact mean is free; in
-    the last layer that of a CNOT's control follows the copy: ``circuit_expectations`` adds it.
+    the last layer that of a CNOT's control is on s, not r: ``circuit_expectations`` adds it.
     weights: as in ``quantum_circuit``. Returns (2, m, c, 3, D, D), indexed [I or Z, qubit of the
     chain, chain, (1, cos, sin), bonds to the left, bonds to the right]."""
     n, (p1, p2) = weights.shape[1], settings.gate_noise
@@ -434,12 +434,11 @@ def transfer_matrices(weights: Tensor, settings: Settings) -> Tensor:
 
 
 def environments(angles: Tensor, transfer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What is left of each qubit, itself with its Z included, and what is right of it.
-    Left: one sweep along the chain, from a neighbour whose bit is 0 in all layers. Right: nothing
-    is measured there, and an observable spreads to the next qubit by an earlier layer's CNOT alone,
-    so sweeps over L - 1 qubits do, all in one batch, each from a bond that nobody reads: the sum
-    over its bit. angles: (B, n), radians; transfer: (2, m, c, 3, D, D). Returns the inputs
-    (m, c, B, 3, 1) and both environments (m, c, B, D)."""
+    """The chain up to and with each qubit, Z on all of them, and the chain beyond it.
+    Before: one sweep along the chain, from a neighbour whose bit is 0 in all layers. Beyond, each
+    layer but the last spreads an observable by one qubit; so sweeps over L - 1 qubits do, all in
+    one batch, each from the end of a chain. angles: (B, n), radians; transfer: (2, m, c, 3, D, D).
+    Returns the inputs (m, c, B, 3, 1) and both environments (m, c, B, D)."""
     inputs = torch.stack([torch.ones_like(angles), angles.cos(), angles.sin()], -1).transpose(0, 1)
     inputs, d = inputs.unflatten(0, transfer.shape[1:3]).unsqueeze(4), transfer.shape[-1]
     start, end = placed(ENDS[d], angles.device, angles.dtype)
@@ -456,8 +455,8 @@ def environments(angles: Tensor, transfer: Tensor) -> tuple[Tensor, Tensor, Tens
 
 def sample_outcomes(angles: Tensor, transfer: Tensor, uniform: Tensor) -> Tensor:
     """Measures all qubits together, from left to right: 1 or -1 of every qubit and shot.
-    What is left of a qubit, given the outcomes so far, and all that is right of it give its <Z> and
-    the odds of its outcome z, on which (1 + z Z) / 2 then projects: Z becomes z. This is the exact
+    The chain before a qubit, given the outcomes so far, and that beyond it give its <Z>, so the
+    odds of its outcome z. (1 + z Z) / 2 then projects: Z on its last bond is z. This is the exact
     joint distribution under noise, but for the flips that ``circuit_expectations`` adds. angles:
     (B, n), radians; transfer: (2, m, c, 3, D, D); uniform: (B, S, n) in 0..1. -> (B, S, n)."""
     inputs, _, right = environments(angles, transfer)
