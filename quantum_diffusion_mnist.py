@@ -847,13 +847,10 @@ def training_batch(settings: Settings, images: Tensor, step: int) -> tuple[Tenso
     The images are consecutive pieces of one shuffle of the training set after another. The
     timesteps are stratified, one in each of B equal parts of 0..T, which lowers the variance."""
     size, n, device = settings.batch_size, len(images), images.device
-    first, last = step * size // n, ((step + 1) * size - 1) // n
-    shuffles = [
-        torch.randperm(n, generator=random_stream(settings.seed, "shuffle", epoch))
-        for epoch in range(first, last + 1)
-    ]
-    start = step * size - first * n
-    x0 = to_float(images[torch.cat(shuffles)[start : start + size].to(device, non_blocking=True)])
+    epochs = range(step * size // n, ((step + 1) * size - 1) // n + 1)
+    stream, start = partial(random_stream, settings.seed, "shuffle"), step * size % n
+    order = torch.cat([torch.randperm(n, generator=stream(epoch)) for epoch in epochs])
+    x0 = to_float(images[order[start : start + size].to(device, non_blocking=True)])
     generator = random_stream(settings.seed, "noise", step, device=device)
     uniform = torch.rand(size, generator=generator, device=device)
     t = (torch.arange(size, device=device) + uniform) * (settings.timesteps / size)
