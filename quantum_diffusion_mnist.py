@@ -327,22 +327,20 @@ def quantum_circuit(angles: Tensor, weights: Tensor, settings: Settings) -> None
     weights: (L, n, 2), radians, or (L, n, 1) for ``published``, RZ alone; the settings' gate_noise:
     the probabilities p1 of PennyLane's ``DepolarizingChannel`` after every one-qubit gate and p2 of
     one on each of its qubits after every CNOT; readout_noise: that a measured bit is flipped."""
-    n_layers, n, kinds = weights.shape
-    p1, p2 = settings.gate_noise
+    n, (p1, p2) = weights.shape[1], settings.gate_noise
 
-    def gate(operation: Callable, p: float, *wires: int) -> None:
-        operation(wires=wires)
-        for wire in wires if p else ():
+    def noise(p: float, gate: qml.operation.Operator) -> None:
+        for wire in gate.wires if p else ():
             qml.DepolarizingChannel(p, wires=wire)
 
     for i in range(n):
-        gate(partial(qml.RY, angles[..., i]), p1, i)
-    for layer, i in itertools.product(range(n_layers), range(n)):
-        for kind, operation in enumerate((qml.RZ, qml.RY)[:kinds]):
-            gate(partial(operation, weights[layer, i, kind]), p1, i)
-        if i == n - 1 and settings.arm != "product":
-            for control in range(n - 1):
-                gate(qml.CNOT, p2, control, control + 1)
+        noise(p1, qml.RY(angles[..., i], wires=i))
+    for layer in weights:
+        for i in range(n):
+            for rotation, angle in zip((qml.RZ, qml.RY), layer[i], strict=False):
+                noise(p1, rotation(angle, wires=i))
+        for i in range(n - 1 if settings.arm != "product" else 0):
+            noise(p2, qml.CNOT([i, i + 1]))
     for i in range(n if settings.readout_noise else 0):
         qml.BitFlip(settings.readout_noise, wires=i)
 
