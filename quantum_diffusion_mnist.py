@@ -1039,9 +1039,8 @@ def build_parser() -> argparse.ArgumentParser:
     for item in fields(Settings):
         if item.metadata:
             where = length if item.name == "steps" else parser
-            default = "" if item.default is None else f" (default: {item.default})"
-            options = {**item.metadata, "help": item.metadata["help"] + default}
-            where.add_argument(f"--{item.name}", default=item.default, **options)
+            flag = where.add_argument(f"--{item.name}", default=item.default, **item.metadata)
+            flag.help += "" if item.default is None else " (default: %(default)s)"
     length.add_argument("--epochs", type=between(1, 10**6), help="passes over what is trained on")
     add("--n_eval", type=between(1, 50_000), default=25, help="images drawn finally (default: 25)")
     add("--weights", type=Path, metavar="FOLDER", help="only sample the models of FOLDER's runs")
