@@ -40,7 +40,7 @@ import torch.nn.functional as F
 import torchvision
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, PngImagePlugin
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -709,9 +709,8 @@ def save_gif(path: Path, frames: Sequence[tuple[str, Tensor]]) -> None:
     for scale, stride in ((4, 1), (3, 1), (2, 1), (1, 1), (1, 2), (1, 4), (1, 8)):
         pictures = []
         for caption, images in frames[::-1][::stride][::-1]:  # the last frame always stays
-            strip = Image.fromarray(tile(images[:10], 10, scale).squeeze())
-            canvas = Image.new("RGB", (strip.width, strip.height + 7 * scale), "white")
-            canvas.paste(strip, (0, 7 * scale))
+            strip = Image.fromarray(tile(images[:10], 10, scale).squeeze()).convert("RGB")
+            canvas = ImageOps.expand(strip, (0, 7 * scale, 0, 0), "white")
             ImageDraw.Draw(canvas).text((4, scale), caption, fill="black", font_size=5 * scale)
             pictures.append(canvas.quantize(64))
         buffer = io.BytesIO()
