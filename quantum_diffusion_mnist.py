@@ -39,7 +39,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -721,7 +720,7 @@ def save_gif(path: Path, frames: Sequence[tuple[str, Tensor]]) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def save_figure(path: Path, figure: Figure) -> None:
+def save_figure(path: Path, figure: plt.Figure) -> None:
     """Writes a matplotlib figure at 200 dpi, or fewer where that makes over 6,000 pixels."""
     dpi = min(200, 6000 / max(figure.get_size_inches()))
     figure.savefig(buffer := io.BytesIO(), format="png", dpi=dpi, bbox_inches="tight")
@@ -731,7 +730,7 @@ def save_figure(path: Path, figure: Figure) -> None:
 def save_loss_curve(path: Path, losses: Tensor, title: str) -> None:
     """Draws the loss of every step and its mean over a hundredth of the run."""
     window = max(1, len(losses) // 100)
-    smooth, figure = F.avg_pool1d(losses[None], window, 1)[0], Figure(figsize=(5, 3))
+    smooth, figure = F.avg_pool1d(losses[None], window, 1)[0], plt.Figure(figsize=(5, 3))
     axes = figure.subplots()
     axes.semilogy(torch.arange(len(losses)) + 1, losses, "#bbbbbb", lw=0.5, label="each step")
     centres = torch.arange(len(smooth)) + (window + 1) / 2
