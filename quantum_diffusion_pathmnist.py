@@ -612,8 +612,7 @@ class SelfAttention(nn.Module):
 
 class UNet(nn.Module):
     """The denoiser: 28x28 folded to 14x14, then 7x7, where the gate sits; a skip at both.
-    channels: of the images, 1 or 3; the settings tell the arm and, of its gate, the circuit. The
-    initial weights depend on the settings' seed alone and are equal in all arms."""
+    channels: 1 or 3. The initial weights depend on the seed alone and are equal in all arms."""
 
     def __init__(self, channels: int, settings: Settings):
         super().__init__()
@@ -883,8 +882,7 @@ def muon_step(weights: Sequence[Tensor], momenta: Sequence[Tensor], lr: float) -
 
 class Trainer:
     """A model in training, its average and optimizers; continued from ``checkpoint`` if it exists.
-    images: the training set, (n, C, 28, 28) uint8, on the training device. Muon trains all
-    convolutions but the first and the last, Adam the rest."""
+    images: (n, C, 28, 28) uint8, on its device. Muon trains inner convolutions, Adam the rest."""
 
     def __init__(self, settings: Settings, images: Tensor, checkpoint: Path):
         self.settings, self.images, self.checkpoint = settings, images, checkpoint
