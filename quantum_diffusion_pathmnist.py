@@ -366,8 +366,7 @@ def make_qnode(settings: Settings, diff_method: str | None = "best") -> qml.QNod
         quantum_circuit(angles, weights, settings)
         return [qml.expval(qml.PauliZ(i)) for i in range(n)]
 
-    if settings.shots:
-        expectations = qml.set_shots(expectations, shots=settings.shots)
+    expectations = qml.set_shots(expectations, shots=settings.shots)
     if diff_method == "parameter-shift" or not name.startswith("default."):
         expectations = qml.transforms.broadcast_expand(expectations)  # takes no batch of inputs
     return expectations
