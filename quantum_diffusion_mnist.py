@@ -791,12 +791,11 @@ def read_config(path: Path) -> dict:
 
 def differences(path: Path, config: dict, skip: Sequence[str] = ()) -> str:
     """In what a run's ``config.json`` differs from ``config``, for an error; empty: in nothing."""
-    known = read_config(path)
+    known, asked = (c["settings"] | c["images"] | c["weights"] for c in (read_config(path), config))
     return ", ".join(
-        f"{key} {known[part].get(key)!r} (asked for: {value!r})"
-        for part in ("settings", "images", "weights")
-        for key, value in config[part].items()
-        if key not in skip and known[part].get(key) != value
+        f"{key} {known.get(key)!r} (asked for: {value!r})"
+        for key, value in asked.items()
+        if key not in skip and known.get(key) != value
     )
 
 
