@@ -9,7 +9,7 @@ from scipy import stats
 
 ROOT = Path(__file__).parent.parent
 README, RESULTS = PAGES = ROOT / "README.md", ROOT / "result_gif" / "README.md"
-STUDIES = {"scaling": 21 * 6, "four_arms": 8 * 6, "mnist": 20 * 8, "pathmnist": 6 * 6}  # cells
+CELLS = {"scaling": 21 * 6, "four_arms": 8 * 6, "mnist": 20 * 8, "pathmnist": 6 * 6, "seeds": 8 * 6}
 NUMBER = re.compile(r"[-+]?\d+\.\d+")
 
 
@@ -32,7 +32,7 @@ def expected(arms: list[str], values: pd.Series) -> list[float]:
     return [mean, mean - half, mean + half] if len(seeds) > 1 else [mean]
 
 
-@pytest.mark.parametrize("study", STUDIES)
+@pytest.mark.parametrize("study", CELLS)
 def test_tables_are_the_csvs(study):
     runs = pd.read_csv(RESULTS.parent / "results" / study / "comparison.csv")
     cells = 0
@@ -49,20 +49,20 @@ def test_tables_are_the_csvs(study):
             for text, value in zip(found, expected(arms or [of][: bool(of)], values), strict=True):
                 assert abs(float(text) - value) <= 0.5001 * 10.0 ** -len(text.split(".")[1]), row
             cells += 1
-    assert cells == STUDIES[study]
+    assert cells == CELLS[study]
 
 
 def test_readme_is_short_and_repeats_the_tables():
     text = README.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 230 and len(text.encode()) <= 16 * 1024
-    full = {study: table(RESULTS, study) for study in ("scaling", "four_arms")}
+    full = {study: table(RESULTS, study) for study in ("scaling", "four_arms", "seeds")}
     for row in table(README, "summary"):
-        size = re.search(r"([\d,]+) images", row["data"])
-        rows = [r for r in full["scaling" if size else "four_arms"] if r["metric"] == row["metric"]]
-        (there,) = [r for r in rows if not size or r["N"] == size[1]]
-        numbers = [[NUMBER.findall(v) for k, v in r.items() if k in row or " − " in k]
-                   for r in (row, there)]  # fmt: skip
-        assert numbers[0][1:] == numbers[1]
+        size = (re.search(r"([\d,]+) images", row["data"]) or [None, None])[1]
+        study = "seeds" if "seeds" in row["data"] else "scaling" if size else "four_arms"
+        (there,) = [r for r in full[study] if (r["metric"], r.get("N")) == (row["metric"], size)]
+        there = {key.split(",")[0]: NUMBER.findall(value) for key, value in there.items()}
+        for key in [*row][2:]:
+            assert NUMBER.findall(row[key]) == there[key.split(",")[0]], row
 
 
 @pytest.mark.parametrize("page", PAGES, ids=["README", "results"])
