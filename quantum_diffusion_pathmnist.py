@@ -242,7 +242,7 @@ def select_images(images: Tensor, labels: Tensor, label: int, n: int | None, see
     n = len(of_class) if n is None else n
     if not 1 <= n <= len(of_class):
         found = f"class {CLASS_NAMES[label]} has {len(of_class)} training images"
-        raise UserError(f"--n_train {n}: {found}, expected at most as many, or all")
+        raise UserError(f"--n_train {n or 'all'}: {found}, expected at least 1, at most as many")
     order = torch.randperm(len(of_class), generator=random_stream(seed, "subset"))
     return of_class[order[:n]]
 
