@@ -11,12 +11,13 @@ import contextlib
 import io
 import json
 import math
+import os
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -32,23 +33,21 @@ from quantum_diffusion_mnist import IMAGE_SIZE, TILE_PADDING, UserError, reading
 MAX_PIXELS = 50_000_000  # of a picture
 CONTRASTS = (128, 64, 32, 16, 8, 4)  # 8-bit levels by which a tile may differ from the ground
 MIN_CONFIDENCE = 0.5  # tests/test_split_grid.py holds the cases that it was chosen on
+LARGEST_LETTER = 0.35  # of a tile's side: what is larger is no title and no tick
+FRAME_TOLERANCE = 24  # 8-bit levels within which a ring around the tiles is of one colour
 SHOWN = 100  # tiles at most beside the picture
 BOX_COLOUR = "#D55E00"
 
 
 # ---------------------------------------------------------------- from a picture to its images
-
-
 class Grid(NamedTuple):
-    """The images of one picture: ``images`` uint8 (N, C, H, W) with C = 1 or 3, ``boxes`` (left,
-    top, right, bottom) in pixels of the picture, ``ground`` its RGB colour, ``method`` "metadata"
-    or "detected", ``confidence`` in [0, 1] (1 for metadata)."""
+    """The images of one picture and where they stood in it."""
 
-    images: Tensor
-    boxes: np.ndarray
-    ground: tuple[int, int, int]
-    method: str
-    confidence: float
+    images: Tensor  # (N, C, H, W) uint8, C = 1 or 3
+    boxes: np.ndarray  # (N, 4): left, top, right, bottom in pixels of the picture
+    ground: tuple[int, int, int]  # red, green, blue
+    method: str  # "metadata" or "detected"
+    confidence: float  # in [0, 1]; 1 for metadata
 
 
 def split_grid(path: Path, expect: int | None = None) -> Grid:
@@ -63,174 +62,321 @@ def split_grid(path: Path, expect: int | None = None) -> Grid:
     """
     picture, description = read_picture(path)
     if description is not None:
-        images = mnist.load_grid(path)
-        with reading(path, "the grid that it describes"):
-            layout = json.loads(description)
-            columns, scale = layout["columns"], layout["scale"]
-            assert (tile(images, columns, scale) == picture).all(), "other pixels"
-        side = np.array(images.shape[:1:-1])
-        places = np.array([divmod(k, columns)[::-1] for k in range(len(images))])
-        starts = TILE_PADDING + places * (side + TILE_PADDING)
-        boxes = scale * np.hstack([starts, starts + side])
-        return Grid(images, boxes, (255, 255, 255), "metadata", 1.0)
+        return split_described(path, picture, description)
+
+    # Found by their look, each brought back to the size of an image.
     boxes, ground, confidence = detect_tiles(picture, path, expect)
-    tiles = np.stack([resample(picture[y0:y1, x0:x1]) for x0, y0, x1, y1 in boxes])
-    if np.ptp(tiles.astype(int), axis=-1).mean() < 1:  # grey, but for a stray coloured pixel
+    tiles = np.stack([shrink(picture[y0:y1, x0:x1]) for x0, y0, x1, y1 in boxes])  # (N, H, W, 3)
+
+    # A grey picture has equal channels, but for a stray coloured pixel.
+    spread = tiles.max(axis=3).astype(int) - tiles.min(axis=3)
+    if spread.mean() < 1:
         tiles = tiles[..., :1]
-    images = torch.from_numpy(tiles).permute(0, 3, 1, 2).contiguous()
+
+    images = torch.from_numpy(tiles).permute(0, 3, 1, 2).contiguous()  # (N, C, H, W)
     return Grid(images, boxes, ground, "detected", confidence)
 
 
 def read_picture(path: Path) -> tuple[np.ndarray, str | None]:
-    """The pixels, uint8 (height, width, 3) over a white ground, and the ``grid`` chunk. Raises
-    UserError for what is no picture and for one of more than MAX_PIXELS."""
-    with reading(path, "a readable picture"), warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as file:
-            assert file.width * file.height <= MAX_PIXELS, f"{file.size}: over {MAX_PIXELS} pixels"
-            assert file.mode[0] not in "IF", f"{file.mode}: more than 8 bits a channel"
-            file.seek(getattr(file, "n_frames", 1) - 1)
-            rgba = file.convert("RGBA")
-            white = Image.new("RGBA", rgba.size, "white")
-            pixels = np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))
-            return pixels, getattr(file, "text", {}).get("grid")
+    """Read the pixels and the ``grid`` text chunk (None: there is none).
+
+    Pixels: uint8 (height, width, 3), over a white ground where the picture is transparent. Raises
+    UserError for what is no picture, has over 8 bits a channel or more than MAX_PIXELS pixels.
+    """
+    with reading(path, "a readable picture"), Image.open(path) as file:
+        if file.width * file.height > MAX_PIXELS:
+            raise ValueError(f"{file.size}: over {MAX_PIXELS} pixels")
+        if file.mode.startswith(("I", "F")):
+            raise ValueError(f"{file.mode}: more than 8 bits a channel")
+
+        last_frame = getattr(file, "n_frames", 1) - 1
+        file.seek(last_frame)
+        rgba = file.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        pixels = np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))
+
+        texts = getattr(file, "text", {})  # PNG has them, JPEG does not
+        return pixels, texts.get("grid")
 
 
+def split_described(path: Path, picture: np.ndarray, description: str) -> Grid:
+    """Split a grid that this project saved, by its description (the text chunk, JSON).
+
+    Raises UserError where the picture is not the one that the description belongs to.
+    """
+    images = mnist.load_grid(path)  # (N, C, H, W)
+    with reading(path, "the grid that it describes"):
+        layout = json.loads(description)
+        columns = layout["columns"]
+        scale = layout["scale"]
+        if (tile(images, columns, scale) != picture).any():
+            raise ValueError("other pixels")
+
+    # Tile k stands at row k // columns, column k % columns, after a margin of TILE_PADDING.
+    height, width = images.shape[2:]
+    boxes = []
+    for k in range(len(images)):
+        left = TILE_PADDING + (k % columns) * (width + TILE_PADDING)
+        top = TILE_PADDING + (k // columns) * (height + TILE_PADDING)
+        boxes.append([left, top, left + width, top + height])
+
+    return Grid(images, scale * np.array(boxes), (255, 255, 255), "metadata", 1.0)
+
+
+# ------------------------------------------------------------------- tiles found by their look
+#
+#       left              left + width
+#   top  +-----------------+ . . . +-----------------+      Three steps: which colour is the
+#        |                 |       |                 |      ground; where do equal runs of lines
+#        |      tile       | moat  |      tile       |      begin (``lattice``, first of rows, then
+#        |                 |       |                 |      of columns); and are the cells of that
+#        +-----------------+ . . . +-----------------+      lattice filled to straight edges, with
+#        . . . . . . . . . . . . . . . . . . . . . .        empty moats around them
+#        +-----------------+ . . . +-----------------+
+#
 def detect_tiles(
     picture: np.ndarray, path: Path, expect: int | None
 ) -> tuple[np.ndarray, tuple[int, int, int], float]:
-    """Find equal rectangles on a uniform ground: (boxes in reading order, ground, confidence).
+    """Find equal rectangles on a uniform ground: boxes (n, 4) in reading order, ground, confidence.
 
-    The picture's outermost pixels propose the ground, then its commonest colours. Every contrast
-    in CONTRASTS turns the picture into a mask; among the masks that are a lattice of tiles the one
-    with most tiles wins, of equals the most confident. Raises UserError when none is.
+    Every contrast in CONTRASTS turns the picture (height, width, 3) into a mask. Among the masks
+    that are a lattice of tiles the one with most tiles wins, of equals the most confident.
+    Raises UserError, which names ``path``, when none is.
     """
-    rim = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
-    grounds, reason = [], ""
-    for pixels, count in ((rim[None], 1), (picture, 3)):
-        colours = Image.fromarray(pixels).getcolors(pixels.size)
-        grounds += [colour for _, colour in sorted(colours, reverse=True)[:count]]
-    for ground in dict.fromkeys(grounds):
-        difference = np.abs(picture.astype(np.int16) - np.array(ground)).max(axis=2)
-        found = []
+    reason = ""
+    for ground in likely_grounds(picture):
+        difference = np.abs(picture.astype(np.int16) - np.array(ground)).max(axis=2)  # (h, w)
+        candidates = []
         for contrast in CONTRASTS:
             try:
                 boxes, confidence = find_tiles(difference > contrast, expect)
-                found.append((len(boxes), confidence, without_frames(picture, boxes)))
+                candidates.append((without_frames(picture, boxes), confidence))
             except ValueError as error:
-                reason = reason or str(error)  # of the likeliest ground
-        if found:
-            _, confidence, boxes = max(found, key=lambda layout: layout[:2])
+                reason = reason or str(error)  # that of the likeliest ground is told
+
+        if candidates:
+            boxes, confidence = max(candidates, key=lambda pair: (len(pair[0]), pair[1]))
             return boxes, ground, confidence
+
     expected = f"equal tiles of at least {IMAGE_SIZE}x{IMAGE_SIZE} pixels, apart from each other"
     raise UserError(f"{path}: ambiguous layout ({reason}); expected {expected}, on uniform ground")
 
 
-def find_tiles(mask: np.ndarray, expect: int | None) -> tuple[np.ndarray, float]:
-    """The cells of the lattice in ``mask`` (height, width; True: not ground) as boxes (n, 4) in
-    reading order, and the confidence: the share of the cells' weakest side that differs from the
-    ground times the share of the ground around the worst cell that does not.
+def likely_grounds(picture: np.ndarray) -> list[tuple[int, int, int]]:
+    """The commonest colour of the outermost pixels, then the three commonest of all pixels."""
+    rim = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])  # (n, 3)
 
-    Raises ValueError with the reason where this is no lattice of tiles.
+    grounds = []
+    for pixels, count in ((rim[None], 1), (picture, 3)):
+        colours = Image.fromarray(pixels).getcolors(maxcolors=pixels.size)
+        commonest = sorted(colours, reverse=True)[:count]
+        grounds += [colour for _, colour in commonest]
+
+    return list(dict.fromkeys(grounds))  # each once, in order
+
+
+def find_tiles(mask: np.ndarray, expect: int | None) -> tuple[np.ndarray, float]:
+    """Find the tiles in ``mask`` (height, width; True: differs from the ground).
+
+    Returns boxes (n, 4) in reading order and the confidence (see ``outline_confidence``). Raises
+    ValueError with the reason where this is no lattice of tiles.
     """
-    rows, height = lattice(mask)
-    columns, width = lattice(np.hstack([mask[y : y + height].T for y in rows]))
+    # Rows of tiles, then within these the columns.
+    tops, height = lattice(mask)
+    bands = [mask[top : top + height] for top in tops]
+    lefts, width = lattice(np.hstack([band.T for band in bands]))
     if not 2 / 3 <= width / height <= 3 / 2:
         raise ValueError(f"rectangles of {width}x{height} pixels: touching tiles?")
-    cells = np.array([(x, y, x + width, y + height) for y in rows for x in columns])
+
+    cells = np.array([(x, y, x + width, y + height) for y in tops for x in lefts])  # (cells, 4)
+    cells = cells[: count_tiles(mask, cells, expect)]
+
+    # A single image is found only with ground on all sides: else it may be cut out of a figure.
+    if len(tops) == len(lefts) == 1:
+        left, top, right, bottom = cells[0]
+        if left == 0 or top == 0 or right == mask.shape[1] or bottom == mask.shape[0]:
+            raise ValueError("a single rectangle at the picture's edge")
+
+    # Titles and ticks are small; what is as large as a tile may be one that was not recognised.
+    largest = largest_part_outside(mask, cells)
+    if largest > LARGEST_LETTER * min(width, height):
+        raise ValueError(f"a part of {largest} pixels beside tiles of {width}x{height}")
+
+    confidence = outline_confidence(mask, cells)
+    if confidence < MIN_CONFIDENCE:
+        raise ValueError(f"no straight outlines, confidence {confidence:.2f}")
+    return cells, confidence
+
+
+def count_tiles(mask: np.ndarray, cells: np.ndarray, expect: int | None) -> int:
+    """How many cells of the lattice hold an image: all of them but empty ones at the end.
+
+    A white image on a white ground looks like an empty cell. Where the last cell alone is empty
+    only ``expect`` can tell. Raises ValueError for a hole, and where it cannot be told.
+    """
     filled = [mask[y0:y1, x0:x1].mean() > 0.05 for x0, y0, x1, y1 in cells]
-    count = len(cells) - filled[::-1].index(True)
+    if not any(filled):
+        raise ValueError("no solid rectangles on a uniform ground")
+
+    count = 1 + max(k for k, full in enumerate(filled) if full)
     if not all(filled[:count]):
         raise ValueError("a hole between the tiles")
     if count == len(cells) - 1 and expect not in (count, count + 1):
         raise ValueError(f"{count} or {count + 1} images: the last place is empty, or white")
-    if count < (expect or 0) <= len(cells):
-        count = expect
-    if len(cells) == 1 and not ((cells[0] > 0) & (cells[0] < [*mask.shape[::-1]] * 2)).all():
-        raise ValueError("a single rectangle at the picture's edge")
 
-    padded, outside = np.pad(mask, 2), np.pad(mask, 2)
-    sides, moats = [], []
-    for x0, y0, x1, y1 in cells[:count]:  # a pixel inside and two outside: edges are rounded
-        for part, found in ((padded[y0 + 3 : y1 + 1, x0 + 3 : x1 + 1], sides),
-                            (padded[y0 : y1 + 4, x0 : x1 + 4], moats)):  # fmt: skip
-            found.append([line.mean() for line in (part[0], part[-1], part[:, 0], part[:, -1])])
-        outside[y0 + 1 : y1 + 3, x0 + 1 : x1 + 3] = False
-    parts = ndimage.find_objects(ndimage.label(outside, np.ones((3, 3)))[0])
-    largest = max((edge.stop - edge.start for part in parts for edge in part), default=0)
-    if largest > 0.35 * min(width, height):  # letters and ticks are smaller
-        raise ValueError(f"a part of {largest} pixels beside tiles of {width}x{height}")
-    confidence = np.mean(sides, axis=0).min() * (1 - np.mean(moats, axis=1).max())
-    if confidence < MIN_CONFIDENCE:
-        raise ValueError(f"no straight outlines, confidence {confidence:.2f}")
-    return cells[:count], float(confidence)
+    if expect is not None and count < expect <= len(cells):
+        return expect
+    return count
+
+
+def outline_confidence(mask: np.ndarray, boxes: np.ndarray) -> float:
+    """How surely the boxes are tiles, in [0, 1].
+
+    The share of the tiles' weakest side (the mean over the tiles) that differs from the ground,
+    times the share of the moat around the worst tile that does not.
+    """
+    padded = np.pad(mask, 2)  # box (x0, y0, x1, y1) lies at (x0 + 2, y0 + 2, x1 + 2, y1 + 2)
+
+    def edge_shares(part: np.ndarray) -> list[float]:
+        return [edge.mean() for edge in (part[0], part[-1], part[:, 0], part[:, -1])]
+
+    # Edges are rounded: what must be drawn on lies a pixel inside, what must not two outside.
+    sides = []
+    moats = []
+    for x0, y0, x1, y1 in boxes:
+        sides.append(edge_shares(padded[y0 + 3 : y1 + 1, x0 + 3 : x1 + 1]))
+        moats.append(edge_shares(padded[y0 : y1 + 4, x0 : x1 + 4]))
+
+    weakest_side = np.mean(sides, axis=0).min()
+    worst_moat = np.mean(moats, axis=1).max()
+    return float(weakest_side * (1 - worst_moat))
+
+
+def largest_part_outside(mask: np.ndarray, boxes: np.ndarray) -> int:
+    """The height or width in pixels of the largest connected part of ``mask`` beside the boxes."""
+    outside = np.pad(mask, 2)
+    for x0, y0, x1, y1 in boxes:
+        outside[y0 + 1 : y1 + 3, x0 + 1 : x1 + 3] = False  # with a pixel around, for rounding
+
+    labels, _ = ndimage.label(outside, structure=np.ones((3, 3)))  # diagonal neighbours connect
+    parts = ndimage.find_objects(labels)
+    return max((edge.stop - edge.start for part in parts for edge in part), default=0)
 
 
 def lattice(mask: np.ndarray) -> tuple[list[int], int]:
     """Where the rows of tiles begin in ``mask`` (height, width), and their height.
 
+    ::
+
+        line    0 . . . . . . . . . . . . . . . . . . . . . .
+        drawn   0 0 1 1 1 1 1 0 0 1 1 1 0 1 0 0 1 1 1 1 1 0 0
+        runs        |<----->|     |<->|   |     |<----->|       lengths 5, 3, 1, 5
+        places      0             1             2               fitted to the two of length 5
+
     A line is drawn on where half of some IMAGE_SIZE neighbouring pixels differ from the ground.
-    Runs of drawn lines of equal length, the longest and most of them, give the places; a place
-    between or beside them is one too when its first and last lines are drawn on (a run may be
-    broken inside a tile). Raises ValueError when there are none or they are not evenly spaced.
+    The runs of equal length, the longest and most of them, are tiles. Evenly spaced places are
+    fitted to them; a place between or beside them is one too when its first and last lines are
+    drawn on (a run may be broken inside a tile, where an image is like the ground). Raises
+    ValueError when there are no such runs or they are not evenly spaced.
     """
-    ink = ndimage.uniform_filter1d(mask.astype(np.float32), IMAGE_SIZE, axis=1, mode="constant")
-    drawn = ink.max(axis=1) > 0.5
-    starts, ends = np.flatnonzero(np.diff(np.pad(drawn, 1).astype(int))).reshape(-1, 2).T
+    share = ndimage.uniform_filter1d(
+        mask.astype(np.float32), size=IMAGE_SIZE, axis=1, mode="constant"
+    )
+    drawn = share.max(axis=1) > 0.5  # (height,)
+
+    # Runs of lines that are drawn on: 1 where a run begins, -1 behind its end.
+    change = np.diff(np.pad(drawn, 1).astype(int))
+    starts = np.flatnonzero(change == 1)
+    ends = np.flatnonzero(change == -1)
     lengths = ends - starts
     if lengths.max(initial=0) < IMAGE_SIZE:
         raise ValueError("no solid rectangles on a uniform ground")
-    alike = np.abs(lengths[:, None] - lengths) <= np.maximum(2, 0.04 * lengths)
-    chosen = alike[(alike.sum(axis=1) * lengths * (lengths >= IMAGE_SIZE)).argmax()]
-    starts, side = starts[chosen], int(np.median(lengths[chosen]))
+
+    # Groups of about equal length; the group that covers most lines is of tiles.
+    alike = np.abs(lengths[:, None] - lengths) <= np.maximum(2, 0.04 * lengths)  # (runs, runs)
+    covered = alike.sum(axis=1) * lengths * (lengths >= IMAGE_SIZE)
+    is_tile = alike[covered.argmax()]
+    starts = starts[is_tile]
+    side = int(np.median(lengths[is_tile]))
     if len(starts) == 1:
         return starts.tolist(), side
+
+    # A straight line through the starts: start = origin + step * place.
     places = np.rint((starts - starts[0]) / np.diff(starts).min())
-    step, origin = np.polyfit(places, starts, 1)
-    if np.abs(origin + step * places - starts).max() > max(2, 0.04 * side):
+    step, origin = np.polyfit(places, starts, deg=1)
+    deviation = np.abs(origin + step * places - starts).max()
+    if deviation > max(2, 0.04 * side):
         raise ValueError("rows or columns of tiles at unequal distances")
-    room = np.arange(-int((origin + 1) // step), int((len(drawn) - side - origin + 1) // step) + 1)
-    edges = np.rint(origin + step * room).astype(int).clip(0, len(drawn) - side)
+
+    # All places for which the picture has room, within a pixel.
+    first = -int((origin + 1) // step)
+    last = int((len(drawn) - side - origin + 1) // step)
+    edges = np.rint(origin + step * np.arange(first, last + 1)).astype(int)
+    edges = edges.clip(0, len(drawn) - side)
+
+    # From the first to the last place whose outer lines, two pixels inside, are drawn on.
     used = np.flatnonzero(drawn[edges + 2] & drawn[edges + side - 3])
-    if not len(used):
+    if len(used) == 0:
         raise ValueError("rows or columns of tiles at unequal distances")
     return edges[used[0] : used[-1] + 1].tolist(), side
 
 
 def without_frames(picture: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """The boxes less a frame drawn around the images: rings of one colour in all of them that end
-    where most of the next ring has another. Raises ValueError for one that hides half a pixel."""
+    """The boxes (n, 4) less a frame that is drawn around the images.
+
+    A frame is made of rings of one colour in all tiles, from the edge inwards, and ends where most
+    of the next ring has another colour. Raises ValueError for one that hides over half a pixel.
+    """
     tiles = np.stack([picture[y0:y1, x0:x1] for x0, y0, x1, y1 in boxes], axis=2).astype(int)
-    pixel, frame, colour = min(tiles.shape[:2]) / IMAGE_SIZE, 0, None
+    height, width = tiles.shape[:2]  # (height, width, n, 3)
+    pixel = min(height, width) / IMAGE_SIZE  # side of an enlarged pixel
+
+    def share_of(ring: np.ndarray, colour: np.ndarray) -> float:
+        return (np.abs(ring - colour).max(axis=1) <= FRAME_TOLERANCE).mean()
+
+    frame = 0
+    colour = None  # of the ring before
     for depth in range(int(3 * pixel)):
-        part = tiles[depth : len(tiles) - depth, depth : tiles.shape[1] - depth]
-        ring = np.concatenate([part[0], part[-1], part[:, 0], part[:, -1]]).reshape(-1, 3)
-        if depth and (np.abs(ring - colour).max(axis=1) <= 24).mean() < 0.5:
+        inner = tiles[depth : height - depth, depth : width - depth]
+        ring = np.concatenate([inner[0], inner[-1], inner[:, 0], inner[:, -1]]).reshape(-1, 3)
+        if colour is not None and share_of(ring, colour) < 0.5:
             frame = depth
+
         colour = np.median(ring, axis=0)
-        if (np.abs(ring - colour).max(axis=1) <= 24).mean() < 0.85:
-            break
+        if share_of(ring, colour) < 0.85:
+            break  # the image begins
+
     if frame > pixel / 2:
         raise ValueError(f"a frame of {frame} pixels, enlarged pixels are {pixel:.1f} wide")
     return boxes + np.array([frame, frame, -frame, -frame])
 
 
-def resample(tile: np.ndarray, size: int = IMAGE_SIZE) -> np.ndarray:
-    """Undo an enlargement: uint8 (h, w, 3) to (size, size, 3), each pixel the mean over about the
-    middle half of its cell, so that edges one pixel off do not mix neighbours."""
-    cells = np.array(tile.shape[:2]) / size
-    middles = np.ix_(*(((np.arange(size) + 0.5) * cell).astype(int) for cell in cells))
-    window = (*(int(cell / 2 - 0.5) | 1 for cell in cells), 1)
-    return np.rint(ndimage.uniform_filter(tile.astype(float), window)[middles]).astype(np.uint8)
+def shrink(enlarged: np.ndarray, size: int = IMAGE_SIZE) -> np.ndarray:
+    """Undo an enlargement: uint8 (h, w, 3) to (size, size, 3).
+
+    Each pixel is the mean over about the middle half of its cell, so that edges one pixel off do
+    not mix neighbours.
+    """
+    cell_height = enlarged.shape[0] / size
+    cell_width = enlarged.shape[1] / size
+    window = (odd_half(cell_height), odd_half(cell_width), 1)  # not over the channels
+    smooth = ndimage.uniform_filter(enlarged.astype(float), window)
+
+    rows = ((np.arange(size) + 0.5) * cell_height).astype(int)  # the cells' middles
+    columns = ((np.arange(size) + 0.5) * cell_width).astype(int)
+    return np.rint(smooth[np.ix_(rows, columns)]).astype(np.uint8)
 
 
-# ------------------------------------------------------------------------------ figures, errors
+def odd_half(length: float) -> int:
+    """The odd number nearest to half of a length, at least 1: a window with a middle."""
+    return int(length / 2 - 0.5) | 1
 
 
+# ------------------------------------------------------------------------------------- figures
 def show_tiles(axes: Axes, images: Tensor, columns: int) -> None:
     """Draw images (N, C, H, W) uint8 in rows of ``columns``, without axes."""
-    grey = {"cmap": "gray", "vmin": 0, "vmax": 255}
-    axes.imshow(tile(images, columns), interpolation="nearest", **grey)
+    picture = tile(images, columns)
+    axes.imshow(picture, interpolation="nearest", cmap="gray", vmin=0, vmax=255)
     axes.set(xticks=[], yticks=[], frame_on=False)
 
 
@@ -238,80 +384,142 @@ def draw_split(path: Path, grid: Grid) -> Figure:
     """The picture with its numbered boxes on the left, the tiles in reading order on the right."""
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
+
+    # The picture, and where its tiles were found.
     left.imshow(read_picture(path)[0])
     title = f"{path.name}: {len(grid.boxes)} tiles, {grid.method}"
-    left.set_title(title.encode(errors="replace").decode(), fontsize=10, parse_math=False)
+    left.set_title(title, fontsize=10, parse_math=False)
     for number, (x0, y0, x1, y1) in enumerate(grid.boxes):
-        box = Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, color=BOX_COLOUR)
-        left.add_patch(box)
+        corner = (x0 - 0.5, y0 - 0.5)  # imshow centres pixel 0 on 0
+        left.add_patch(Rectangle(corner, x1 - x0, y1 - y0, fill=False, color=BOX_COLOUR))
         left.text(x0, y0, number, color=BOX_COLOUR, fontsize=8, va="bottom")
+
+    # The tiles as extracted.
     tiles = grid.images[:SHOWN]
     columns = max(5, math.ceil(math.sqrt(len(tiles))))
     show_tiles(right, tiles, columns)
     side = tiles.shape[-1]
+    distance = side + TILE_PADDING
     for number in range(len(tiles)):
-        row, column = divmod(number, columns)
-        x, y = column * (side + TILE_PADDING), (row + 0.3) * (side + TILE_PADDING)
+        x = (number % columns) * distance
+        y = (number // columns + 0.3) * distance
         right.text(x, y, number, color=BOX_COLOUR, fontsize=8)
     right.set_title(f"tiles 0 to {len(tiles) - 1} as extracted, {side}x{side} pixels", fontsize=10)
-    for axes in (left, right):
-        axes.set_axis_off()
+
+    left.set_axis_off()
+    right.set_axis_off()
     return figure
+
+
+def save_figure(path: Path, draw: Callable[..., Figure], *arguments: Any, **options: Any) -> None:
+    """Write the figure that ``draw`` makes of the arguments, whole or not at all.
+
+    200 dots an inch, or fewer where that makes over 6,000 pixels. By matplotlib's own defaults:
+    the user's matplotlibrc may ask for what is not installed (LaTeX).
+    """
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        figure = draw(*arguments, **options)
+        dpi = min(200, 6000 / max(figure.get_size_inches()))
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight")
+
+    write_atomic(path, buffer.getvalue())
+
+
+# --------------------------------------------------------------- files, errors, command line
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write aside and rename, so that the file is whole or as it was."""
+    aside = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        aside.write_bytes(data)
+        os.replace(aside, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # the file that was meant
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def exit_codes(*mistakes: type[Exception]) -> Iterator[None]:
-    """A user's mistake, or a file that cannot be read or written, prints one line and exits 2;
-    Ctrl-C exits 130."""
-    sys.stderr = sys.stderr or io.StringIO()  # closed: progress bars need one
+    """Print one line and exit 2 for a mistake of the user's, exit 130 for Ctrl-C.
+
+    Mistakes are UserError, ``mistakes``, files that cannot be read or written, too little memory.
+    """
+    # Progress bars need a stderr, a terminal that cannot show "±" shows an escape.
+    if sys.stderr is None:
+        sys.stderr = io.StringIO()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # names that are not UTF-8
+            stream.reconfigure(errors="backslashreplace")
+
     try:
         yield
     except (UserError, OSError, MemoryError, *mistakes) as error:
-        print("error:", " ".join(str(error).split()) or "out of memory", file=sys.stderr)
+        print("error:", one_line(error) or "out of memory", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
+def one_line(message: object) -> str:
+    """A message without line breaks."""
+    return " ".join(str(message).split())
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without the usage, and exit 2."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {one_line(message)}\n")
+
+
+def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's options; raises UserError for those that make no sense."""
+    parser = OneLineParser(description=__doc__.splitlines()[0])
+    parser.add_argument("picture", type=Path, help="a sample grid, figure or GIF (its last frame)")
+    parser.add_argument("--expect", type=int, metavar="N", help="exit 2 unless N images are found")
+    parser.add_argument(
+        "--out", type=Path, metavar="PNG", help="figure to write (default: PICTURE_split.png)"
+    )
+
+    options = parser.parse_args(argv)
+    if options.expect is not None and options.expect < 1:
+        raise UserError(f"--expect {options.expect}: expected at least 1")
+    if options.out is None:
+        options.out = options.picture.parent / f"{options.picture.stem}_split.png"
+    return options
+
+
+def report(options: argparse.Namespace) -> None:
+    """Split the picture, draw how, and print what was found."""
+    path = options.picture
+    out = options.out
+    grid = split_grid(path, options.expect)
+    if out.exists() and (not out.is_file() or out.samefile(path)):
+        raise UserError(f"--out {out}: is the picture itself, or no file; name another")
+
+    x0, y0, x1, y1 = grid.boxes[0]
+    count, channels, height, width = grid.images.shape
+    red, green, blue = grid.ground
+    print(f"images      {count}")
+    print(f"size        {width}x{height}, {channels} channel(s), from {x1 - x0}x{y1 - y0} pixels")
+    print(f"ground      #{red:02x}{green:02x}{blue:02x}")
+    print(f"method      {grid.method}")
+    print(f"confidence  {grid.confidence:.2f}")
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_figure(out, draw_split, path, grid)
+    print(f"figure      {out}")
+    if options.expect not in (None, count):
+        raise UserError(f"{path}: {count} images, --expect {options.expect}; see {out}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line. Exit codes: 0 done, 2 a mistake of the user's, 130 interrupted."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.error = lambda message: parser.exit(2, f"error: {' '.join(message.split())}\n")
-    add = parser.add_argument
-    add("picture", type=Path, help="a sample grid, figure or GIF (its last frame)")
-    add(
-        "--expect",
-        type=mnist.between(1, 10**6),
-        metavar="N",
-        help="exit 2 unless N images are found",
-    )
-    add("--out", type=Path, metavar="PNG", help="figure to write (default: PICTURE_split.png)")
-    options = parser.parse_args(argv)
-    path = options.picture
-    out = options.out or path.parent / f"{path.stem}_split.png"
     with exit_codes():
-        grid = split_grid(path, options.expect)
-        if out.exists() and (not out.is_file() or out.samefile(path)):
-            raise UserError(f"--out {out}: is the picture itself, or no file; name another")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        x0, y0, x1, y1 = grid.boxes[0]
-        channels, height, width = grid.images.shape[1:]
-        print(f"images      {len(grid.images)}")
-        print(
-            f"size        {width}x{height}, {channels} channel(s), from {x1 - x0}x{y1 - y0} pixels"
-        )
-        print("ground      #{:02x}{:02x}{:02x}".format(*grid.ground))
-        print(f"method      {grid.method}")
-        print(f"confidence  {grid.confidence:.2f}")
-        mnist.save_figure(out, draw_split(path, grid))
-        print(f"figure      {out}")
-        if options.expect not in (None, len(grid.images)):
-            found = f"{len(grid.images)} images, --expect {options.expect}"
-            raise UserError(f"{path}: {found}; see {out}")
+        report(parse_options(argv))
 
 
 if __name__ == "__main__":

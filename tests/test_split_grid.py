@@ -1,8 +1,10 @@
-"""split_grid and debug_img.py on synthetic figures: exact count, tile content within the resampling
-error, and a refusal where the layout is ambiguous."""
+"""split_grid and debug_img.py on synthetic figures.
+
+Exact count, tile content within the resampling error, and a refusal where the layout is ambiguous.
+"""
 
 import io
-import itertools
+import math
 
 import numpy as np
 import pytest
@@ -19,10 +21,14 @@ EVERY = ("digits", "tissue", "noise", "light")
 FIVE = range(21, 1000, 197)
 
 
+# ----------------------------------------------------------------------------------- pictures
 def make(kind, n, seed=0):
-    """n images: white digits on black, whose strokes touch the edges (light: dark digits on grey;
-    white: the third is all white; barred: but for a few pixels), smooth colours between 60 and 220
-    as in stained tissue, or noise with many pixels as white as the ground."""
+    """n images (n, C, 28, 28) uint8 of a kind that is hard in its own way.
+
+    digits: white on black, their strokes touch the edges; light: dark digits on grey; white: the
+    third digit is all white; barred: but for a few pixels. tissue: smooth colours between 60 and
+    220. noise: many pixels as white as the ground.
+    """
     generator = torch.Generator().manual_seed(seed)
     if kind == "tissue":
         small = torch.rand(n, 3, 5, 5, generator=generator)
@@ -31,10 +37,15 @@ def make(kind, n, seed=0):
     if kind == "noise":
         noise = torch.randn(n, 1, 28, 28, generator=generator)
         return (noise * 110 + 127).clamp(0, 255).byte()
+
     tiles = DIGITS[torch.randperm(len(DIGITS), generator=generator)[:n]]
+    if kind == "light":
+        return 230 - tiles // 2
     if kind in ("white", "barred"):
-        tiles[2], tiles[2, :, 8:20, 10:20] = 255, 90 if kind == "barred" else 255
-    return 230 - tiles // 2 if kind == "light" else tiles
+        tiles[2] = 255
+    if kind == "barred":
+        tiles[2, :, 8:20, 10:20] = 90
+    return tiles
 
 
 def picture_of(image, side, resampling=Image.Resampling.NEAREST):
@@ -43,28 +54,40 @@ def picture_of(image, side, resampling=Image.Resampling.NEAREST):
     return small.resize((side, side), resampling)
 
 
-def figure_of(images, rows=1, size=(10, 2), dpi=100, ground="white", titles="", suptitle="",
-              frame=0, **margins):  # fmt: skip
+def figure_of(
+    images,
+    rows=1,
+    size=(10, 2),
+    dpi=100,
+    ground="white",
+    titles="",
+    suptitle="",
+    frame=0,
+    **margins,
+):
     """What a script saves after plt.subplots, imshow and savefig."""
     figure = Figure(figsize=size, dpi=dpi, facecolor=ground)
     ink = "white" if ground == "black" else "black"
-    for k, axes in enumerate(figure.subplots(rows, -(-len(images) // rows), squeeze=False).flat):
+    columns = math.ceil(len(images) / rows)
+    for k, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         axes.axis("on" if frame else "off")
         axes.spines[:].set_linewidth(frame)
         if k < len(images):
             axes.imshow(images[k].expand(3, -1, -1).permute(1, 2, 0).numpy())
             axes.set_title(titles.format(k), color=ink, fontsize=12)
+
     figure.suptitle(suptitle, color=ink)
     figure.subplots_adjust(**margins)
-    figure.savefig(buffer := io.BytesIO(), format="png")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
     return Image.open(buffer).convert("RGB")
 
 
 def row(tiles, lefts, side=168, tops=(15,) * 9, size=(1000, 200)):
     """Tiles enlarged to ``side`` pixels at given places of a white picture."""
     picture = Image.new("RGB", size, "white")
-    for image, *place in zip(tiles, lefts, tops, strict=False):
-        picture.paste(picture_of(image, side), place)
+    for image, left, top in zip(tiles, lefts, tops, strict=False):
+        picture.paste(picture_of(image, side), (left, top))
     return picture
 
 
@@ -85,53 +108,93 @@ LAYOUTS = {  # number of images, of which kinds, how they are drawn
 }
 
 
-def error(found, expected):
-    """Mean absolute difference in 8-bit levels."""
+def largest_error(found, expected):
+    """The worst image's mean absolute difference in 8-bit levels."""
     expected = expected.expand(-1, found.shape[1], -1, -1)
     return (found.float() - expected.float()).abs().mean(dim=(1, 2, 3)).max().item()
 
 
+# ---------------------------------------------------------------------------------- splitting
 @pytest.mark.parametrize("layout, kind", [(k, kind) for k in LAYOUTS for kind in LAYOUTS[k][1]])
 def test_figures_split_to_their_tiles(layout, kind, tmp_path):
     n, _, draw = LAYOUTS[layout]
     tiles = make(kind, n)
-    picture = draw(tiles)
-    picture.save(tmp_path / "figure.png")
+    draw(tiles).save(tmp_path / "figure.png")
     grid = split_grid(tmp_path / "figure.png")
-    assert grid.images.shape == (n, 3 if kind == "tissue" else 1, 28, 28) and len(grid.boxes) == n
-    assert error(grid.images, tiles) < 0.01
-    assert grid.method == "detected" and 0.5 < grid.confidence <= (0.9 if kind == "barred" else 1)
-    if layout in ("published", "titles"):  # compression noise
-        picture.save(tmp_path / "figure.jpg", quality=50)
-        found = split_grid(tmp_path / "figure.jpg").images
-        assert len(found) == n and error(found, tiles) < (6 if kind in ("digits", "tissue") else 20)
+    channels = 3 if kind == "tissue" else 1
+    assert grid.images.shape == (n, channels, 28, 28)
+    assert len(grid.boxes) == n
+    assert largest_error(grid.images, tiles) < 0.01
+    assert grid.method == "detected"
+    assert 0.5 < grid.confidence <= (0.9 if kind == "barred" else 1)
 
 
-@pytest.mark.parametrize("kind, n", [("digits", 1), ("tissue", 5), ("noise", 23), ("digits", 64)])
+@pytest.mark.parametrize("layout, kind", [("titles", "noise"), *(("published", k) for k in EVERY)])
+def test_figures_under_compression_noise(layout, kind, tmp_path):
+    n, _, draw = LAYOUTS[layout]
+    tiles = make(kind, n)
+    draw(tiles).save(tmp_path / "figure.jpg", quality=50)
+    images = split_grid(tmp_path / "figure.jpg").images
+    assert len(images) == n
+    assert largest_error(images, tiles) < (6 if kind in ("digits", "tissue") else 20)
+
+
+OWN_GRIDS = [("digits", 1), ("tissue", 5), ("noise", 23), ("digits", 64)]
+
+
+@pytest.mark.parametrize("kind, n", OWN_GRIDS)
 def test_own_grids_split_to_the_bit(kind, n, tmp_path):
-    path, tiles = tmp_path / "samples_final.png", make(kind, n)
+    path = tmp_path / "samples_final.png"
+    tiles = make(kind, n)
     save_grid(path, tiles)
-    grid, own = split_grid(path), Image.open(path).copy()
-    assert torch.equal(grid.images, tiles) and (grid.method, grid.confidence) == ("metadata", 1)
-    if n > 1:  # saved again by another program: found by its look, with the same tiles
-        Image.open(path).convert("RGB").save(path)
-        again = split_grid(path)
-        assert again.method == "detected" and torch.equal(again.images, tiles)
-        assert (again.boxes == grid.boxes).all()
-    text = PngImagePlugin.PngInfo()  # with a description that one pixel of the ground contradicts
-    text.add_text("grid", own.info["grid"])
-    own.putpixel((own.width - 1, 0), 99)
-    own.save(path, pnginfo=text)
-    with pytest.raises(UserError, match="samples_final.png: not the grid that it describes"):
+    grid = split_grid(path)
+    assert torch.equal(grid.images, tiles)
+    assert grid.method == "metadata"
+    assert grid.confidence == 1
+
+    # Its boxes are where the tiles stand in the picture, enlarged.
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    for image, (x0, y0, x1, y1) in zip(tiles, grid.boxes, strict=True):
+        scale = (x1 - x0) // 28
+        shown = pixels[y0:y1:scale, x0:x1:scale]
+        assert (shown == image.permute(1, 2, 0).numpy()).all()
+
+
+@pytest.mark.parametrize("kind, n", OWN_GRIDS[1:])
+def test_own_grids_saved_by_another_program(kind, n, tmp_path):
+    """Without the description: found by their look, with the same tiles and boxes."""
+    path = tmp_path / "samples_final.png"
+    tiles = make(kind, n)
+    save_grid(path, tiles)
+    described = split_grid(path)
+    Image.open(path).convert("RGB").save(path)
+    grid = split_grid(path)
+    assert grid.method == "detected"
+    assert torch.equal(grid.images, tiles)
+    assert (grid.boxes == described.boxes).all()
+
+
+@pytest.mark.parametrize("kind, n", OWN_GRIDS)
+def test_own_grids_that_one_pixel_contradicts(kind, n, tmp_path):
+    """A pixel of the ground, which holds no image."""
+    path = tmp_path / "samples_final.png"
+    save_grid(path, make(kind, n))
+    with Image.open(path) as picture:
+        text = PngImagePlugin.PngInfo()
+        text.add_text("grid", picture.info["grid"])
+        picture.putpixel((picture.width - 1, 0), 99)
+        picture.save(path, pnginfo=text)
+    with pytest.raises(UserError, match="samples_final.png: not "):
         split_grid(path)
 
 
 def test_the_last_place_is_empty_or_a_white_image(tmp_path):
     """The look cannot tell which: refused, unless the number is known."""
-    tiles, path = make("digits", 25), tmp_path / "grid.png"
+    path = tmp_path / "grid.png"
+    tiles = make("digits", 25)
     tiles[-1] = 255
     save_grid(path, tiles)
-    Image.open(path).save(path)
+    Image.open(path).save(path)  # without the description
     with pytest.raises(UserError, match="24 or 25 images: the last place is empty, or white"):
         split_grid(path)
     for n in (24, 25):
@@ -145,29 +208,48 @@ def beside_a_curve(n):
     return picture
 
 
-SMALL = range(10, 160, 30), 20, [10] * 5, (170, 40)
-RESAMPLING = Image.Resampling.NEAREST, Image.Resampling.BICUBIC
-CENTRED = [20, 140, 260, 380, 80, 200, 320], 100, [10] * 4 + [130] * 3, (520, 240)
+def too_small():
+    """Tiles of 20 pixels."""
+    return row(make("digits", 5), range(10, 160, 30), side=20, tops=[10] * 5, size=(170, 40))
+
+
+def last_row_centred():
+    """Four tiles and below them three, each between two of the row above."""
+    lefts = [20, 140, 260, 380, 80, 200, 320]
+    tops = [10] * 4 + [130] * 3
+    return row(make("digits", 7), lefts, side=100, tops=tops, size=(520, 240))
+
+
+def crops():
+    """Single enlarged images, which are no crops of themselves."""
+    pictures = []
+    for kind in EVERY:
+        for resampling in (Image.Resampling.NEAREST, Image.Resampling.BICUBIC):
+            for k, image in enumerate(make(kind, 4)):
+                side = 300 if k % 2 else 140
+                pictures.append(picture_of(image, side, resampling))
+    return pictures
+
+
 AMBIGUOUS = {  # pictures, of each of which the error says why
     "touching tiles": lambda: [
-        *(row(255 - make("digits", 5), FIVE), row(make("digits", 5), range(20, 860, 168))),
+        row(255 - make("digits", 5), FIVE),
+        row(make("digits", 5), range(20, 860, 168)),
         row(make("digits", 4), [20, 188, 420, 640]),
     ],
     "a hole between the tiles": lambda: [
         row(make("digits", 4), [*FIVE[:2], *FIVE[3:]]),
         row(make("white", 5), FIVE),
     ],
-    "no solid rectangles": lambda: [row(make("digits", 5), *SMALL), row([], [])],
+    "no solid rectangles": lambda: [too_small(), row([], [])],
     "a part of": lambda: [
-        *(row(make("digits", 7), *CENTRED), beside_a_curve(3)),
-        *(figure_of(make(kind, 5), ground="black") for kind in ("digits", "white")),
+        last_row_centred(),
+        beside_a_curve(3),
+        figure_of(make("digits", 5), ground="black"),
+        figure_of(make("white", 5), ground="black"),
     ],
-    "a frame of": lambda: [figure_of(make(k, 5), frame=4) for k in ("tissue", "noise")],
-    "": lambda: [  # a single enlarged image is no crop of itself
-        picture_of(image, (140, 300)[k % 2], how)
-        for kind, how in itertools.product(EVERY, RESAMPLING)
-        for k, image in enumerate(make(kind, 4))
-    ],
+    "a frame of": lambda: [figure_of(make(kind, 5), frame=4) for kind in ("tissue", "noise")],
+    "": crops,
 }
 
 
@@ -178,29 +260,46 @@ def test_ambiguous_layouts_are_refused(reason):
             debug_img.detect_tiles(np.array(picture), "picture", None)
 
 
-def test_debug_img_reports_and_checks_the_count(tmp_path, capsys):
-    path, other = tmp_path / "figure.png", tmp_path / "new" / "a$b$\udcff.png"
+# ------------------------------------------------------------------------------- command line
+def test_debug_img_reports_what_it_found(tmp_path, capsys):
+    path = tmp_path / "figure.png"
     figure_of(make("digits", 5), titles="Sample {}").save(path)
     debug_img.main([str(path), "--expect", "5"])
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    expected = {"images": "5", "ground": "#ffffff", "method": "detected"}
-    assert expected.items() <= lines.items() and 0.8 < float(lines["confidence"]) <= 1
+    assert lines["images"] == "5"
+    assert lines["ground"] == "#ffffff"
+    assert lines["method"] == "detected"
     assert lines["size"].startswith("28x28, 1 channel")
+    assert 0.8 < float(lines["confidence"]) <= 1
+
+    # The boxes' colour is in the figure.
     with Image.open(tmp_path / "figure_split.png") as drawn:
-        colours = np.asarray(drawn.convert("RGB")).reshape(-1, 3)
-    assert (np.abs(colours.astype(int) - (0xD5, 0x5E, 0x00)).max(axis=1) < 10).sum() > 500
-    before = path.read_bytes()
+        colours = np.asarray(drawn.convert("RGB")).astype(int)
+    distance = np.abs(colours - (0xD5, 0x5E, 0x00)).max(axis=2)
+    assert (distance < 10).sum() > 500
+
+
+def test_debug_img_mistakes(tmp_path, capsys):
+    path = tmp_path / "figure.png"
+    figure_of(make("digits", 5), titles="Sample {}").save(path)
     Image.new("1", (10_000, 5_001)).save(tmp_path / "huge.png")
     (tmp_path / "link.png").symlink_to(path)
+    before = path.read_bytes()
+    other = tmp_path / "new" / "a$b$.png"
     for message, *arguments in (
         ("5 images, --expect 4", path, "--expect", 4, "--out", other),
         ("is the picture itself", path, "--out", tmp_path / "link.png"),
-        ("--expect", path, "--expect", 0),
+        ("--expect 0: expected at least 1", path, "--expect", 0),
+        ("--expect", path, "--expect", "five"),
         ("huge.png: not a readable picture", tmp_path / "huge.png"),
+        ("none.png: not a readable picture", tmp_path / "none.png"),
         ("File exists", path, "--out", path / "below.png"),
     ):
         with pytest.raises(SystemExit) as stop:
             debug_img.main([*map(str, arguments)])
         (line,) = capsys.readouterr().err.splitlines()
-        assert stop.value.code == 2 and line.startswith("error: ") and message in line, line
-    assert path.read_bytes() == before and other.exists()
+        assert stop.value.code == 2
+        assert line.startswith("error: ")
+        assert message in line, line
+    assert path.read_bytes() == before
+    assert other.exists()
