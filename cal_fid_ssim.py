@@ -8,19 +8,21 @@ images (the floor).
     python cal_fid_ssim.py runs/*mnist3* --out comparison           # csv, markdown, figures
     python cal_fid_ssim.py runs/quantum_mnist3_nall_seed0 --protocol paper
 
-cal_fid_ssim_medmnist.py does the same for PathMNIST, debug_img.py shows how a picture is split.
+The file in its order: the metrics, which know arrays and images only; the networks that make
+features of images; a run and the real images beside it; tables; figures; the published procedure;
+the command line. cal_fid_ssim_medmnist.py does the same for PathMNIST, debug_img.py shows how a
+picture is split.
 """
 
 import argparse
 import copy
-import functools
 import hashlib
 import io
-import itertools
 import json
-import re
+import math
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +30,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import linalg, stats
 from skimage.metrics import structural_similarity
@@ -36,252 +39,418 @@ from torchvision.models import Inception_V3_Weights, inception_v3
 from tqdm import tqdm
 
 import quantum_diffusion_mnist as mnist
-from debug_img import exit_codes, show_tiles, split_grid
-from quantum_diffusion_mnist import ARMS, UserError, between, random_stream, reading
+from debug_img import OneLineParser, exit_codes, save_figure, show_tiles, split_grid, write_atomic
+from quantum_diffusion_mnist import ARMS, TILE_PADDING, UserError, reading, to_float
 
+# How the metrics are taken.
 FID_WARNING_BELOW = 1000  # images
 FID_INFINITY_SIZES = 15  # subsets
 NEIGHBOURS = 3  # k of precision and recall
 SSIM_PAIRS = 2000  # at most so many pairs make ssim_diversity
 FLOOR_DRAWS = 5  # samples of real images whose mean is the floor
-FLOOR = "real images (floor)"
-OVERVIEW_COLUMNS = 12  # images in a row of overview.png
-PAPER_IMAGES, PAPER_DRAWS = 5, 100
-CLASSIFIER_STEPS, CLASSIFIER_BATCH = 1000, 128
-DECIDING_SEEDS = 5  # fewer decide nothing
 CHUNK = 500  # rows of a distance or kernel matrix that are in memory at once
+CLASSIFIER_STEPS = 1000
+CLASSIFIER_BATCH = 128  # images
 
-# What the tables and figures show: key in metrics.json, heading, format.
-METRICS = {
-    "fid": ("FID", "{:.3g}"),
-    "fid_infinity": ("FID∞", "{:.3g}"),
-    "kid": ("KID", "{:.3g}"),
-    "precision": ("precision", "{:.3f}"),
-    "recall": ("recall", "{:.3f}"),
-    "ssim_paired": ("SSIM paired", "{:.4f}"),
-    "ssim_diversity": ("SSIM diversity", "{:.4f}"),
-    "ssim_nearest": ("SSIM nearest", "{:.4f}"),
-    "label_accuracy": ("label accuracy", "{:.3f}"),
-    "distance_ratio": ("distance ratio", "{:.3f}"),
-    "near_copies": ("near copies", "{:.3f}"),
+# The published procedure.
+PAPER_IMAGES = 5
+PAPER_DRAWS = 100  # of as many real images, beside it
+
+
+class Metric(NamedTuple):
+    """How tables and figures show a metric."""
+
+    heading: str
+    form: str  # of str.format
+
+
+METRICS = {  # by their key in metrics.json
+    "fid": Metric("FID", "{:.3g}"),
+    "fid_infinity": Metric("FID∞", "{:.3g}"),
+    "kid": Metric("KID", "{:.3g}"),
+    "precision": Metric("precision", "{:.3f}"),
+    "recall": Metric("recall", "{:.3f}"),
+    "ssim_paired": Metric("SSIM paired", "{:.4f}"),
+    "ssim_diversity": Metric("SSIM diversity", "{:.4f}"),
+    "ssim_nearest": Metric("SSIM nearest", "{:.4f}"),
+    "label_accuracy": Metric("label accuracy", "{:.3f}"),
+    "distance_ratio": Metric("distance ratio", "{:.3f}"),
+    "near_copies": Metric("near copies", "{:.3f}"),
 }
-FIGURE_METRICS = [m for m in METRICS if m not in ("fid_infinity", "ssim_paired", "ssim_nearest")]
-PAIR = ["n_train", "label", "seed"]  # what makes two runs a pair; then what arms must share
-BUDGET = ["steps", "batch_size", "lr", "muon_lr", "ema_decay", "n_qubits", "n_layers", "timesteps"]
-BUDGET += ["sample_steps"]
-BASELINES = ("matched", "classical")
-COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe & Ito
-ARM_COLOURS = dict(zip(ARMS, COLOURS, strict=True))
-MARKERS = "os^Dvp"  # of an arm's conditions
-Sample = tuple[Tensor, np.ndarray]  # images (N, C, H, W) uint8, features (N, d); d = 0: none
+
+# What is compared with what.
+FLOOR = "real images (floor)"
+PAIR = ["n_train", "label", "seed"]  # what two runs that make a pair have in common
+BUDGET = ["steps", "batch_size", "lr", "muon_lr", "ema_decay"]  # what all runs should
+BUDGET += ["n_qubits", "n_layers", "timesteps", "sample_steps"]
+BASELINES = ("matched", "classical")  # arms that all others are compared with
+DECIDING_SEEDS = 5  # fewer decide nothing
+CLOSEST_PAIRS = 10  # of a run, in its closest_pairs.png
+
+# Figures: a colour an arm (Okabe & Ito), a marker a condition of it. Arms without a colour of
+# their own take the colours in turn, with markers that are not full.
+OVERVIEW_COLUMNS = 12  # images in a row of overview.png
+FIGURE_METRICS = [
+    *("fid", "kid", "precision", "recall"),
+    *("ssim_diversity", "label_accuracy", "distance_ratio", "near_copies"),
+]
+ARM_COLOURS = {
+    "classical": "#000000",
+    "matched": "#E69F00",
+    "quantum": "#0072B2",
+    "published": "#D55E00",
+    "product": "#009E73",
+    "frozen": "#CC79A7",
+    "se": "#56B4E9",
+}
+MARKERS = "os^Dvp"
+OTHER_FILLS = ("none", "left", "top")  # of matplotlib's fillstyle
+
+
+def random_stream(seed: int, *name: object) -> torch.Generator:
+    """A generator that depends on ``seed`` and ``name`` alone.
+
+    Every use of randomness has its own, so that none disturbs another.
+    """
+    digest = hashlib.sha256(repr((seed, *name)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 # ----------------------------------------------------------------------------------- metrics
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Fréchet distance of two Gaussians fitted to features (n, d) and (m, d) (Heusel et al. 2017).
+
         |mean_a - mean_b|^2 + tr A + tr B - 2 tr (A B)^(1/2)        A, B the covariances, n - 1
 
     With A = X.T X and B = Y.T Y the last trace is the sum of the singular values of X Y.T: no
     matrix root, which loses half the digits or turns complex when a covariance has not full rank
     (n <= d, dead features), and no epsilon on the diagonal. Both are of 2 or more images. Raises
-    UserError for features that are not finite."""
-    means, roots = [], []
+    UserError for features that are not finite.
+    """
+    means = []
+    roots = []  # X and Y, (at most d, d)
     for features in (a, b):
         if not np.isfinite(features).all():
             raise UserError("features are not finite: the images or the weights are bad")
-        means.append(features.mean(axis=0, dtype=np.float64))
-        scaled = (features - means[-1]) / np.sqrt(len(features) - 1)
-        roots.append(np.linalg.qr(scaled, mode="r"))
-    cross = linalg.svdvals(roots[0] @ roots[1].T).sum()
-    squared = ((means[0] - means[1]) ** 2).sum() + sum((root**2).sum() for root in roots)
-    return float(squared - 2 * cross)
+        mean = features.mean(axis=0, dtype=np.float64)
+        centred = (features - mean) / np.sqrt(len(features) - 1)  # centred.T centred = covariance
+        means.append(mean)
+        roots.append(np.linalg.qr(centred, mode="r"))  # the same product, fewer rows
+
+    # The three terms of the formula.
+    x, y = roots
+    between_means = ((means[0] - means[1]) ** 2).sum()
+    traces = (x**2).sum() + (y**2).sum()
+    cross = linalg.svdvals(x @ y.T).sum()
+    return float(between_means + traces - 2 * cross)
 
 
 def frechet_infinity(features: np.ndarray, reference: np.ndarray, seed: int) -> float:
     """FID extrapolated to infinitely many generated images (Chong & Forsyth 2020, section 4).
+
     The bias of FID is linear in 1/n: a line through FID_INFINITY_SIZES subsets of n/4 to n images
-    is read off at 1/n = 0. Below n = 2 d the expansion does not hold: NaN."""
+    is read off at 1/n = 0. features (n, d), reference (m, d). Below n = 2 d the expansion does not
+    hold: NaN.
+    """
     n, d = features.shape
     if n < 2 * d:
-        return float("nan")
+        return math.nan
+
+    # FID of random subsets of rising size.
     sizes = np.linspace(n / 4, n, FID_INFINITY_SIZES).astype(int)
     generator = random_stream(seed, "fid_infinity")
-    subsets = (features[torch.randperm(n, generator=generator)[:size]] for size in sizes)
-    values = [frechet_distance(subset, reference) for subset in subsets]
-    return float(np.polyfit(1 / sizes, values, 1)[1])
+    values = []
+    for size in sizes:
+        subset = torch.randperm(n, generator=generator)[:size]
+        values.append(frechet_distance(features[subset], reference))
+
+    # The line's value at 1/n = 0.
+    _slope, at_infinity = np.polyfit(1 / sizes, values, deg=1)
+    return float(at_infinity)
 
 
 def kernel_distance(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     """KID: unbiased squared MMD with the kernel (x.y / d + 1)^3, and its standard error.
-    Bińkowski et al. 2018, section 4, over all pairs instead of random blocks. The standard error
-    is the two-sample jackknife's (each image left out once, from the kernel's row sums); NaN for
-    fewer than 3 images. It is conservative near zero, where the estimator is degenerate."""
 
-    def row_sums(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        chunks = [x[i : i + CHUNK] for i in range(0, len(x), CHUNK)]
-        return np.concatenate([((c @ y.T / x.shape[1] + 1) ** 3).sum(axis=1) for c in chunks])
+    Bińkowski et al. 2018, section 4, over all pairs instead of random blocks; a (n, d), b (m, d).
+    The standard error is the two-sample jackknife's: each image is left out once, which the
+    kernel's row sums tell without another kernel. NaN for fewer than 3 images. It is conservative
+    near zero, where the estimator is degenerate.
+    """
+    n = len(a)
+    m = len(b)
 
-    def estimate(aa: Any, bb: Any, ab: Any, n: int, m: int) -> Any:
-        return aa / (n * (n - 1)) + bb / (m * (m - 1)) - 2 * ab / (n * m)
+    # Each image's kernel with the others of its set, and with the other set.
+    within_a = kernel_row_sums(a, a) - kernel_of_itself(a)  # (n,)
+    within_b = kernel_row_sums(b, b) - kernel_of_itself(b)  # (m,)
+    across_a = kernel_row_sums(a, b)  # (n,)
+    across_b = kernel_row_sums(b, a)  # (m,)
 
-    n, m = len(a), len(b)
-    within_a, within_b = (  # of an image with the others
-        row_sums(x, x) - ((x * x).sum(axis=1) / x.shape[1] + 1) ** 3 for x in (a, b)
-    )
-    across_a, across_b = row_sums(a, b), row_sums(b, a)
-    aa, bb, ab = within_a.sum(), within_b.sum(), across_a.sum()
-    value = float(estimate(aa, bb, ab, n, m))
+    aa = within_a.sum()
+    bb = within_b.sum()
+    ab = across_a.sum()
+    distance = float(unbiased_mmd(aa, bb, ab, n, m))
     if min(n, m) < 3:
-        return value, float("nan")
-    without_a = estimate(aa - 2 * within_a, bb, ab - across_a, n - 1, m)
-    without_b = estimate(aa, bb - 2 * within_b, ab - across_b, n, m - 1)
+        return distance, math.nan
+
+    # Without image i of a its pairs are missing, within a on both sides of the diagonal.
+    without_a = unbiased_mmd(aa - 2 * within_a, bb, ab - across_a, n - 1, m)  # (n,)
+    without_b = unbiased_mmd(aa, bb - 2 * within_b, ab - across_b, n, m - 1)  # (m,)
     variance = (n - 1) * without_a.var() + (m - 1) * without_b.var()
-    return value, float(np.sqrt(variance))
+    return distance, float(np.sqrt(variance))
+
+
+def kernel_row_sums(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The sums over all rows of y (m, d) of their kernel with each row of x (n, d): (n,)."""
+    sums = []
+    for start in range(0, len(x), CHUNK):
+        kernel = (x[start : start + CHUNK] @ y.T / x.shape[1] + 1) ** 3  # (chunk, m)
+        sums.append(kernel.sum(axis=1))
+    return np.concatenate(sums)
+
+
+def kernel_of_itself(x: np.ndarray) -> np.ndarray:
+    """The kernel of each row of x (n, d) with itself: (n,)."""
+    return ((x * x).sum(axis=1) / x.shape[1] + 1) ** 3
+
+
+def unbiased_mmd(aa: Any, bb: Any, ab: Any, n: int, m: int) -> Any:
+    """The squared MMD from sums of the kernel: within n and m images, no image with itself; across.
+
+    The sums are numbers, or arrays of as many cases.
+    """
+    return aa / (n * (n - 1)) + bb / (m * (m - 1)) - 2 * ab / (n * m)
 
 
 def precision_recall(real: np.ndarray, generated: np.ndarray, k: int) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019, section 3), each in [0, 1].
+
     Precision: share of generated features inside a ball around some real feature that reaches to
     its k-th nearest other real feature; recall: the two sets exchanged. On the ball is inside.
-    Both sets should be of one size. NaN with k or fewer images. Distances are exact for equal rows,
-    as ties of collapsed samples need."""
-    distance = functools.partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
-
-    def covered(points: Tensor, balls: Tensor) -> float:
-        radii = torch.cat([distance(x, balls).kthvalue(k + 1).values for x in balls.split(CHUNK)])
-        found = [(distance(x, balls) <= radii).any(dim=1) for x in points.split(CHUNK)]
-        return torch.cat(found).double().mean().item()
-
+    Both (n, d) and (m, d), and should be of one size. NaN with k or fewer images.
+    """
     if min(len(real), len(generated)) <= k:
-        return float("nan"), float("nan")
-    real, generated = torch.from_numpy(real), torch.from_numpy(generated)
-    return covered(generated, real), covered(real, generated)
+        return math.nan, math.nan
+    real = torch.from_numpy(real)
+    generated = torch.from_numpy(generated)
+    precision = share_in_balls(generated, real, k)
+    recall = share_in_balls(real, generated, k)
+    return precision, recall
+
+
+def share_in_balls(points: Tensor, centres: Tensor, k: int) -> float:
+    """Share of points (n, d) in a ball around a centre (m, d) up to its k-th nearest other one."""
+    # How far each ball reaches.
+    radii = []
+    for chunk in centres.split(CHUNK):
+        distance = exact_distance(chunk, centres)  # (chunk, m), 0 to itself: hence k + 1
+        radii.append(distance.kthvalue(k + 1).values)
+    radii = torch.cat(radii)  # (m,)
+
+    # Whether a point is in any of them.
+    inside = []
+    for chunk in points.split(CHUNK):
+        inside.append((exact_distance(chunk, centres) <= radii).any(dim=1))
+    return torch.cat(inside).double().mean().item()
+
+
+def exact_distance(x: Tensor, y: Tensor) -> Tensor:
+    """Distances of rows (n, d) and (m, d): (n, m). Zero for equal rows, as collapsed samples need.
+
+    By default torch takes |x|^2 + |y|^2 - 2 x.y, which is not.
+    """
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def ssim(a: Tensor, b: Tensor) -> float:
-    """Mean SSIM (Wang et al. 2004) of uint8 image i of ``a`` against image i of ``b``, (N, C, H, W)
-    and as many of the longer as the shorter has; 1 for equal images.
+    """Mean SSIM (Wang et al. 2004) of image i of ``a`` against image i of ``b``; 1 for equal ones.
 
-    scikit-image's defaults: a uniform 7x7 window, so that 22x22 of 28x28 pixels count (the 11x11
-    Gaussian window leaves 18x18); colour: the mean over the channels. One call for all images,
-    one above the other; the rim that mixes neighbours is the one that SSIM leaves out anyway."""
+    Images (N, C, H, W) uint8; of the longer set as many as the shorter has. scikit-image's
+    defaults: a uniform 7x7 window, so that 22x22 of 28x28 pixels count (the 11x11 Gaussian window
+    leaves 18x18); colour: the mean over the channels.
+    """
     n = min(len(a), len(b))
-    tall = (x[:n].reshape(-1, x.shape[-1]).numpy() for x in (a, b))
-    values = structural_similarity(*tall, data_range=255, full=True)[1].reshape(a[:n].shape)
-    return float(values[..., 3:-3, 3:-3].mean(axis=(1, 2, 3)).mean())
+    a = a[:n]
+    b = b[:n]
+
+    # One call for all images, one above the other (N C H, W). The rim of three pixels that mixes
+    # neighbours is the one that SSIM leaves out anyway.
+    width = a.shape[-1]
+    _mean, values = structural_similarity(
+        a.reshape(-1, width).numpy(), b.reshape(-1, width).numpy(), data_range=255, full=True
+    )
+    values = values.reshape(a.shape)[..., 3:-3, 3:-3]  # (N, C, H - 6, W - 6)
+    return float(values.mean(axis=(1, 2, 3)).mean())
 
 
 def ssim_diversity(images: Tensor, seed: int) -> float:
-    """Mean SSIM over pairs of the images: 1 means that all are the same. All pairs up to
-    SSIM_PAIRS, beyond that so many random ones."""
+    """Mean SSIM over pairs of the images (N, C, H, W) uint8: 1 means that all are the same.
+
+    All pairs up to SSIM_PAIRS, beyond that so many random ones.
+    """
     n = len(images)
     if n * (n - 1) // 2 <= SSIM_PAIRS:
         first, second = torch.combinations(torch.arange(n)).T
     else:
         generator = random_stream(seed, "ssim_diversity")
         first = torch.randint(n, (SSIM_PAIRS,), generator=generator)
-        second = (first + torch.randint(1, n, (SSIM_PAIRS,), generator=generator)) % n
+        offset = torch.randint(1, n, (SSIM_PAIRS,), generator=generator)
+        second = (first + offset) % n  # never the same image
+
     return ssim(images[first], images[second])
 
 
 def nearest_images(images: Tensor, training: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """For each image its nearest training image: (distance, index), each (N,). The distance is the
-    root mean square difference of the pixels, whole numbers of any type, over 255: for uint8 black
-    to white is 1. Integers below 2^53 in float64: a copy has distance 0 exactly."""
-    a, b = (x.flatten(1).double() for x in (images, training))
-    lengths, found = b.square().sum(dim=1), []
-    for x in a.split(CHUNK):
-        squared = x.square().sum(dim=1, keepdim=True) + lengths - 2 * x @ b.T
-        found.append(torch.stack([*squared.min(dim=1)]))
-    squared, index = torch.cat(found, dim=1)
-    return (squared / a.shape[1]).sqrt().numpy() / 255, index.long().numpy()
+    """For each image its nearest training image: (distance, index), each (N,).
+
+    Images (N, C, H, W) and (M, C, H, W) of whole numbers. The distance is the root mean square
+    difference of the pixels over 255: for uint8 black to white is 1. Integers below 2^53 are exact
+    in float64, so a copy has distance 0 exactly.
+    """
+    a = images.flatten(1).double()  # (N, pixels)
+    b = training.flatten(1).double()  # (M, pixels)
+    b_squared = b.square().sum(dim=1)  # (M,)
+
+    distances = []
+    indices = []
+    for chunk in a.split(CHUNK):
+        chunk_squared = chunk.square().sum(dim=1, keepdim=True)  # (chunk, 1)
+        squared = chunk_squared + b_squared - 2 * chunk @ b.T  # |x|^2 + |y|^2 - 2 x.y, (chunk, M)
+        nearest = squared.min(dim=1)
+        distances.append((nearest.values / a.shape[1]).sqrt() / 255)
+        indices.append(nearest.indices)
+
+    return torch.cat(distances).numpy(), torch.cat(indices).numpy()
 
 
-# -------------------------------------------------------------------------------- extractors
-def content_hash(*tensors: Tensor) -> str:
-    """SHA-256 of the tensors' types, shapes and values."""
-    digest = hashlib.sha256()
-    for x in tensors:
-        digest.update(f"{x.dtype}{tuple(x.shape)}".encode())
-        digest.update(x.cpu().contiguous().numpy())
-    return digest.hexdigest()
-
-
-def cached(path: Path, record: dict, make: Callable[[], dict], fits: Callable) -> dict[str, Any]:
-    """What ``make`` returns, {"record": at least ``record``, "state": tensors}, read from ``path``
-    when made from the same record before and ``fits``. What cannot be read or kept costs a line."""
-    if path.exists():
-        try:
-            with reading(path, "from the same images and settings"):
-                assert zipfile.ZipFile(path).testzip() is None, "checksum"
-                kept = torch.load(path, map_location="cpu", weights_only=True)
-                assert record.items() <= kept["record"].items(), "made from others"
-                assert fits(kept), "other shapes, or not finite"
-                return kept
-        except UserError as error:
-            print(f"{error}: made again", flush=True)
-    kept = make()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        mnist.write_atomic(path, kept)
-    except OSError as error:
-        print(f"note: {path} not kept ({error.strerror}): --data_dir is not writable", flush=True)
-    return kept
-
-
-class Extractor(NamedTuple):
-    """A network with what it needs of an image: uint8 (N, C, H, W) in, float64 (N, d) out. Features
-    depend on the images, the preprocessing and the weights' checksum alone."""
+# -------------------------------------------------------------- networks: from images to features
+@dataclass(frozen=True)
+class Extractor:
+    """A network with what it needs of an image; features depend on nothing else."""
 
     name: str
-    preprocessing: str
+    preprocessing: str  # in words, for the record
     model: nn.Module
-    prepare: Callable[[Tensor], Tensor]
+    prepare: Callable[[Tensor], Tensor]  # uint8 (N, C, H, W) to what the model takes
     channels: int  # grey images are repeated to as many
     device: torch.device | str
 
     def __str__(self) -> str:
         """Name and the SHA-256 of the weights, for example ``classifier:0f3a9c12d4e5``."""
         state = self.model.state_dict()
-        return f"{self.name}:{content_hash(*(state[key] for key in sorted(state)))[:12]}"
+        weights = [state[key] for key in sorted(state)]
+        return f"{self.name}:{content_hash(*weights)[:12]}"
 
-    def __call__(self, images: Tensor, folder: Path | None = None, batch: int = 100) -> np.ndarray:
-        """Features of the images, kept in ``folder``; the batch size does not change them."""
-        if folder:
-            record = {"images": content_hash(images), "made_by": f"{self.preprocessing} {self}"}
-            path = folder / f"features_{hashlib.sha256(repr(record).encode()).hexdigest()[:24]}.pt"
-            make = lambda: {"record": record, "state": torch.from_numpy(self(images))}  # noqa: E731
-
-            def fits(kept: dict[str, Any]) -> bool:
-                state, shape = kept["state"], (len(images), self(images[:1]).shape[1])
-                whole = state.dtype == torch.float64 and state.shape == shape
-                return whole and state.isfinite().all()
-
-            return cached(path, record, make, fits)["state"].double().numpy()
+    def features(self, images: Tensor, batch: int = 100) -> np.ndarray:
+        """Features (N, d) float64 of images (N, C, H, W) uint8, the same in any batch size."""
+        parts = images.expand(-1, self.channels, -1, -1).split(batch)
+        rows = []
         with torch.inference_mode():
-            parts = images.expand(-1, self.channels, -1, -1).split(batch)
-            parts = tqdm(parts, self.name, delay=2, leave=False)
-            rows = [self.model(self.prepare(x).to(self.device)).double() for x in parts]
+            for part in tqdm(parts, self.name, delay=2, leave=False):
+                rows.append(self.model(self.prepare(part).to(self.device)).double())
         return torch.cat(rows).cpu().numpy()
+
+
+def cached_features(extractor: Extractor, images: Tensor, folder: Path) -> np.ndarray:
+    """Features from ``folder`` where they were made of the same images and weights before."""
+    record = {"images": content_hash(images), "made_by": f"{extractor.preprocessing} {extractor}"}
+    name = hashlib.sha256(repr(record).encode()).hexdigest()[:24]
+
+    def make() -> dict[str, Any]:
+        return {"record": record, "state": torch.from_numpy(extractor.features(images))}
+
+    kept = cached(folder / f"features_{name}.pt", record, make)
+    return kept["state"].numpy()
+
+
+def content_hash(*tensors: Tensor) -> str:
+    """SHA-256 of the tensors' types, shapes and values."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def cached(path: Path, record: dict[str, Any], make: Callable[[], dict]) -> dict[str, Any]:
+    """What ``make`` returns, {"record": ..., "state": tensors}, or the same from ``path``.
+
+    A file is taken when it is whole and was made from ``record``. One that cannot be read or
+    written costs a line, not the evaluation.
+    """
+    if path.exists():
+        try:
+            with reading(path, "from the same images and settings"):
+                return load_cached(path, record)
+        except UserError as error:
+            print(f"{error}: made again", flush=True)
+
+    # Made, and kept where that is possible.
+    made = make()
+    buffer = io.BytesIO()
+    torch.save(made, buffer)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, buffer.getvalue())
+    except OSError as error:
+        print(f"note: {path} not kept ({error.strerror}): --data_dir is not writable", flush=True)
+    return made
+
+
+def load_cached(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """The content of a file of ``cached``; raises ValueError when damaged or of another record."""
+    if zipfile.ZipFile(path).testzip() is not None:
+        raise ValueError("checksum")
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    for key, value in record.items():
+        if content["record"].get(key) != value:
+            raise ValueError(f"another {key}")
+    return content
 
 
 def inception_extractor(weights: Path | None, device: torch.device | str) -> Extractor:
     """torchvision's InceptionV3: 2,048 features after the last pooling.
+
     The preprocessing is the one that torchvision documents for these weights: resize to 342
     (bilinear, antialiased), centre crop 299, ImageNet's mean and deviation. Grey is repeated.
-    Raises UserError when the weights cannot be had or the file does not hold them."""
+    ``weights`` is a local copy (None: downloaded). Raises UserError when the weights cannot be had
+    or the file does not hold them.
+    """
     official = Inception_V3_Weights.IMAGENET1K_V1
-    mend = "give a local copy with --inception_weights FILE, or leave --features out"
-    with reading(weights or official.url, f"InceptionV3's weights; {mend}"):
-        if weights:
+    way_out = "give a local copy with --inception_weights FILE, or leave --features out"
+    with reading(weights or official.url, f"InceptionV3's weights; {way_out}"):
+        if weights is not None:
             state = torch.load(weights, map_location="cpu", weights_only=True)
         else:
             state = official.get_state_dict(progress=True, check_hash=True)
+
+        # Without the auxiliary head; building it draws weights, which is nobody's randomness.
         with torch.random.fork_rng(devices=[]):
             model = inception_v3(aux_logits=False, transform_input=True, init_weights=False)
-        model.load_state_dict({k: v for k, v in state.items() if not k.startswith("AuxLogits.")})
-    model.fc, transform = nn.Identity(), official.transforms()
-    return Extractor("inception", str(transform), model.eval().to(device), transform, 3, device)
+        main_part = {key: x for key, x in state.items() if not key.startswith("AuxLogits.")}
+        model.load_state_dict(main_part)
+
+    model.fc = nn.Identity()  # features instead of ImageNet's classes
+    return Extractor(
+        name="inception",
+        preprocessing=str(official.transforms()),
+        model=model.eval().to(device),
+        prepare=official.transforms(),
+        channels=3,
+        device=device,
+    )
+
+
+def classifier_extractor(classifier: nn.Sequential, device: torch.device | str) -> Extractor:
+    """The layers of a classifier before its last: 64 features."""
+    return Extractor(
+        name="classifier",
+        preprocessing="x / 127.5 - 1",
+        model=copy.deepcopy(classifier[:-1]).to(device),
+        prepare=to_float,
+        channels=classifier[0].in_channels,
+        device=device,
+    )
 
 
 def build_classifier(channels: int, classes: int, seed: int) -> nn.Sequential:
@@ -289,655 +458,1291 @@ def build_classifier(channels: int, classes: int, seed: int) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Sequential(
-            *(nn.Conv2d(channels, 24, 5, 2, 2, bias=False), nn.BatchNorm2d(24), nn.ReLU()),
-            *(nn.Conv2d(24, 48, 3, 2, 1, bias=False), nn.BatchNorm2d(48), nn.ReLU()),
-            *(nn.Conv2d(48, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()),
-            *(nn.Flatten(), nn.Linear(7 * 7 * 64, 64), nn.ReLU(), nn.Linear(64, classes)),
+            nn.Conv2d(channels, 24, kernel_size=5, stride=2, padding=2, bias=False),
+            nn.BatchNorm2d(24),
+            nn.ReLU(),  # (N, 24, 14, 14)
+            nn.Conv2d(24, 48, kernel_size=3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(48),
+            nn.ReLU(),  # (N, 48, 7, 7)
+            nn.Conv2d(48, 64, kernel_size=3, stride=1, padding=1, bias=False),
+            nn.BatchNorm2d(64),
+            nn.ReLU(),  # (N, 64, 7, 7)
+            nn.Flatten(),
+            nn.Linear(64 * 7 * 7, 64),
+            nn.ReLU(),  # (N, 64): the features
+            nn.Linear(64, classes),
         )
 
 
 def train_classifier(images: Tensor, labels: Tensor, seed: int) -> nn.Sequential:
-    """Train on uint8 (N, C, 28, 28) and labels (N,): Adam, one cycle, shifts of up to 2 pixels."""
+    """Train on images (N, C, 28, 28) uint8 and labels (N,).
+
+    Adam under a one-cycle learning rate, whole passes in random order, shifts of up to 2 pixels.
+    """
     model = build_classifier(images.shape[1], int(labels.max()) + 1, seed)
-    generator, steps = random_stream(seed, "classifier"), CLASSIFIER_STEPS
     optimizer = torch.optim.Adam(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps, pct_start=0.2)
-    order = torch.empty(0, dtype=torch.int64)
-    for _ in tqdm(range(steps), "classifier", delay=2, leave=False):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=5e-3, total_steps=CLASSIFIER_STEPS, pct_start=0.2
+    )
+
+    # One stream draws the passes and the shifts.
+    generator = random_stream(seed, "classifier")
+    order = torch.empty(0, dtype=torch.int64)  # images whose turn is next
+    for _ in tqdm(range(CLASSIFIER_STEPS), "classifier", delay=2, leave=False):
+        # The next batch; another pass begins where too few are left of this one.
         while len(order) < CLASSIFIER_BATCH:
             order = torch.cat([order, torch.randperm(len(images), generator=generator)])
-        chosen, order = order[:CLASSIFIER_BATCH], order[CLASSIFIER_BATCH:]
+        chosen = order[:CLASSIFIER_BATCH]
+        order = order[CLASSIFIER_BATCH:]
+
+        # All of its images are shifted alike, cyclically.
         shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
-        batch = mnist.to_float(images[chosen]).roll(shift, dims=(2, 3))
+        batch = to_float(images[chosen]).roll(shift, dims=(2, 3))  # (B, C, 28, 28)
         loss = F.cross_entropy(model(batch), labels[chosen])
+
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
+
     model.eval()
-    # KID's kernel expects features of about 1. ReLU hands a factor on: the classes stay the same.
-    with torch.no_grad():
-        scale = model[:-1](mnist.to_float(images[:CLASSIFIER_BATCH])).square().mean().sqrt()
-        model[-3].weight *= 1 / scale
-        model[-3].bias /= scale
-        model[-1].weight *= scale
+    scale_features(model, images[:CLASSIFIER_BATCH])
     return model
 
 
-def accuracy(model: nn.Sequential, images: Tensor, labels: Tensor | int) -> float:
-    """Share of uint8 images (N, C, 28, 28) that the classifier gives these labels, (N,) or one."""
+def scale_features(classifier: nn.Sequential, images: Tensor) -> None:
+    """Bring the features' root mean square over the images to 1, which KID's kernel expects.
+
+    ReLU hands a factor on, so the last layer takes it back and the classes stay the same.
+    """
+    before_features = classifier[-3]  # Linear, before the ReLU
+    after_features = classifier[-1]  # Linear, to the classes
+    with torch.no_grad():
+        scale = classifier[:-1](to_float(images)).square().mean().sqrt()
+        before_features.weight *= 1 / scale
+        before_features.bias /= scale
+        after_features.weight *= scale
+
+
+def accuracy(classifier: nn.Sequential, images: Tensor, labels: Tensor | int) -> float:
+    """Share of images (N, C, 28, 28) uint8 that are given these labels, (N,) or one for all."""
+    guesses = []
     with torch.inference_mode():
-        guesses = [model(mnist.to_float(x)).argmax(dim=1) for x in images.split(CHUNK)]
+        for part in images.split(CHUNK):
+            guesses.append(classifier(to_float(part)).argmax(dim=1))
     return (torch.cat(guesses) == labels).double().mean().item()
 
 
+class Split(NamedTuple):
+    """Real images of one split of a data set, all classes."""
+
+    images: Tensor  # (N, C, H, W) uint8
+    labels: Tensor  # (N,)
+
+    def of_class(self, label: int) -> Tensor:
+        """The images (n, C, H, W) of one class."""
+        return self.images[self.labels == label]
+
+
 def load_classifier(
-    source: str, folder: Path, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], seed: int
+    source: str, folder: Path, train: Split, test: Split, seed: int
 ) -> tuple[nn.Sequential, dict[str, Any]]:
-    """The data set's classifier and its record (source, seed, steps, content hash of the training
-    images and labels, test accuracy). Trained when ``folder`` has none with the same record.
-    Raises UserError when there is but one class."""
-    if len(train[1].unique()) < 2:
-        ways = "--features none or inception, or leave --features out"
-        raise UserError(f"{source} has a single class, which trains no classifier; use {ways}")
-    record = {"source": source, "seed": seed, "steps": CLASSIFIER_STEPS, "n_train": len(train[0])}
-    record |= {"trained_on": content_hash(*train), "n_test": len(test[0])}
+    """The data set's classifier and its record, trained when ``folder`` has none with that record.
+
+    The record: source, seed, steps, content hash of the training images and labels, and test
+    accuracy. Raises UserError when there is but one class.
+    """
+    if len(train.labels.unique()) < 2:
+        ways_out = "--features none or inception, or leave --features out"
+        raise UserError(f"{source} has a single class, which trains no classifier; use {ways_out}")
+
+    record = {
+        "source": source,
+        "seed": seed,
+        "steps": CLASSIFIER_STEPS,
+        "n_train": len(train.images),
+        "trained_on": content_hash(train.images, train.labels),
+        "n_test": len(test.images),
+    }
 
     def make() -> dict[str, Any]:
-        model = train_classifier(*train, seed)
-        tested = {"test_accuracy": accuracy(model, *test)}
-        return {"record": record | tested, "state": model.state_dict()}
+        trained = train_classifier(train.images, train.labels, seed)
+        test_accuracy = accuracy(trained, test.images, test.labels)
+        return {"record": record | {"test_accuracy": test_accuracy}, "state": trained.state_dict()}
 
-    def fits(kept: dict[str, Any]) -> bool:
-        model.load_state_dict(kept["state"])
-        finite = all(x.isfinite().all() for x in model.state_dict().values())
-        return finite and 0 <= float(kept["record"]["test_accuracy"]) <= 1
-
-    path = folder / f"classifier_{source}_seed{seed}.pt"
-    model = build_classifier(train[0].shape[1], int(train[1].max()) + 1, seed)
-    kept = cached(path, record, make, fits)
+    kept = cached(folder / f"classifier_{source}_seed{seed}.pt", record, make)
+    model = build_classifier(train.images.shape[1], int(train.labels.max()) + 1, seed)
     model.load_state_dict(kept["state"])
-    return model.eval(), record | {"test_accuracy": float(kept["record"]["test_accuracy"])}
+    return model.eval(), kept["record"]
 
 
-# ---------------------------------------------------------------------------- measuring one run
-class DataSet(NamedTuple):
-    """What differs between the MNIST and the PathMNIST command line: the training script's module
-    (load_images, select_images, UserError, perhaps symmetries), the data sources, the paper's
-    table (arm, FID and paired SSIM), --features of its own, the first being the default, and what
-    of the images is compared in the search for copies."""
+# ----------------------------------------------------------- a run, and real images beside it
+@dataclass(frozen=True)
+class DataSet:
+    """What differs between the MNIST and the PathMNIST command line."""
 
-    module: Any
-    sources: tuple[str, ...]
-    withdrawn: dict[str, tuple[float, float]]
-    features: dict[str, Callable[[Tensor], Extractor]]
+    module: Any  # the training script
+    sources: tuple[str, ...]  # of images, as in a run's settings
+    withdrawn: dict[str, tuple[float, float]]  # the paper's FID and paired SSIM, by arm
+    features: dict[str, Callable[[Tensor], Extractor]]  # --features of its own; the first: default
+    # What of the images (N, C, H, W) uint8 is compared in the search for copies: whole numbers.
     compared: Callable[[Tensor], Tensor] = Tensor.double
 
 
-WITHDRAWN = {"classical": (271.05, 0.1085), "quantum": (259.25, 0.1263)}
-MNIST = DataSet(mnist, ("mnist", "digits"), WITHDRAWN, {})
+MNIST = DataSet(
+    module=mnist,
+    sources=("mnist", "digits"),
+    withdrawn={"classical": (271.05, 0.1085), "quantum": (259.25, 0.1263)},
+    features={},
+)
 
 
 class Run(NamedTuple):
-    """A finished run: its folder and that folder's name as one line of valid text, arm and
-    condition ("": ideal) as in tables, config.json's settings and description of the training
-    images, and its final images (N, C, 28, 28) uint8."""
+    """A finished run."""
 
     folder: Path
-    name: str
-    arm: str
-    condition: str
-    settings: dict[str, Any]
-    trained_on: dict[str, Any]
-    images: Tensor
+    name: str  # the folder's
+    arm: str  # with its condition, as in tables: "quantum shots1000"
+    condition: str  # "": ideal
+    settings: dict[str, Any]  # config.json's
+    trained_on: dict[str, Any]  # config.json's description of the training images
+    images: Tensor  # the final ones, (N, C, 28, 28) uint8
 
 
 def read_run(folder: Path, dataset: DataSet) -> Run:
     """Read a run folder. Raises UserError when it is none, unfinished, or of another data set."""
-    path, grid = folder / "config.json", folder / "samples_final.png"
-    config, module = mnist.read_config(path), dataset.module
-    settings, trained_on = config["settings"], config["images"]
-    if (source := settings.get("data")) not in dataset.sources:
+    path = folder / "config.json"
+    config = mnist.read_config(path)
+    settings = config["settings"]
+    source = settings.get("data")
+    if source not in dataset.sources:
         scripts = "cal_fid_ssim.py measures MNIST, cal_fid_ssim_medmnist.py PathMNIST"
         raise UserError(f"{folder}: data set {source}; {scripts}")
+
+    # The script's own settings say what the condition is called.
     with reading(path, "a run's configuration"):
-        arm, label, n_train = (settings[key] for key in ("arm", "label", "n_train"))
-        known = {key: value for key, value in settings.items() if key != "label_name"}
-        condition = module.Settings(**known).condition
-        assert arm in ARMS and re.fullmatch(r"[\w.-]{,99}", condition, re.ASCII), condition
-        assert condition == config["condition"], "condition"
-        whole = label, settings["seed"], config["n_eval"], 1 if n_train is None else n_train
-        assert all(type(x) is int for x in whole) and 0 <= label < len(module.CLASS_NAMES), whole
-        assert settings.get("label_name") in (None, module.CLASS_NAMES[label]), "label_name"
-        assert all(isinstance(known[key], (int, float)) for key in BUDGET), "budget"
-        assert hasattr(module, "symmetries") or "symmetries" not in trained_on, "symmetries"
+        fields = {key: value for key, value in settings.items() if key != "label_name"}
+        condition = dataset.module.Settings(**fields).condition
+        if condition != config["condition"]:
+            raise ValueError(f"condition {config['condition']}, its settings are {condition}")
+        if settings["arm"] not in dataset.module.ARMS:
+            raise ValueError(f"arm {settings['arm']}")
+        n_eval = config["n_eval"]
+
+    # Its final images: as many as the configuration says, to the bit.
+    grid = folder / "samples_final.png"
     if not grid.exists():
         raise UserError(f"{folder}: not finished, no {grid.name}; {config.get('command', '')}")
-    images, _, _, method, _ = split_grid(grid, config["n_eval"])
-    if method != "metadata":
+    split = split_grid(grid, n_eval)
+    if split.method != "metadata":
         raise UserError(f"{grid}: not the lossless grid that the run wrote")
-    if not len(images) == config["n_eval"] >= 2:
-        expected = f"expected n_eval = {config['n_eval']} of {path.name}, and at least 2"
-        raise UserError(f"{grid}: {len(images)} images, {expected}")
-    name = " ".join(folder.resolve().name.encode(errors="replace").decode().split())
-    return Run(folder, name, f"{arm} {condition}".strip(), condition, settings, trained_on, images)
+    if len(split.images) != n_eval or n_eval < 2:
+        expected = f"expected n_eval = {n_eval} of {path.name}, and at least 2"
+        raise UserError(f"{grid}: {len(split.images)} images, {expected}")
+
+    return Run(
+        folder=folder,
+        name=folder.resolve().name,
+        arm=f"{settings['arm']} {condition}".strip(),
+        condition=condition,
+        settings=settings,
+        trained_on=config["images"],
+        images=split.images,
+    )
+
+
+class Sample(NamedTuple):
+    """Images with their features."""
+
+    images: Tensor  # (N, C, H, W) uint8
+    features: np.ndarray  # (N, d) float64; d = 0 with --features none
+
+    def take(self, index: Tensor) -> "Sample":
+        """Those with these numbers, in this order."""
+        return Sample(self.images[index], self.features[index])
+
+
+class ClosestPairs(NamedTuple):
+    """The generated images of a run that are nearest to a training image."""
+
+    generated: Tensor  # (n, C, H, W) uint8
+    training: Tensor  # (n, C, H, W) uint8
+    distance: np.ndarray  # (n,), rising
+    threshold: float  # at most so far is a near-copy
 
 
 class Evaluator:
     """Measures runs of one data source; what runs share (real images, floors) is kept."""
 
     def __init__(self, dataset: DataSet, source: str, options: argparse.Namespace) -> None:
-        self.dataset, self.source, self.options = dataset, source, options
-        load = dataset.module.load_images
-        self.train, self.test = (load(source, options.data_dir, s)[1:] for s in ("train", "test"))
-        self.folder, device = options.data_dir / "evaluation", options.device
-        self.extractor, self.classifier, self.record = None, None, None
-        if options.features == "classifier" or len(self.train[1].unique()) > 1:
-            splits = self.train, self.test, options.seed
-            self.classifier, self.record = load_classifier(source, self.folder, *splits)
-        if options.features == "classifier":
-            made_by, channels = ("classifier", "x / 127.5 - 1"), self.train[0].shape[1]
-            layers = copy.deepcopy(self.classifier[:-1]).to(device)
-            self.extractor = Extractor(*made_by, layers, mnist.to_float, channels, device)
+        self.dataset = dataset
+        self.source = source
+        self.options = options
+        self.folder = options.data_dir / "evaluation"  # of the classifier and features
+        self.real_samples: dict[int | str, tuple[Sample, Sample]] = {}  # by reference_class
+        self.floors: dict[tuple[int | str, int], dict[str, Any]] = {}  # by that and n
+
+        _, *train = dataset.module.load_images(source, options.data_dir, "train")
+        _, *test = dataset.module.load_images(source, options.data_dir, "test")
+        self.train = Split(*train)
+        self.test = Split(*test)
+
+        # The classifier tells labels; a data set of one class has none. Where its features are
+        # asked for all the same, loading it says so.
+        self.classifier = None
+        self.classifier_record = None
+        if options.features == "classifier" or len(self.train.labels.unique()) > 1:
+            self.classifier, self.classifier_record = load_classifier(
+                source, self.folder, self.train, self.test, options.seed
+            )
+
+        # What FID, KID, precision and recall compare.
+        if options.features == "none":
+            self.extractor = None
+        elif options.features == "classifier":
+            self.extractor = classifier_extractor(self.classifier, options.device)
         elif options.features == "inception":
-            self.extractor = inception_extractor(options.inception_weights, device)
-        elif options.features != "none":
-            self.extractor = dataset.features[options.features](self.train[0])
-        self.stream = functools.partial(random_stream, options.seed, "evaluation")
-        self.kept: dict[Any, Any] = {}
+            self.extractor = inception_extractor(options.inception_weights, options.device)
+        else:
+            self.extractor = dataset.features[options.features](self.train.images)
 
-    def sample(self, images: Tensor, folder: Path | None = None) -> Sample:
-        """The images with their features, which are kept in ``folder``."""
-        none = np.empty((len(images), 0))
-        return images, self.extractor(images, folder) if self.extractor else none
+    def stream(self, *name: object) -> torch.Generator:
+        """The evaluation's randomness for one purpose."""
+        return random_stream(self.options.seed, "evaluation", *name)
 
-    def real(self, label: int) -> list[Sample]:
-        """Reference images (training split) and held-out images (test split), at most ``--n_real``
-        of each, of the class or of all classes."""
-        key = label if self.options.reference == "class" else "all"
-        if key not in self.kept:
-            self.kept[key] = []
-            for split in (self.train, self.test):
-                images = split[0] if key == "all" else split[0][split[1] == label]
-                if len(images) <= NEIGHBOURS:
-                    found = f"class {key}: {len(images)} real images in {self.options.data_dir}"
-                    raise UserError(f"{self.source}, {found}, expected more than {NEIGHBOURS}")
-                if len(images) > self.options.n_real:
-                    order = torch.randperm(len(images), generator=self.stream("reference"))
-                    images = images[order[: self.options.n_real].sort().values]
-                self.kept[key].append(self.sample(images, self.folder))
-        return self.kept[key]
+    def sample(self, images: Tensor) -> Sample:
+        """Images (N, C, H, W) uint8 with their features."""
+        if self.extractor is None:
+            return Sample(images, np.empty((len(images), 0)))
+        return Sample(images, self.extractor.features(images))
+
+    def reference_class(self, label: int) -> int | str:
+        """What a run of this class is compared with: its class, or "all"."""
+        return label if self.options.reference == "class" else "all"
+
+    def real(self, label: int) -> tuple[Sample, Sample]:
+        """Reference images (training split) and held-out images (test split), with features.
+
+        Of the class or of all classes, at most ``--n_real`` of each.
+        """
+        key = self.reference_class(label)
+        if key not in self.real_samples:
+            reference = self.real_sample(self.train, key)
+            held_out = self.real_sample(self.test, key)
+            self.real_samples[key] = (reference, held_out)
+        return self.real_samples[key]
+
+    def real_sample(self, split: Split, key: int | str) -> Sample:
+        """At most ``--n_real`` images of a class or of "all", in the split's order."""
+        images = split.images if key == "all" else split.of_class(key)
+        if len(images) <= NEIGHBOURS:
+            raise UserError(
+                f"{self.source}, class {key}: {len(images)} real images in "
+                f"{self.options.data_dir}, expected more than {NEIGHBOURS}"
+            )
+
+        # A random subset, the same for every run.
+        if len(images) > self.options.n_real:
+            order = torch.randperm(len(images), generator=self.stream("reference"))
+            images = images[order[: self.options.n_real].sort().values]
+
+        if self.extractor is None:
+            return self.sample(images)
+        return Sample(images, cached_features(self.extractor, images, self.folder))
 
     def compare(self, sample: Sample, reference: Sample) -> dict[str, float]:
-        """The figures that compare two sets of images; precision and recall on equal numbers."""
-        (images, a), (others, b) = sample, reference
-        figures = dict.fromkeys([*METRICS, "kid_standard_error"], float("nan"))
-        figures["ssim_paired"] = ssim(images, others)
-        figures["ssim_diversity"] = ssim_diversity(images, self.options.seed)
-        if self.extractor:
-            figures["fid"] = frechet_distance(a, b)
-            figures["fid_infinity"] = frechet_infinity(a, b, self.options.seed)
-            figures["kid"], figures["kid_standard_error"] = kernel_distance(a, b)
-            size = min(len(a), len(b))
-            chosen = torch.randperm(len(b), generator=self.stream("equal"))[:size]
-            pair = precision_recall(b[chosen], a[:size], NEIGHBOURS)
-            figures["precision"], figures["recall"] = pair
-        return figures
+        """The metrics that compare two sets of images; NaN: not measured here."""
+        metrics = dict.fromkeys([*METRICS, "kid_standard_error"], math.nan)
+        metrics["ssim_paired"] = ssim(sample.images, reference.images)
+        metrics["ssim_diversity"] = ssim_diversity(sample.images, self.options.seed)
+        if self.extractor is None:
+            return metrics
+
+        a = sample.features
+        b = reference.features
+        metrics["fid"] = frechet_distance(a, b)
+        metrics["fid_infinity"] = frechet_infinity(a, b, self.options.seed)
+        metrics["kid"], metrics["kid_standard_error"] = kernel_distance(a, b)
+
+        # Precision and recall depend on the sets' sizes: equal numbers.
+        size = min(len(a), len(b))
+        chosen = torch.randperm(len(b), generator=self.stream("equal"))[:size]
+        precision, recall = precision_recall(b[chosen], a[:size], NEIGHBOURS)
+        metrics["precision"] = precision
+        metrics["recall"] = recall
+        return metrics
 
     def floor(self, label: int, n: int) -> dict[str, Any]:
-        """What n real images score: the mean over draws from the test split; where it holds fewer
-        than n, from one half of the training split against the rest."""
-        key = (label if self.options.reference == "class" else "all", n)
-        if key not in self.kept:
-            reference, held_out = self.real(label)
-            aside = n > len(held_out[0])
-            size = min(n, len(reference[0]) // 2) if aside else n
-            pool, draws = reference if aside else held_out, []
-            for draw in range(FLOOR_DRAWS if size <= FID_WARNING_BELOW else 1):
-                order = torch.randperm(len(pool[0]), generator=self.stream("floor", draw))
-                rest = tuple(part[order[size:]] for part in reference) if aside else reference
-                draws.append(self.compare(tuple(part[order[:size]] for part in pool), rest))
-            split = "training split, set aside" if aside else "test split"
-            means = {metric: float(np.mean([d[metric] for d in draws])) for metric in draws[0]}
-            self.kept[key] = {"n": size, "draws": len(draws), "from": split, **means}
-        return self.kept[key]
+        """What n real images score: the mean over draws of held-out images.
 
-    def measure(self, run: Run) -> dict[str, Any]:
-        """All figures of a run, as they go into ``metrics.json`` (None: not measured); draws its
-        ten closest pairs. Raises UserError when the images or the training images do not fit."""
-        images, label, options = run.images, run.settings["label"], self.options
-        reference, _ = self.real(label)
-        if images.shape[1:] != (shape := reference[0].shape[1:]):
-            found = f"images of {tuple(images.shape[1:])}, the real ones are of {tuple(shape)}"
-            raise UserError(f"{run.folder}: {found} (channels, height, width)")
-        n_train, seed = run.settings["n_train"], run.settings["seed"]
-        training = self.dataset.module.select_images(*self.train, label, n_train, seed)
-        if augmented := "symmetries" in run.trained_on:
-            training = self.dataset.module.symmetries(training)
-        if run.trained_on.get("sha256") != hashlib.sha256(training.numpy().tobytes()).hexdigest():
-            raise UserError(f"{run.folder}: trained on other images than are in {options.data_dir}")
-        held_out = self.dataset.module.select_images(*self.test, label, None, seed)
-        figures = self.compare(self.sample(images), reference)
-        floor = dict(self.floor(label, len(images)))
-        # The threshold is the first percentile of held-out images: new images score about 1 %.
-        *both, known = map(self.dataset.compared, (images, held_out, training))
-        closest, usual = (nearest_images(x, known) for x in both)
-        threshold, middle = np.percentile(usual[0], 1), np.median(usual[0])
-        parts = (figures, images, *closest), (floor, held_out, *usual)
-        for part, own, distance, nearest in parts:
-            part["ssim_nearest"] = ssim(own, training[nearest])
-            part["distance_ratio"] = float(np.median(distance) / middle) if middle else float("nan")
-            part["near_copies"] = float((distance <= threshold).mean())
-            if self.classifier:
-                part["label_accuracy"] = accuracy(self.classifier, own, label)
-        draw_closest_pairs(run, training, *closest, threshold)
-        few = self.extractor and len(images) < FID_WARNING_BELOW
-        notes = {
-            f"FID biased upwards: n < {FID_WARNING_BELOW}": few,
-            "trained with augmentation": augmented,
-            f"floor at n = {floor['n']}": floor["n"] < len(images),
-            f"against embedded {self.source}": self.source in ("digits", "tissue"),
+        Where there are fewer than n of these, half of the training split (or n) is set aside and
+        compared with the rest.
+        """
+        key = (self.reference_class(label), n)
+        if key not in self.floors:
+            self.floors[key] = self.measure_floor(label, n)
+        return self.floors[key]
+
+    def measure_floor(self, label: int, n: int) -> dict[str, Any]:
+        """``floor``, measured anew."""
+        reference, held_out = self.real(label)
+        enough = n <= len(held_out.images)
+        pool = held_out if enough else reference
+        size = n if enough else min(n, len(reference.images) // 2)
+
+        # Random draws as if generated; what is drawn from the reference is no reference then.
+        draws = []
+        for draw in range(FLOOR_DRAWS if size <= FID_WARNING_BELOW else 1):
+            order = torch.randperm(len(pool.images), generator=self.stream("floor", draw))
+            rest = reference if enough else reference.take(order[size:])
+            draws.append(self.compare(pool.take(order[:size]), rest))
+
+        floor = {
+            "n": size,
+            "draws": len(draws),
+            "from": "test split" if enough else "training split, set aside",
         }
-        return {
+        for key in draws[0]:  # the metrics
+            floor[key] = float(np.mean([metrics[key] for metrics in draws]))
+        return floor
+
+    def training_images(self, run: Run) -> Tensor:
+        """The images (M, C, H, W) that a run was trained on, with their symmetries if it was.
+
+        Raises UserError when they are not the ones that its configuration describes.
+        """
+        module = self.dataset.module
+        label, n_train, seed = (run.settings[key] for key in ("label", "n_train", "seed"))
+        training = module.select_images(*self.train, label, n_train, seed)
+        if "symmetries" in run.trained_on:
+            training = module.symmetries(training)
+
+        digest = hashlib.sha256(training.contiguous().numpy()).hexdigest()
+        if digest != run.trained_on.get("sha256"):
+            place = self.options.data_dir
+            raise UserError(f"{run.folder}: trained on other images than are in {place}")
+        return training
+
+    def measure(self, run: Run) -> tuple[dict[str, Any], ClosestPairs]:
+        """All figures of a run as they go into ``metrics.json``, and its closest pairs.
+
+        Raises UserError when the images or the training images do not fit.
+        """
+        label = run.settings["label"]
+        reference, _ = self.real(label)
+        shape = tuple(run.images.shape[1:])
+        expected = tuple(reference.images.shape[1:])
+        if shape != expected:
+            raise UserError(
+                f"{run.folder}: images of {shape}, the real ones are of {expected} "
+                "(channels, height, width)"
+            )
+
+        # What the images are, beside what as many real ones are.
+        metrics = self.compare(self.sample(run.images), reference)
+        floor = dict(self.floor(label, len(run.images)))  # its own, for what follows
+
+        # Copies: the training image nearest to each image, and to each held-out one.
+        training = self.training_images(run)
+        held_out = self.dataset.module.select_images(*self.test, label, None, run.settings["seed"])
+        compared = self.dataset.compared
+        known = compared(training)
+        distance, nearest = nearest_images(compared(run.images), known)  # (N,)
+        usual, usual_nearest = nearest_images(compared(held_out), known)  # (held out,)
+        metrics |= copy_statistics(run.images, distance, training[nearest], usual)
+        floor |= copy_statistics(held_out, usual, training[usual_nearest], usual)
+
+        # Labels: the share that the classifier takes for the run's class.
+        if self.classifier is not None:
+            metrics["label_accuracy"] = accuracy(self.classifier, run.images, label)
+            floor["label_accuracy"] = accuracy(self.classifier, held_out, label)
+
+        threshold = near_copy_threshold(usual)
+        closest = np.argsort(distance, kind="stable")[:CLOSEST_PAIRS]
+        pairs = ClosestPairs(
+            generated=run.images[closest],
+            training=training[nearest[closest]],
+            distance=distance[closest],
+            threshold=threshold,
+        )
+        result = {
             "run": run.name,
             "condition": run.condition,
             "settings": run.settings,
-            "reference": options.reference,
-            "n_generated": len(images),
-            "n_real": len(reference[0]),
+            "reference": self.options.reference,
+            "n_generated": len(run.images),
+            "n_real": len(reference.images),
             "n_training": len(training),
             "n_held_out": len(held_out),
             "features": str(self.extractor or "none"),
             "preprocessing": self.extractor and self.extractor.preprocessing,
-            "classifier": self.record,
-            "near_copy_threshold": float(threshold),
-            "metrics": {key: None if value != value else value for key, value in figures.items()},
-            "floor": {key: None if value != value else value for key, value in floor.items()},
-            "note": "; ".join(note for note, holds in notes.items() if holds),
+            "classifier": self.classifier_record,
+            "near_copy_threshold": threshold,
+            "metrics": without_nan(metrics),
+            "floor": without_nan(floor),
+            "note": "; ".join(self.notes(run, floor)),
         }
+        return result, pairs
+
+    def notes(self, run: Run, floor: dict[str, Any]) -> list[str]:
+        """What a reader of the run's row must know."""
+        n = len(run.images)
+        notes = []
+        if self.extractor is not None and n < FID_WARNING_BELOW:
+            notes.append(f"FID biased upwards: n < {FID_WARNING_BELOW}")
+        if "symmetries" in run.trained_on:
+            notes.append("trained with augmentation")
+        if floor["n"] < n:
+            notes.append(f"floor at n = {floor['n']}")
+        if self.source in ("digits", "tissue"):
+            notes.append(f"against embedded {self.source}")
+        return notes
 
 
-def draw_closest_pairs(
-    run: Run, training: Tensor, distance: np.ndarray, nearest: np.ndarray, threshold: float
-) -> None:
-    """``closest_pairs.png``: the ten generated images that are nearest to a training image, above
-    these, with their distance."""
-    closest = np.argsort(distance, kind="stable")[:10]
-    axes = (figure := Figure(figsize=(7.5, 2.1), layout="constrained")).subplots()
-    pairs = torch.cat([run.images[closest], training[nearest[closest]]])
-    show_tiles(axes, pairs, len(closest))
-    side = pairs.shape[-1] + mnist.TILE_PADDING
-    axes.set_xticks((np.arange(len(closest)) + 0.5) * side, [f"{x:.3f}" for x in distance[closest]])
-    axes.set_yticks([side / 2, 1.5 * side], ["generated", "training"])
-    axes.tick_params(length=0, labelsize=7)
-    title = f"closest pairs, RMS difference (near copy: ≤ {threshold:.3f})"
-    axes.set_title(f"{run.name}: {title}", fontsize=8, parse_math=False)
-    mnist.save_figure(run.folder / "closest_pairs.png", figure)
+def copy_statistics(
+    images: Tensor, distance: np.ndarray, nearest: Tensor, usual: np.ndarray
+) -> dict[str, float]:
+    """How near images (N, C, H, W) uint8 are to the training images ``nearest`` to them.
+
+    distance (N,): how far these are; usual: the same of held-out images. The ratio is NaN where
+    all held-out images are copies too.
+    """
+    usual_median = np.median(usual)
+    ratio = np.median(distance) / usual_median if usual_median > 0 else math.nan
+    return {
+        "ssim_nearest": ssim(images, nearest),
+        "distance_ratio": float(ratio),
+        "near_copies": float((distance <= near_copy_threshold(usual)).mean()),
+    }
 
 
-# --------------------------------------------------------------------------- tables and figures
+def near_copy_threshold(usual: np.ndarray) -> float:
+    """How far from its nearest training image a near-copy is at most.
+
+    All but 1 % of the held-out images, whose distances are ``usual``, are farther: of new images
+    about 1 % are called near-copies.
+    """
+    return float(np.percentile(usual, 1))
+
+
+def without_nan(values: dict[str, Any]) -> dict[str, Any]:
+    """The same for JSON, which has no NaN: None."""
+    return {
+        key: None if isinstance(value, float) and math.isnan(value) else value
+        for key, value in values.items()
+    }
+
+
+# -------------------------------------------------------------------------------------- tables
 def comparison_csv(results: list[dict[str, Any]]) -> str:
-    """One line a run: settings, figures, floors."""
+    """``comparison.csv``: a row a run with settings, metrics (``fid``), floors (``floor_fid``)."""
+    # Nested entries become columns: settings_steps, metrics_fid, floor_fid; two prefixes go.
     frame = pd.json_normalize(results, sep="_")
     frame.columns = [name.removeprefix("settings_").removeprefix("metrics_") for name in frame]
-    columns = ["run", "arm", "condition", "data", "label", "n_train", "seed", *BUDGET, "features"]
-    columns += ["reference", "n_generated", "n_real", "n_training", "note"]
-    columns += [column for column in frame if column.startswith("floor_") or column in METRICS]
-    columns.insert(columns.index("floor_n"), "kid_standard_error")
+    floors = [name for name in frame if name.startswith("floor_")]
+    columns = [
+        *("run", "arm", "condition", "data", "label", "n_train", "seed"),
+        *BUDGET,
+        *("features", "reference", "n_generated", "n_real", "n_training", "note"),
+        *METRICS,
+        "kid_standard_error",
+        *floors,
+    ]
     return frame[columns].astype({"n_train": "Int64"}).to_csv(index=False)
 
 
 def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
-    """``comparison.csv``, one row a run, from which every table and figure is made.
-    ``n_train`` is infinite for a whole class; ``name``, an ordered category that ends with FLOOR,
-    is the arm with its condition."""
-    with reading(file, "a comparison of runs"):
-        texts = dict.fromkeys(("run", "condition", "note"), str)
-        frame = pd.read_csv(file, dtype=texts, keep_default_na=False, na_values=[""])
-        frame = frame.fillna(dict.fromkeys(texts, "") | {"n_train": np.inf})
-        frame["name"] = (frame["arm"] + " " + frame["condition"]).str.strip()
-        order = sorted(set(frame["name"]), key=lambda name: ([*ARMS].index(name.split()[0]), name))
-        frame["name"] = pd.Categorical(frame["name"], [*order, FLOOR], ordered=True)
-        return frame
+    """``comparison.csv``, a row a run, from which every table and figure is made.
+
+    ``n_train`` is infinite for a whole class. ``name``, an ordered category that ends with FLOOR,
+    is the arm with its condition.
+    """
+    # An empty cell is an empty text, or a number that is missing.
+    texts = ["run", "condition", "note"]
+    frame = pd.read_csv(
+        file, dtype=dict.fromkeys(texts, str), keep_default_na=False, na_values=[""]
+    )
+    frame[texts] = frame[texts].fillna("")
+    frame["n_train"] = frame["n_train"].fillna(np.inf)
+
+    # Arms in their usual order, also in tables and figures.
+    frame["name"] = (frame["arm"] + " " + frame["condition"]).str.strip()
+    names = sorted(set(zip(frame["arm"], frame["name"], strict=True)), key=order_of_arms)
+    categories = [name for _, name in names]
+    frame["name"] = pd.Categorical(frame["name"], [*categories, FLOOR], ordered=True)
+    return frame
+
+
+def order_of_arms(arm_and_name: tuple[str, str]) -> tuple[int, str]:
+    """A sorting key: arms as in ARMS, each with its conditions; then arms that it does not know."""
+    arm, name = arm_and_name
+    place = list(ARMS).index(arm) if arm in ARMS else len(ARMS)
+    return place, name
 
 
 def shared_classes(frame: pd.DataFrame) -> pd.DataFrame:
-    """The runs of those classes that every arm and seed has at a training-set size; then, named
-    FLOOR and of one seed, their floors."""
-    series = frame.groupby(["name", "seed"], observed=True).ngroup()
+    """The runs of those classes that every arm and seed has at a training-set size, and floors.
+
+    The floors are rows of their own below, named FLOOR and of one seed.
+    """
+    # How many series (arms with a seed) there are at each size, and how many have each class.
+    series = frame.groupby(["name", "seed"], observed=True).ngroup()  # the number of its series
     needed = series.groupby(frame["n_train"]).transform("nunique")
     present = series.groupby([frame["n_train"], frame["label"]]).transform("nunique")
     runs = frame[present == needed]
-    name = pd.Categorical([FLOOR] * len(runs), dtype=frame["name"].dtype)
-    floors = {key: runs[f"floor_{key}"] for key in METRICS}
-    return pd.concat([runs, runs.assign(name=name, seed=0, **floors)])
+
+    floors = runs.assign(
+        name=pd.Categorical([FLOOR] * len(runs), dtype=frame["name"].dtype),
+        seed=0,
+        **{key: runs[f"floor_{key}"] for key in METRICS},
+    )
+    return pd.concat([runs, floors])
 
 
 def pair_differences(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """A row for each pair of runs of equal class, size and seed: the metrics of the arm in ``name``
-    minus those of ``baseline``. An arm other than BASELINES is the ideal twin of its own conditions
-    and compared with these alone."""
+    """A row a pair of runs of equal class, size and seed: metrics of ``name`` minus the baseline's.
+
+    An arm other than BASELINES is the ideal twin of its own conditions and compared with these
+    alone.
+    """
     others = frame[frame["name"] != baseline]
     if baseline not in BASELINES:
         others = others[others["arm"] == baseline]
+
+    # Columns "fid" of the run, "fid_base" of the baseline's.
     pairs = others.merge(frame[frame["name"] == baseline], on=PAIR, suffixes=("", "_base"))
     return pairs.assign(**{key: pairs[key] - pairs[f"{key}_base"] for key in METRICS})
 
 
 def over_seeds(frame: pd.DataFrame, skipna: bool = False) -> pd.DataFrame:
-    """Index n_train, name, seed, columns METRICS: the mean over the classes, NaN when one is or,
-    with ``skipna``, when all are."""
+    """Means over the classes: index n_train, name, seed, columns METRICS.
+
+    NaN when one class is NaN or, with ``skipna``, when all are.
+    """
     groups = frame.groupby(["n_train", "name", "seed"], observed=True)[[*METRICS]]
-    return groups.mean() if skipna else groups.mean()[groups.count().eq(groups.size(), axis=0)]
+    means = groups.mean()  # leaves NaN out
+    if skipna:
+        return means
+    complete = groups.count().eq(groups.size(), axis=0)
+    return means[complete]
 
 
 def interval(values: pd.Series) -> tuple[float, float]:
     """Mean and half-width of its 95 % interval by Student's t; NaN half-width for one value."""
-    return values.mean(), stats.t.ppf(0.975, values.count() - 1) * values.sem()
+    quantile = stats.t.ppf(0.975, values.count() - 1)
+    return values.mean(), quantile * values.sem()
 
 
+class Difference(NamedTuple):
+    """An arm minus a baseline in one metric at one training-set size."""
+
+    name: str  # of the arm, with its condition
+    baseline: str
+    n_train: float
+    metric: str
+    pairs: int
+    seeds: int
+    mean: float  # over seeds, of the means over classes
+    half: float  # of the 95 % interval; NaN: one seed
+
+    @property
+    def has_interval(self) -> bool:
+        """Not for one seed, nor where the seeds differ by nothing at all."""
+        return self.half > 0 or self.leaves_zero_out
+
+    @property
+    def leaves_zero_out(self) -> bool:
+        """Whether zero is outside of the interval."""
+        return abs(self.mean) > self.half
+
+    @property
+    def verdict(self) -> str:
+        """Whether this is clear of zero; fewer than DECIDING_SEEDS decide nothing."""
+        if self.seeds < DECIDING_SEEDS:
+            return "too few seeds"
+        return "yes" if self.leaves_zero_out else "no"
+
+
+def paired_differences(frame: pd.DataFrame, baseline: str) -> list[Difference]:
+    """Every arm minus ``baseline``, in every metric that was measured.
+
+    The classes' differences are averaged for each seed; the interval is over seeds.
+    """
+    pairs = pair_differences(frame, baseline)
+    means = over_seeds(pairs, skipna=True)
+
+    differences = []
+    for (name, n_train), group in pairs.groupby(["name", "n_train"], observed=True):
+        for metric in METRICS:
+            if group[metric].isna().all():
+                continue  # it was not measured
+            by_seed = means.loc[(n_train, name), metric]
+            mean, half = interval(by_seed)
+            differences.append(
+                Difference(
+                    name=name,
+                    baseline=baseline,
+                    n_train=n_train,
+                    metric=metric,
+                    pairs=group[metric].count(),
+                    seeds=by_seed.count(),
+                    mean=mean,
+                    half=half,
+                )
+            )
+    return differences
+
+
+# From here on numbers become text.
 def show(value: float, form: str, missing: str = "–") -> str:
-    """A figure for a table; a dash for what could not be measured."""
+    """A number for a table; a dash for what could not be measured."""
     return form.format(value) if np.isfinite(value) else missing
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def show_size(n_train: float) -> str:
+    """A training-set size: "all" for a whole class."""
+    return show(n_train, "{:.0f}", "all")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table that is also aligned on a terminal."""
-    rows = [header, *([cell.replace("|", "¦") for cell in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [" | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows]
-    lines.insert(1, " | ".join("-" * width for width in widths))
-    return "\n".join(f"| {line} |" for line in lines)
+    # Markdown reads a bar as the end of a cell.
+    lines = [list(header)]
+    for row in rows:
+        lines.append([cell.replace("|", "¦") for cell in row])
+
+    # Columns as wide as their widest cell, a rule under the header.
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    padded = [
+        [cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
 def result_table(frame: pd.DataFrame) -> str:
     """One row a run, below it what real images score at the same n."""
     rows = []
     for run in frame.to_dict("records"):
-        floor = f"  {FLOOR}", "floor_", "floor_n", run["floor_from"]
-        for name, prefix, n, note in ((run["run"], "", "n_generated", run["note"]), floor):
-            cells = {key: show(run[prefix + key], form) for key, (_, form) in METRICS.items()}
-            cells["kid"] += show(run[f"{prefix}kid_standard_error"], " ±{:.1g}", "")
-            row = [name, str(run[n]), str(run["n_real"]), run["features"], *cells.values(), note]
-            rows.append(row)
-    header = ["run", "n", "n real", "features", *next(zip(*METRICS.values(), strict=True)), "note"]
-    return table(header, rows)
+        n_real = str(run["n_real"])
+        features = run["features"]
+        rows.append([
+            *(run["run"], str(run["n_generated"]), n_real, features),
+            *metric_cells(run, prefix=""),
+            run["note"],
+        ])  # fmt: skip
+        rows.append([
+            *(f"  {FLOOR}", str(run["floor_n"]), n_real, features),
+            *metric_cells(run, prefix="floor_"),
+            run["floor_from"],
+        ])  # fmt: skip
+
+    headings = [metric.heading for metric in METRICS.values()]
+    return table(["run", "n", "n real", "features", *headings, "note"], rows)
+
+
+def metric_cells(run: dict[str, Any], prefix: str) -> list[str]:
+    """A run's metrics, or with the prefix ``floor_`` its floors; KID with its standard error."""
+    cells = {key: show(run[prefix + key], METRICS[key].form) for key in METRICS}
+    cells["kid"] += show(run[f"{prefix}kid_standard_error"], " ±{:.1g}", missing="")
+    return list(cells.values())
 
 
 def arm_table(frame: pd.DataFrame) -> str:
     """Per training-set size and arm: mean over seeds and 95 % interval; then the floor."""
-    frame, rows = shared_classes(frame), []
-    keys = [key for key in METRICS if frame[key].notna().any()]
+    frame = shared_classes(frame)
     means = over_seeds(frame)
+    keys = [key for key in METRICS if frame[key].notna().any()]
+
+    rows = []
     for (size, name), runs in frame.groupby(["n_train", "name"], observed=True):
-        row = [show(size, "{:.0f}", "all"), name]
-        for column in ("label", "seed", "n_generated", "n_real"):
-            row.append("/".join(map(str, sorted(set(runs[column])))))
-        if name == FLOOR:
-            row[3] = "–"
+        seeds = "–" if name == FLOOR else each_once(runs["seed"])
+        row = [
+            *(show_size(size), name, each_once(runs["label"]), seeds),
+            *(each_once(runs["n_generated"]), each_once(runs["n_real"])),
+        ]
         for key in keys:
-            (mean, half), form = interval(means.loc[(size, name), key]), METRICS[key][1]
-            row.append(show(mean, form) + show(half, f" ± {form}", ""))
+            mean, half = interval(means.loc[(size, name), key])
+            form = METRICS[key].form
+            row.append(show(mean, form) + show(half, f" ± {form}", missing=""))
         rows.append(row)
+
     header = ["N", "arm", "classes", "seeds", "n generated", "n real"]
-    return table(header + [METRICS[key][0] for key in keys], rows)
+    return table([*header, *(METRICS[key].heading for key in keys)], rows)
 
 
-def difference_rows(frame: pd.DataFrame, baseline: str) -> list[list[str]]:
-    """Rows (difference, N, metric, pairs, seeds, mean, 95 % interval, clear of zero) of every arm
-    minus ``baseline``.
+def each_once(values: pd.Series) -> str:
+    """The different values in rising order, for example 0/1/2."""
+    return "/".join(str(value) for value in sorted(set(values)))
 
-    The classes' differences are averaged for each seed; the interval is Student's t over seeds, a
-    star where zero is outside. Fewer than DECIDING_SEEDS seeds decide nothing."""
-    rows, pairs = [], pair_differences(frame, baseline)
-    means = over_seeds(pairs, skipna=True)
-    for (name, size), group in pairs.groupby(["name", "n_train"], observed=True):
-        for key in (key for key in METRICS if group[key].notna().any()):
-            seeds, form = means.loc[(size, name), key], METRICS[key][1].replace("{:", "{:+")
-            mean, half = interval(seeds)
-            outside = bool(abs(mean) > half)
-            limits = f"[{form.format(mean - half)}, {form.format(mean + half)}]{' *' * outside}"
-            if not (half > 0 or outside):
-                limits = "–"
-            clear = (
-                "too few seeds" if seeds.count() < DECIDING_SEEDS else "yes" if outside else "no"
-            )
-            counts = [METRICS[key][0], str(group[key].count()), str(seeds.count())]
-            row = [f"{name} − {baseline}", show(size, "{:.0f}", "all"), *counts, form.format(mean)]
-            rows.append([*row, limits, clear])
-    return rows
+
+def difference_table(differences: Sequence[Difference]) -> str:
+    """A row a difference; a star where the interval leaves zero out."""
+    rows = []
+    for item in differences:
+        metric = METRICS[item.metric]
+        signed = metric.form.replace("{:", "{:+")  # "+0.12"
+        limits = "–"
+        if item.has_interval:
+            low = signed.format(item.mean - item.half)
+            high = signed.format(item.mean + item.half)
+            limits = f"[{low}, {high}]" + (" *" if item.leaves_zero_out else "")
+        rows.append([
+            *(f"{item.name} − {item.baseline}", show_size(item.n_train), metric.heading),
+            *(str(item.pairs), str(item.seeds), signed.format(item.mean), limits, item.verdict),
+        ])  # fmt: skip
+
+    header = ["difference", "N", "metric", "pairs", "seeds", "mean", "95 % interval", "clear of 0"]
+    return table(header, rows)
 
 
 def comparison_text(frame: pd.DataFrame) -> str:
     """The Markdown report on several runs."""
-    budget = []
-    for name in frame.columns.intersection([*BUDGET, "n_generated"], sort=False):
-        values = frame[name].unique()
-        text = f"{name.replace('n_generated', 'images')} {' / '.join(map(str, values))}"
-        budget.append(f"**{text} (not the same in all runs)**" if len(values) > 1 else text)
-    parts = [
+    features = ", ".join(sorted(set(frame["features"])))
+    paragraphs = [
         "# Comparison of runs",
-        f"Features: {', '.join(sorted(set(frame['features'])))}. Real images: {frame['data'][0]}, "
+        f"Features: {features}. Real images: {frame['data'][0]}, "
         f"reference {frame['reference'][0]}. Mean over seeds ± half of the 95 % interval "
         f"(Student's t). {FLOOR}: held-out images, as many as generated.",
-        f"Budget: {', '.join(budget)}.",
-        "; ".join(sorted(set("; ".join(frame["note"]).split("; ")) - {""})),
+        f"Budget: {budget_text(frame)}.",
+        notes_text(frame),
         arm_table(frame),
     ]
-    header = ["difference", "N", "metric", "pairs", "seeds", "mean", "95 % interval", "clear of 0"]
-    for baseline in (*BASELINES, *(arm for arm in ARMS if arm not in BASELINES)):
-        if rows := difference_rows(frame, baseline):
-            parts += [f"## Paired differences against {baseline}", table(header, rows)]
-        if limits := [row[6] for row in rows if row[6] != "–"]:
-            outside = sum(text.endswith("*") for text in limits)
-            parts.append(
-                f"{outside} of {len(limits)} intervals (Student's t over seeds) leave zero out "
-                f"(*). If nothing differed, chance would make that {0.05 * len(limits):.2g} on "
-                "average, with a wide spread, since the metrics depend on each other."
-            )
-    return "\n\n".join(filter(None, [*parts, "## Runs", result_table(frame)])) + "\n"
+
+    # All arms against the two controls, then every arm's conditions against the arm itself.
+    others = [arm for arm in ARMS if arm not in BASELINES]
+    for baseline in (*BASELINES, *others):
+        differences = paired_differences(frame, baseline)
+        if differences:
+            paragraphs.append(f"## Paired differences against {baseline}")
+            paragraphs.append(difference_table(differences))
+            paragraphs.append(chance_text(differences))
+
+    paragraphs += ["## Runs", result_table(frame)]
+    return "\n\n".join(text for text in paragraphs if text) + "\n"
+
+
+def budget_text(frame: pd.DataFrame) -> str:
+    """What the runs were allowed, in bold where they differ."""
+    texts = []
+    for column in [*BUDGET, "n_generated"]:
+        if column not in frame:  # a table of an earlier version
+            continue
+        values = frame[column].unique()
+        heading = "images" if column == "n_generated" else column
+        text = f"{heading} {' / '.join(str(value) for value in values)}"
+        texts.append(text if len(values) == 1 else f"**{text} (not the same in all runs)**")
+    return ", ".join(texts)
+
+
+def notes_text(frame: pd.DataFrame) -> str:
+    """The runs' notes, each once."""
+    notes = {note for cell in frame["note"] for note in cell.split("; ")}
+    return "; ".join(sorted(notes - {""}))
+
+
+def chance_text(differences: Sequence[Difference]) -> str:
+    """How many intervals leave zero out, and how many would by chance; empty without intervals."""
+    intervals = [item for item in differences if item.has_interval]
+    if not intervals:
+        return ""
+    outside = sum(item.leaves_zero_out for item in intervals)
+    return (
+        f"{outside} of {len(intervals)} intervals (Student's t over seeds) leave zero out "
+        f"(*). If nothing differed, chance would make that {0.05 * len(intervals):.2g} on "
+        "average, with a wide spread, since the metrics depend on each other."
+    )
+
+
+# ------------------------------------------------------------------------------------- figures
+def draw_closest_pairs(name: str, pairs: ClosestPairs) -> Figure:
+    """``closest_pairs.png``: generated images above the training images nearest to them."""
+    figure = Figure(figsize=(7.5, 2.1), layout="constrained")
+    axes = figure.subplots()
+    count = len(pairs.generated)
+    show_tiles(axes, torch.cat([pairs.generated, pairs.training]), columns=count)
+
+    side = pairs.generated.shape[-1] + TILE_PADDING
+    axes.set_xticks((np.arange(count) + 0.5) * side, [f"{x:.3f}" for x in pairs.distance])
+    axes.set_yticks([0.5 * side, 1.5 * side], ["generated", "training"])
+    axes.tick_params(length=0, labelsize=7)
+
+    title = f"{name}: closest pairs, RMS difference (near copy: ≤ {pairs.threshold:.3f})"
+    axes.set_title(title, fontsize=8, parse_math=False)  # a folder may be called a$b$
+    return figure
 
 
 def draw_panels(frame: pd.DataFrame, against_size: bool) -> Figure:
-    """One panel a metric of FIGURE_METRICS: each arm's mean and 95 % interval over seeds, small
-    dots for the seeds, and the floor as a dashed line; or, ``against_size``, a line per arm over
-    the number of training images. When there are runs of ``matched``, a panel below shows the other
-    arms' paired differences to it."""
-    keys = [key for key in FIGURE_METRICS if frame[key].notna().any()]
-    *names, _ = frame["name"].cat.categories
-    sizes = frame.groupby("n_train")["n_training"].mean()
-    places, unit = pd.Series(np.arange(len(sizes)), sizes.index), 1 / len(names)
-    labels = ["N = " + show(size, "{:.0f}", "all") for size in sizes.index]
-    if against_size:
-        places, unit, labels = np.log10(sizes), 0.06, sizes.map("{:.0f}".format)
-    parts = [("", over_seeds(shared_classes(frame)))]
+    """``comparison.png``, or ``against_size`` ``scaling.png``: a panel a metric.
+
+    Above, each arm's mean and 95 % interval over seeds, small dots for the seeds, the floor as a
+    dashed line; training-set sizes side by side or, ``against_size``, on a logarithmic axis with a
+    line an arm. Below, when there are runs of ``matched``, the paired differences to it.
+    """
+    metrics = [key for key in FIGURE_METRICS if frame[key].notna().any()]
+    names = [name for name in frame["name"].cat.categories if name != FLOOR]
+    axis = size_axis(frame, len(names), against_size)
+
+    # What is drawn: every arm's means and, below them, the differences where there are pairs.
+    means = over_seeds(shared_classes(frame))
+    below = None
+    heights = [2]
     if BASELINES[0] in names and len(names) > 1:
         below = over_seeds(pair_differences(frame, BASELINES[0]), skipna=True)
-        parts.append((f"\n− {BASELINES[0]}", below))
-    heights = [2, 1][: len(parts)] * -(-len(keys) // 4)
+        heights = [2, 1]
+
+    # Four panels in a row.
+    heights = heights * math.ceil(len(metrics) / 4)
     figure = Figure(figsize=(12, 1.3 * sum(heights)), layout="constrained")
     panels = figure.subplots(len(heights), 4, squeeze=False, height_ratios=heights)
 
-    for (k, key), (row, (heading, means)) in itertools.product(enumerate(keys), enumerate(parts)):
-        axes = panels[k // 4 * len(parts) + row, k % 4]
-        for name, values in means[key].dropna().groupby("name", observed=True):
-            found = {size: interval(group) for size, group in values.groupby("n_train")}
-            x, (middle, half) = places[[*found]], np.array([*found.values()]).T
-            if name == FLOOR:
-                wide = 0.45 * unit * len(names)
-                axes.hlines(middle, x - wide, x + wide, "#666666", "--", label=FLOOR, lw=1)
-                continue
-            x = x + 0.8 * unit * (names.index(name) - (len(names) - 1) / 2)
-            conditions = [other for other in names if other.split()[0] == name.split()[0]]
-            style = {
-                "marker": MARKERS[conditions.index(name) % 6],
-                "color": ARM_COLOURS[name.split()[0]],
-            }
-            style |= {"ls": "-" if against_size else "none", "lw": 1, "elinewidth": 0.8}
-            axes.errorbar(x, middle, half, label=name, capsize=2, markersize=4, **style)
-            dots = x[values.index.get_level_values("n_train")]
-            axes.scatter(dots, values, 5, [style["color"]], alpha=0.4)
-        axes.set_ylabel(METRICS[key][0] + heading)
-        axes.set_xticks(places, labels)
-        axes.set_xlim(panels[k // 4 * len(parts), k % 4].get_xlim())
-        if against_size and row == len(parts) - 1:
-            axes.set_xlabel("training images (log scale)")
-        if heading:
-            axes.axhline(0, color=ARM_COLOURS[BASELINES[0]], linewidth=1)
+    for k, metric in enumerate(metrics):
+        column = k % 4
+        row = k // 4 * (1 if below is None else 2)
+        upper = panels[row, column]
+        draw_arms(upper, means[metric], names, axis)
+        upper.set_ylabel(METRICS[metric].heading)
+
+        # The differences' panel has the same arms at the same places, and a line at zero.
+        lowest = upper
+        if below is not None:
+            lowest = panels[row + 1, column]
+            draw_arms(lowest, below[metric], names, axis)
+            lowest.set_ylabel(f"{METRICS[metric].heading}\n− {BASELINES[0]}")
+            lowest.set_xlim(upper.get_xlim())
+            lowest.axhline(0, color=ARM_COLOURS[BASELINES[0]], linewidth=1)
+        if against_size:
+            lowest.set_xlabel("training images (log scale)")
+
+    # Places without a metric stay empty; one legend for all panels.
     for axes in panels.flat:
         if not axes.has_data():
             axes.remove()
     figure.align_ylabels()
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=7)
     return figure
+
+
+class SizeAxis(NamedTuple):
+    """Where a panel's training-set sizes stand."""
+
+    places: pd.Series  # by n_train
+    labels: list[str]
+    step: float  # between two arms of one size
+    lines: bool  # whether an arm's sizes are joined
+
+
+def size_axis(frame: pd.DataFrame, arms: int, against_size: bool) -> SizeAxis:
+    """The sizes side by side or, ``against_size``, at the logarithm of the training images."""
+    sizes = frame.groupby("n_train")["n_training"].mean()
+    if against_size:
+        labels = [f"{size:.0f}" for size in sizes]
+        return SizeAxis(np.log10(sizes), labels, step=0.06, lines=True)
+
+    places = pd.Series(np.arange(len(sizes)), sizes.index)
+    labels = [f"N = {show_size(n_train)}" for n_train in sizes.index]
+    return SizeAxis(places, labels, step=1 / arms, lines=False)
+
+
+def draw_arms(axes: Axes, values: pd.Series, names: Sequence[str], axis: SizeAxis) -> None:
+    """One panel: values by n_train, name and seed, as means with intervals and dots for the seeds.
+
+    ``names`` are all arms of the figure, whose places they keep; FLOOR is a dashed line.
+    """
+    for name, arm_values in values.dropna().groupby("name", observed=True):
+        by_size = arm_values.groupby("n_train")
+        x = axis.places[list(by_size.groups)]
+        intervals = [interval(seeds) for _, seeds in by_size]
+        means, halves = np.array(intervals).T
+
+        # The floor belongs to all arms of a size: a line over their whole width.
+        if name == FLOOR:
+            half_width = 0.45 * axis.step * len(names)
+            axes.hlines(
+                means, x - half_width, x + half_width, "#666666", "--", label=FLOOR, linewidth=1
+            )
+            continue
+
+        # Arms of one size stand side by side around its place; a dot a seed.
+        offset = 0.8 * axis.step * (names.index(name) - (len(names) - 1) / 2)
+        style = arm_style(name, names)
+        axes.errorbar(
+            x + offset,
+            means,
+            halves,
+            label=name,
+            linestyle="-" if axis.lines else "none",
+            linewidth=1,
+            elinewidth=0.8,
+            capsize=2,
+            markersize=4,
+            **style,
+        )
+        seeds_x = axis.places[arm_values.index.get_level_values("n_train")] + offset
+        axes.scatter(seeds_x, arm_values, s=5, color=style["color"], alpha=0.4)
+
+    axes.set_xticks(axis.places, axis.labels)
+
+
+def arm_style(name: str, names: Sequence[str]) -> dict[str, str]:
+    """Colour of an arm and marker of its condition, among ``names``; arms may be users' own."""
+    arm = name.split()[0]
+    conditions = [other for other in names if other.split()[0] == arm]
+    marker = MARKERS[conditions.index(name) % len(MARKERS)]
+    if arm in ARM_COLOURS:
+        return {"marker": marker, "color": ARM_COLOURS[arm]}
+
+    # All other arms take the colours in turn, with markers that are not full.
+    others = [other for other in ARMS if other not in ARM_COLOURS]
+    number = others.index(arm) if arm in others else len(others)
+    colours = list(ARM_COLOURS.values())
+    fill = OTHER_FILLS[number // len(colours) % len(OTHER_FILLS)]
+    return {"marker": marker, "color": colours[number % len(colours)], "fillstyle": fill}
 
 
 def draw_overview(runs: Sequence[Run], evaluator: Evaluator) -> Figure:
-    """Real training images and, row by row, the first images of each arm (and training size), by
-    the lowest seed: of every class equally many, OVERVIEW_COLUMNS in all where it can be."""
-    labels, names = {run.settings["label"] for run in runs}, evaluator.dataset.module.CLASS_NAMES
-    names = {label: names[label] for label in sorted(labels)}
-    each, rows = max(1, OVERVIEW_COLUMNS // len(names)), {}
-    white = torch.full((each, *runs[0].images.shape[1:]), 255, dtype=torch.uint8)
-    for run in sorted(runs, key=lambda run: -run.settings["seed"]):
-        label, n_train, seed = (run.settings[key] for key in ("label", "n_train", "seed"))
-        train = evaluator.dataset.module.select_images(*evaluator.train, label, n_train, seed)
-        place = [*ARMS].index(run.settings["arm"]), run.condition, run.arm
-        for key, images in (((-1, "", "real"), train), (place, run.images)):
-            found = rows.setdefault((n_train or np.inf, *key), dict.fromkeys(names, white))
-            found[label] = torch.cat([images, white])[:each]
-    figure = Figure(figsize=(6, 0.3 + 5 / each / len(names) * len(rows)), layout="constrained")
+    """``overview.png``: real training images and, row by row, the first images of each arm.
+
+    Row by row too for each training size; by the lowest seed; of every class equally many,
+    OVERVIEW_COLUMNS in all where it can be.
+    """
+    labels = sorted({run.settings["label"] for run in runs})
+    each = max(1, OVERVIEW_COLUMNS // len(labels))
+    rows = overview_rows(runs, evaluator)
+
+    # One panel a row; so high that the tiles, which fill its width, are square.
+    row_height = 5 / each / len(labels)  # inches
+    figure = Figure(figsize=(6, 0.3 + row_height * len(rows)), layout="constrained")
     panels = figure.subplots(len(rows), 1, squeeze=False).flat
     style = {"va": "center", "rotation": 0, "fontsize": 7, "parse_math": False}
-    for axes, ((size, *_, arm), found) in zip(panels, sorted(rows.items()), strict=True):
-        show_tiles(axes, torch.cat([*found.values()]), each * len(names))
-        axes.set_ylabel(arm + (f", N = {size}" if size < np.inf else ""), ha="right", **style)
-    for k, name in enumerate(names.values()):
-        x = (k + 0.5) * each * (white.shape[-1] + mnist.TILE_PADDING)
-        figure.axes[0].text(x, -9, name, ha="center", **style)
+    for axes, (title, by_label) in zip(panels, rows, strict=True):
+        tiles = torch.cat([first_images(by_label, label, each) for label in labels])
+        show_tiles(axes, tiles, columns=each * len(labels))
+        axes.set_ylabel(title, ha="right", **style)
+
+    # The classes' names, above the first row.
+    class_width = each * (tiles.shape[-1] + TILE_PADDING)
+    for k, label in enumerate(labels):
+        name = evaluator.dataset.module.CLASS_NAMES[label]
+        figure.axes[0].text((k + 0.5) * class_width, -9, name, ha="center", **style)
     return figure
 
 
+def overview_rows(runs: Sequence[Run], evaluator: Evaluator) -> list[tuple[str, dict[int, Tensor]]]:
+    """The rows of ``overview.png``: title and, by label, images (n, C, H, W) uint8.
+
+    For each training size, the whole class last: real images, then the arms.
+    """
+    # The order of the rows: sizes rise, arms stand as in all tables.
+    n_training = {run.settings["n_train"] for run in runs}
+    sizes = sorted(n_training, key=lambda n: math.inf if n is None else n)
+    by_arm = sorted(runs, key=lambda run: order_of_arms((run.settings["arm"], run.arm)))
+    names = list(dict.fromkeys(run.arm for run in by_arm))
+
+    rows = []
+    for size in sizes:
+        here = [run for run in runs if run.settings["n_train"] == size]
+        ending = "" if size is None else f", N = {size}"
+
+        # What the run with the lowest seed was trained on.
+        real = {}
+        for label, run in lowest_seeds(here).items():
+            select_images = evaluator.dataset.module.select_images
+            real[label] = select_images(*evaluator.train, label, size, run.settings["seed"])
+        rows.append((f"real{ending}", real))
+
+        # What each arm made of them.
+        for name in names:
+            of_arm = lowest_seeds([run for run in here if run.arm == name])
+            if of_arm:
+                images = {label: run.images for label, run in of_arm.items()}
+                rows.append((f"{name}{ending}", images))
+    return rows
+
+
+def lowest_seeds(runs: Sequence[Run]) -> dict[int, Run]:
+    """Of each class the run with the lowest seed, by label."""
+    lowest: dict[int, Run] = {}
+    for run in sorted(runs, key=lambda run: run.settings["seed"]):
+        lowest.setdefault(run.settings["label"], run)
+    return lowest
+
+
+def first_images(by_label: dict[int, Tensor], label: int, n: int) -> Tensor:
+    """The first n images of a class, white ones where there are too few (or is no such run)."""
+    shape = next(iter(by_label.values())).shape[1:]
+    white = torch.full((n, *shape), 255, dtype=torch.uint8)
+    return torch.cat([by_label.get(label, white), white])[:n]
+
+
 # ----------------------------------------------------------------------- the published procedure
-def paper_protocol(evaluator: Evaluator, runs: list[Run]) -> str:
-    """The published evaluation, and beside it what real images score under it; a table that ends
-    with the paper's own figures, and ``metrics_paper.json`` in each run folder.
+# Published: 5 generated images against the first 5 training images of any class, FID and paired
+# SSIM. Beside it 5 real images of the run's own class, PAPER_DRAWS times, as a perfect generator
+# would draw them: how far chance alone moves both figures.
+def paper_protocol(evaluator: Evaluator, runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The published evaluation of each run, as it goes into ``metrics_paper.json``.
 
-    Published: 5 generated images against the first 5 training images of any class, FID and paired
-    SSIM. Beside it PAPER_DRAWS times 5 real images of the run's own class, as a perfect generator
-    would draw them: how far chance alone moves both figures."""
-    images, labels = evaluator.train
-    first, others = evaluator.sample(images[:PAPER_IMAGES]), torch.arange(len(images))
-    drawn, rows = {}, []
-
-    def scores(sample: Sample) -> tuple[float, float]:
-        return frechet_distance(sample[1], first[1]), ssim(sample[0], first[0])
-
+    Raises UserError for runs with fewer than PAPER_IMAGES images, or of another shape.
+    """
+    first = evaluator.sample(evaluator.train.images[:PAPER_IMAGES])
+    real_by_label: dict[int, np.ndarray] = {}
+    records = []
     for run in tqdm(runs, "runs", delay=2, leave=False):
-        sample, label = run.images[:PAPER_IMAGES], run.settings["label"]
-        if sample.shape != (shape := first[0].shape):
-            raise UserError(f"{run.folder}: {tuple(sample.shape)}, expected {tuple(shape)}")
-        if label not in drawn:
-            generator = evaluator.stream("paper")
-            pool = images[(others >= PAPER_IMAGES) & (labels == label)]
-            order = torch.randperm(len(pool), generator=generator)[: 2 * PAPER_DRAWS]
-            if len(order) < PAPER_IMAGES:
-                raise UserError(f"{run.folder}: {len(order)} real images, expected {PAPER_IMAGES}")
-            pool = evaluator.sample(pool[order])
-            fives = (torch.randperm(len(order), generator=generator) for _ in range(PAPER_DRAWS))
-            draws = (tuple(part[five[:PAPER_IMAGES]] for part in pool) for five in fives)
-            drawn[label] = np.array([*map(scores, draws)])
-        record = {"n_generated": len(sample), "n_real": PAPER_IMAGES}
-        record |= {"draws": PAPER_DRAWS, "features": str(evaluator.extractor)}
-        row = [run.name, str(len(sample)), str(PAPER_IMAGES), record["features"]]
-        found = scores(evaluator.sample(sample))
-        for key, value, real in zip(("fid", "ssim_paired"), found, drawn[label].T, strict=True):
-            limits = np.percentile(real, [2.5, 97.5]).tolist()
-            record[key] = {"run": value, "real_mean": float(real.mean()), "real_95": limits}
-            row += [f"{value:.4g}", f"{real.mean():.4g}", "{:.4g} to {:.4g}".format(*limits)]
-        mnist.write_atomic(run.folder / "metrics_paper.json", json.dumps(record, indent=2) + "\n")
+        images = run.images[:PAPER_IMAGES]
+        if images.shape != first.images.shape:
+            raise UserError(
+                f"{run.folder}: {tuple(images.shape)}, expected {tuple(first.images.shape)}"
+            )
+
+        # The run's score and, once a class, those of real images.
+        label = run.settings["label"]
+        if label not in real_by_label:
+            real_by_label[label] = real_paper_scores(evaluator, label, first)
+        real_fid, real_ssim = real_by_label[label].T  # (PAPER_DRAWS,) each
+        fid, paired_ssim = paper_scores(evaluator.sample(images), first)
+
+        records.append({
+            "n_generated": len(images),
+            "n_real": PAPER_IMAGES,
+            "draws": PAPER_DRAWS,
+            "features": str(evaluator.extractor),
+            "fid": beside_real(fid, real_fid),
+            "ssim_paired": beside_real(paired_ssim, real_ssim),
+        })  # fmt: skip
+    return records
+
+
+def paper_scores(sample: Sample, first: Sample) -> tuple[float, float]:
+    """FID and paired SSIM of a sample against the first training images."""
+    return frechet_distance(sample.features, first.features), ssim(sample.images, first.images)
+
+
+def real_paper_scores(evaluator: Evaluator, label: int, first: Sample) -> np.ndarray:
+    """The scores of draws of real images of a class, (PAPER_DRAWS, 2).
+
+    Of at most 2 PAPER_DRAWS images, none of which is among the first ones.
+    """
+    images, labels = evaluator.train
+    is_other = torch.arange(len(images)) >= PAPER_IMAGES
+    pool = images[is_other & (labels == label)]
+    if len(pool) < PAPER_IMAGES:
+        raise UserError(f"class {label}: {len(pool)} real images, expected {PAPER_IMAGES}")
+
+    # Few enough for InceptionV3; then draws of five, each without repetition.
+    generator = evaluator.stream("paper")
+    order = torch.randperm(len(pool), generator=generator)[: 2 * PAPER_DRAWS]
+    pool = evaluator.sample(pool[order])
+    scores = []
+    for _ in range(PAPER_DRAWS):
+        five = torch.randperm(len(order), generator=generator)[:PAPER_IMAGES]
+        scores.append(paper_scores(pool.take(five), first))
+    return np.array(scores)
+
+
+def beside_real(value: float, real: np.ndarray) -> dict[str, Any]:
+    """A run's score, and mean and central 95 % of real images' scores (draws,)."""
+    low, high = np.percentile(real, [2.5, 97.5])
+    return {"run": value, "real_mean": float(real.mean()), "real_95": [float(low), float(high)]}
+
+
+def paper_table(
+    runs: Sequence[Run], records: Sequence[dict[str, Any]], withdrawn: dict[str, tuple]
+) -> str:
+    """A row a run; below them the paper's own figures."""
+    rows = []
+    for run, record in zip(runs, records, strict=True):
+        row = [run.name, str(record["n_generated"]), str(record["n_real"]), record["features"]]
+        for metric in ("fid", "ssim_paired"):
+            score = record[metric]
+            low, high = score["real_95"]
+            row.append(f"{score['run']:.4g}")
+            row.append(f"{score['real_mean']:.4g}")
+            row.append(f"{low:.4g} to {high:.4g}")
         rows.append(row)
-    for arm, (fid, paired) in evaluator.dataset.withdrawn.items():
-        row = [f"paper, {arm} (withdrawn by its authors)", "5", "5", "inception"]
-        rows.append([*row, str(fid), "–", "–", str(paired), "–", "–"])
-    beside = ("real images", f"95 % of {PAPER_DRAWS} draws")
-    header = ["run", "n", "n real", "features", "FID", *beside, "SSIM paired", *beside]
+
+    # The paper's own figures; of real images it says nothing.
+    for arm, (fid, paired_ssim) in withdrawn.items():
+        name = f"paper, {arm} (withdrawn by its authors)"
+        rows.append([name, "5", "5", "inception", str(fid), "–", "–", str(paired_ssim), "–", "–"])
+
+    real = ["real images", f"95 % of {PAPER_DRAWS} draws"]
+    header = ["run", "n", "n real", "features", "FID", *real, "SSIM paired", *real]
     return table(header, rows)
 
 
 # -------------------------------------------------------------------------------- command line
 def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Namespace:
-    """The command line's options."""
-    parser = argparse.ArgumentParser(
+    """The command line's options; raises UserError for those that make no sense."""
+    parser = OneLineParser(
         description="FID, KID, precision, recall, SSIM, label accuracy and copies of run folders "
-        f"({' or '.join(dataset.sources)}), each beside what held-out real images score.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        f"({' or '.join(dataset.sources)}), each beside what held-out real images score."
     )
-    add = parser.add_argument
-    add("runs", nargs="+", type=Path, help="run folders with config.json and samples_final.png")
-    features = (*dataset.features, "classifier", "inception", "none")
-    add("--features", choices=features, default=argparse.SUPPRESS,
+    features = [*dataset.features, "classifier", "inception", "none"]
+    parser.add_argument(
+        "runs", nargs="+", type=Path, help="run folders with config.json and samples_final.png"
+    )
+    parser.add_argument(
+        "--features",
+        choices=features,
         help="what FID, KID, precision and recall compare; classifier: of a CNN trained on the "
-        f"data (default: {features[0]}; with --protocol paper: inception)")  # fmt: skip
-    add("--inception_weights", type=Path, metavar="FILE", help="a local copy of the weights")
-    add("--reference", choices=("class", "all"), default="class",
-        help="real training images to compare with: of the run's class or of all")  # fmt: skip
-    add("--n_real", type=between(NEIGHBOURS + 1, 10**6), default=10_000,
-        help="at most so many real images, drawn by the seed")  # fmt: skip
-    add("--data_dir", type=Path, default=Path("data"), help="data set; keeps classifier, features")
-    add("--out", type=Path, metavar="DIR",
+        f"data (default: {features[0]}; with --protocol paper: inception)",
+    )
+    parser.add_argument(
+        "--inception_weights", type=Path, metavar="FILE", help="a local copy of the weights"
+    )
+    parser.add_argument(
+        "--reference",
+        choices=["class", "all"],
+        default="class",
+        help="real training images to compare with: of the run's class or of all "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--n_real",
+        type=int,
+        default=10_000,
+        metavar="N",
+        help="at most so many real images, drawn by the seed (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--data_dir",
+        type=Path,
+        default=Path("data"),
+        help="data set; keeps classifier, features (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
         help="write comparison.csv, .md, .png and overview.png; with several sizes scaling.png; "
-        "with --protocol paper only paper_protocol.md")  # fmt: skip
-    add("--protocol", choices=("full", "paper"), default="full",
-        help="paper: 5 images against the first 5 training images, as published")  # fmt: skip
-    add("--seed", type=between(0, 2**32 - 1), default=0, help="of classifier, subsets and floors")
-    add("--device", default="auto", help="for the features: auto, cpu, cuda or cuda:N")
-    parser.error = lambda message: parser.exit(2, f"error: {' '.join(message.split())}\n")
+        "with --protocol paper only paper_protocol.md",
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=["full", "paper"],
+        default="full",
+        help="paper: 5 images against the first 5 training images, as published "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of classifier, subsets and floors (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="for the features: auto, cpu, cuda or cuda:N (default: %(default)s)",
+    )
+
+    # What argparse cannot check.
     options = parser.parse_args(argv)
-    options.device = mnist.this_process(options.device)[0]
-    if "features" not in options:
-        options.features = "inception" if options.protocol == "paper" else features[0]
+    options.device = find_device(options.device)
+    if options.n_real <= NEIGHBOURS:
+        raise UserError(f"--n_real {options.n_real}: expected more than {NEIGHBOURS}")
+    if not 0 <= options.seed < 2**32:
+        raise UserError(f"--seed {options.seed}: expected 0 to {2**32 - 1}")
     if options.protocol == "paper" and options.features == "none":
         raise UserError("--features none: --protocol paper needs features, use inception")
+    if options.features is None:
+        options.features = "inception" if options.protocol == "paper" else features[0]
     return options
 
 
-def evaluate(options: argparse.Namespace, dataset: DataSet) -> None:
-    """Measure the runs and write what was asked for."""
-    runs = [read_run(folder, dataset) for folder in options.runs]
-    if len(sources := {run.settings["data"] for run in runs}) > 1:
-        raise UserError(f"mixed data sets: {', '.join(sorted(sources))}; evaluate each by itself")
-    known: dict[Any, Path] = {}
+def find_device(name: str) -> torch.device:
+    """The device for the features; raises UserError when this machine has none of that name."""
+    count = torch.cuda.device_count()
+    if name == "auto":
+        name = "cuda" if count else "cpu"
+    known = ["cpu", *(f"cuda:{k}" for k in range(count))]
+    if count:
+        known.append("cuda")
+    if name not in known:
+        expected = f"auto, cpu, cuda or cuda:N; {count} CUDA devices found; use --device cpu"
+        raise UserError(f"--device {name}: expected {expected}")
+    return torch.device(name)
+
+
+def read_runs(folders: Sequence[Path], dataset: DataSet) -> list[Run]:
+    """Read the run folders; raises UserError for runs that do not belong into one table."""
+    runs = [read_run(folder, dataset) for folder in folders]
+    sources = sorted({run.settings["data"] for run in runs})
+    if len(sources) > 1:
+        raise UserError(f"mixed data sets: {', '.join(sources)}; evaluate each by itself")
+
+    # Two runs of one cell of the table cannot both be shown.
+    seen: dict[tuple, Run] = {}
     for run in runs:
-        other = known.setdefault((run.arm, *(run.settings[name] for name in PAIR)), run.folder)
-        if other is not run.folder:
-            found = f"{other} and {run.folder} have the same arm, condition, class, size and seed"
-            raise UserError(f"{found}; evaluate each by itself")
-    if options.out:
+        key = (run.arm, *(run.settings[name] for name in PAIR))
+        if key in seen:
+            raise UserError(
+                f"{seen[key].folder} and {run.folder} have the same arm, condition, class, size "
+                "and seed; evaluate each by itself"
+            )
+        seen[key] = run
+    return runs
+
+
+def evaluate(options: argparse.Namespace, dataset: DataSet) -> None:
+    """Measure the runs by the protocol that was asked for."""
+    runs = read_runs(options.runs, dataset)
+    if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
+
     evaluator = Evaluator(dataset, runs[0].settings["data"], options)
-    if evaluator.record:
-        print("classifier: {test_accuracy:.2%} of {n_test} test images".format(**evaluator.record))
+    record = evaluator.classifier_record
+    if record is not None:
+        print(f"classifier: {record['test_accuracy']:.2%} of {record['n_test']} test images")
+
     if options.protocol == "paper":
-        print(text := paper_protocol(evaluator, runs))
-        if options.out:
-            mnist.write_atomic(options.out / "paper_protocol.md", text + "\n")
-        return
+        evaluate_as_published(evaluator, runs, options.out)
+    else:
+        evaluate_fully(evaluator, runs, options.out)
+
+
+def evaluate_fully(evaluator: Evaluator, runs: Sequence[Run], out: Path | None) -> None:
+    """All metrics: into each run's folder, a table, and into ``out`` tables and figures."""
+    # Each run's own files as soon as they are known.
     results = []
     for run in tqdm(runs, "runs", delay=2, leave=False):
-        results.append(evaluator.measure(run))
-        mnist.write_atomic(run.folder / "metrics.json", json.dumps(results[-1], indent=2) + "\n")
-    text = comparison_csv(results)
-    frame = read_comparison(io.StringIO(text))
+        result, pairs = evaluator.measure(run)
+        results.append(result)
+        write_json(run.folder / "metrics.json", result)
+        save_figure(run.folder / "closest_pairs.png", draw_closest_pairs, run.name, pairs)
+
+    csv = comparison_csv(results)
+    frame = read_comparison(io.StringIO(csv))
     print(result_table(frame))
-    if options.out:
-        mnist.write_atomic(options.out / "comparison.csv", text)
-        mnist.write_atomic(options.out / "comparison.md", comparison_text(frame))
-        mnist.save_figure(options.out / "comparison.png", draw_panels(frame, against_size=False))
-        if frame["n_train"].nunique() > 1:
-            mnist.save_figure(options.out / "scaling.png", draw_panels(frame, against_size=True))
-        mnist.save_figure(options.out / "overview.png", draw_overview(runs, evaluator))
-        print(f"written to {options.out}")
+    if out is None:
+        return
+
+    # Tables and figures, all made from the same rows.
+    write_atomic(out / "comparison.csv", csv.encode())
+    write_atomic(out / "comparison.md", comparison_text(frame).encode())
+    save_figure(out / "comparison.png", draw_panels, frame, against_size=False)
+    if frame["n_train"].nunique() > 1:
+        save_figure(out / "scaling.png", draw_panels, frame, against_size=True)
+    save_figure(out / "overview.png", draw_overview, runs, evaluator)
+    print(f"written to {out}")
+
+
+def evaluate_as_published(evaluator: Evaluator, runs: Sequence[Run], out: Path | None) -> None:
+    """The published procedure: into each run's folder, a table, and into ``out`` the table."""
+    records = paper_protocol(evaluator, runs)
+    for run, record in zip(runs, records, strict=True):
+        write_json(run.folder / "metrics_paper.json", record)
+
+    text = paper_table(runs, records, evaluator.dataset.withdrawn)
+    print(text)
+    if out is not None:
+        write_atomic(out / "paper_protocol.md", f"{text}\n".encode())
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write an indented JSON file, whole or not at all."""
+    write_atomic(path, f"{json.dumps(content, indent=2)}\n".encode())
 
 
 def main(argv: Sequence[str] | None = None, dataset: DataSet = MNIST) -> None:

@@ -17,39 +17,35 @@ from torch import Tensor, nn
 import cal_fid_ssim
 import quantum_diffusion_pathmnist as pathmnist
 
-OCTAVES, ORIENTATIONS = 3, 4
-# Luminance and two differences of colours, of red, green and blue in 0..1
-COLOURS = torch.tensor([[0.299, 0.587, 0.114], [0.5, -0.5, 0.0], [-0.25, -0.25, 0.5]])
+OCTAVES = 3
+ORIENTATIONS = 4
+LUMINANCE = [0.299, 0.587, 0.114]  # of red, green and blue
+PLANES = [LUMINANCE, [0.5, -0.5, 0.0], [-0.25, -0.25, 0.5]]  # and two differences of colours
+STANDARDISED_BY = 2000  # images, about
 
 
+# ------------------------------------------------------------------------- texture statistics
 class Scattering(nn.Module):
-    """Texture statistics: the scattering transform of second order (Bruna & Mallat 2013, arXiv
-    1203.1513), averaged over the image.
+    """Texture statistics: the scattering transform of second order, averaged over the image.
 
-    Morlet wavelets of OCTAVES and ORIENTATIONS, cyclic; the modulus of their response; the response
-    of the coarser wavelets to that, and its modulus. The averages of the moduli tell textures apart
-    that have the same spectrum. Features: of luminance and two colour differences the means and the
-    logarithms of deviations and averages, 186 numbers, standardised by their means and deviations
-    over ``images`` (N, 3, H, W) uint8 and clipped to -3..3, since KID cubes what lies far out."""
+    Bruna & Mallat 2013 (arXiv 1203.1513): the modulus of the image's response to Morlet wavelets
+    of OCTAVES and ORIENTATIONS, cyclic; the response of the coarser wavelets to that, and its
+    modulus. The averages of the moduli tell textures apart that have the same spectrum.
+
+    Features: of luminance and two colour differences the means, and the logarithms of deviations
+    and averages, 186 numbers. They are standardised by their means and deviations over ``images``
+    (N, 3, H, W) uint8, and clipped to -3..3, since KID cubes what lies far out.
+    """
 
     def __init__(self, images: Tensor):
         super().__init__()
-        frequencies = (2 * math.pi * torch.fft.fftfreq(side).double() for side in images.shape[2:])
-        y, x = torch.meshgrid(*frequencies, indexing="ij")
-        waves = []
-        for octave in range(OCTAVES):
-            for angle in torch.arange(ORIENTATIONS).double() * math.pi / ORIENTATIONS:
-                along, across = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
-                wave, ground = (
-                    (-((0.8 * 2**octave) ** 2) / 2 * ((along - f) ** 2 + across**2)).exp()
-                    for f in (0.75 * math.pi / 2**octave, 0.0)
-                )
-                waves.append(wave - ground * wave[0, 0])  # of mean zero
-        self.register_buffer("waves", torch.stack(waves))  # their Fourier transforms
-        found = torch.cat([self.statistics(prepare(part)) for part in images.split(100)])
-        # In float32, so that the features' checksum does not depend on the machine
-        self.register_buffer("mean", found.mean(0).float())
-        self.register_buffer("deviation", found.std(0).clamp(min=1e-9).float())
+        self.register_buffer("waves", morlet_wavelets(*images.shape[2:]))  # (wave, H, W)
+
+        # In float32, so that the features' checksum does not depend on the machine.
+        statistics = [self.statistics(to_unit(part)) for part in images.split(100)]
+        statistics = torch.cat(statistics)  # (N, 186)
+        self.register_buffer("mean", statistics.mean(dim=0).float())
+        self.register_buffer("deviation", statistics.std(dim=0).clamp(min=1e-9).float())
 
     def forward(self, images: Tensor) -> Tensor:
         """images (N, 3, H, W) float64 in 0..1 -> (N, 186)."""
@@ -57,39 +53,93 @@ class Scattering(nn.Module):
 
     def statistics(self, images: Tensor) -> Tensor:
         """The same before they are standardised."""
-        planes = torch.einsum("dc,nchw->ndhw", COLOURS.to(images), images)
-        first, averages = respond(planes, self.waves), []  # (N, 3, wave, H, W)
-        for k in range(ORIENTATIONS, len(self.waves), ORIENTATIONS):  # of all finer octaves
-            second = respond(first[:, :, :k], self.waves[k : k + ORIENTATIONS])
-            averages.append(second.mean((-2, -1)).flatten(1))
-        averages = torch.cat([planes.std((2, 3)), first.mean((-2, -1)).flatten(1), *averages], 1)
-        return torch.cat([planes.mean((2, 3)), averages.clamp(min=1e-5).log()], 1)
+        # d: plane, c: colour channel, n: image, h and w: its rows and columns
+        colours = torch.tensor(PLANES).to(images)
+        planes = torch.einsum("dc,nchw->ndhw", colours, images)
+        first_order = moduli(planes, self.waves)  # (N, 3, wave, H, W)
+
+        # Each octave's waves see the first order of all finer octaves.
+        second_order = []
+        for k in range(ORIENTATIONS, len(self.waves), ORIENTATIONS):
+            coarser = self.waves[k : k + ORIENTATIONS]
+            second = moduli(first_order[:, :, :k], coarser)  # (N, 3, k, ORIENTATIONS, H, W)
+            second_order.append(second.mean(dim=(-2, -1)).flatten(1))
+
+        deviations = planes.std(dim=(2, 3))  # (N, 3)
+        averages = first_order.mean(dim=(-2, -1)).flatten(1)  # (N, 3 * wave)
+        sizes = torch.cat([deviations, averages, *second_order], dim=1)
+        return torch.cat([planes.mean(dim=(2, 3)), sizes.clamp(min=1e-5).log()], dim=1)
 
 
-def respond(planes: Tensor, waves: Tensor) -> Tensor:
+def morlet_wavelets(height: int, width: int) -> Tensor:
+    """The Fourier transforms of the wavelets (OCTAVES * ORIENTATIONS, height, width), float64.
+
+    A wave of frequency 0.75 pi in the finest octave under a Gaussian of deviation 0.8 pixels, both
+    scaled by two an octave; less as much of the Gaussian as makes its mean zero.
+    """
+    y_frequency = 2 * math.pi * torch.fft.fftfreq(height).double()
+    x_frequency = 2 * math.pi * torch.fft.fftfreq(width).double()
+    y, x = torch.meshgrid(y_frequency, x_frequency, indexing="ij")
+
+    waves = []
+    for octave in range(OCTAVES):
+        frequency = 0.75 * math.pi / 2**octave
+        deviation = 0.8 * 2**octave
+        for angle in torch.arange(ORIENTATIONS).double() * math.pi / ORIENTATIONS:
+            along = x * angle.cos() + y * angle.sin()
+            across = y * angle.cos() - x * angle.sin()
+            wave = gaussian(along - frequency, across, deviation)
+            ground = gaussian(along, across, deviation)
+            waves.append(wave - ground * wave[0, 0])  # at frequency zero: the mean
+    return torch.stack(waves)
+
+
+def gaussian(along: Tensor, across: Tensor, deviation: float) -> Tensor:
+    """The Fourier transform of a Gaussian of this deviation in pixels, at these frequencies."""
+    return (-(deviation**2) / 2 * (along**2 + across**2)).exp()
+
+
+def moduli(planes: Tensor, waves: Tensor) -> Tensor:
     """The modulus of each plane (..., H, W) convolved with each wave (n, H, W): (..., n, H, W)."""
-    return torch.fft.ifft2(torch.fft.fft2(planes).unsqueeze(-3) * waves).abs()
+    spectra = torch.fft.fft2(planes).unsqueeze(-3)  # (..., 1, H, W)
+    return torch.fft.ifft2(spectra * waves).abs()
 
 
-def prepare(images: Tensor) -> Tensor:
+def to_unit(images: Tensor) -> Tensor:
     """uint8 to float64 in 0..1."""
     return images.double() / 255
 
 
-def layout(images: Tensor) -> Tensor:
-    """What is compared in the search for copies: the luminance (N, 1, H, W) at mean 0 and deviation
-    255, or 0 of flat images, so that distances are in deviations. Pixels as they are would call all
-    pale images copies, as those are near to everything. images: (N, 3, H, W) uint8."""
-    grey = torch.einsum("c,nchw->nhw", COLOURS[0].double(), images.double())[:, None]
-    grey = grey - grey.mean((2, 3), keepdim=True)
-    return (255 * grey / grey.std((2, 3), correction=0, keepdim=True).clamp(min=1e-9)).round()
-
-
 def scattering_extractor(images: Tensor) -> cal_fid_ssim.Extractor:
-    """``Scattering`` on the CPU, standardised by some 2,000 of the training images of all classes
-    (N, 3, 28, 28) uint8."""
-    model = Scattering(images[:: 1 + len(images) // 2000]).eval()
-    return cal_fid_ssim.Extractor("scattering", "x / 255", model, prepare, 3, "cpu")
+    """``Scattering`` on the CPU, standardised by about STANDARDISED_BY of the images.
+
+    images: the training images of all classes, (N, 3, 28, 28) uint8.
+    """
+    every = 1 + len(images) // STANDARDISED_BY
+    return cal_fid_ssim.Extractor(
+        name="scattering",
+        preprocessing="x / 255",
+        model=Scattering(images[::every]).eval(),
+        prepare=to_unit,
+        channels=3,
+        device="cpu",
+    )
+
+
+# ------------------------------------------------------------------------ the search for copies
+def layout(images: Tensor) -> Tensor:
+    """What is compared in the search for copies: luminance at equal brightness and contrast.
+
+    images (N, 3, H, W) uint8 -> (N, 1, H, W), whole numbers of mean 0 and deviation 255, or 0 of
+    flat images, so that distances are in deviations. Pixels as they are would call all pale images
+    copies, as those are near to everything.
+    """
+    # c: colour channel, n: image, h and w: its rows and columns
+    weights = torch.tensor(LUMINANCE).double()
+    grey = torch.einsum("c,nchw->nhw", weights, images.double())[:, None]  # (N, 1, H, W)
+    grey = grey - grey.mean(dim=(2, 3), keepdim=True)
+    deviation = grey.std(dim=(2, 3), correction=0, keepdim=True)
+    return (255 * grey / deviation.clamp(min=1e-9)).round()
 
 
 PATHMNIST = cal_fid_ssim.DataSet(

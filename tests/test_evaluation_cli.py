@@ -4,10 +4,12 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import re
 from dataclasses import asdict
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -22,37 +24,46 @@ import cal_fid_ssim as evaluation
 import cal_fid_ssim_medmnist
 import quantum_diffusion_mnist as mnist
 import quantum_diffusion_pathmnist as pathmnist
-from quantum_diffusion_mnist import load_images, random_stream, save_grid, select_images
+from cal_fid_ssim import random_stream
+from quantum_diffusion_mnist import load_images, save_grid, select_images
 
-TRAIN = load_images("digits", None, "train")[1:]
-TEST = load_images("digits", None, "test")[1:]
+TRAIN = evaluation.Split(*load_images("digits", None, "train")[1:])
+TEST = evaluation.Split(*load_images("digits", None, "test")[1:])
+TRAINED_THREES = TRAIN.of_class(3)
+THREES = TEST.of_class(3)
 RESULTS = Path(__file__).parents[1] / "result_gif" / "results"
 
 
-def make_run(root, images, arm="classical", label=3, n_train=None, seed=0, data="digits",
-             shots=None, training=None, **trained_on):  # fmt: skip
-    """A finished run folder with these images (N, C, 28, 28)."""
-    settings = mnist.Settings(arm, data, label, n_train, seed, shots=shots)
+# ------------------------------------------------------------------------- runs to be measured
+def make_run(root, images, *, training=None, symmetries=None, **settings):
+    """A finished run with these images (N, C, 28, 28), by default of digit 3: its folder.
+
+    training: the images that it was trained on (default: those that its settings select).
+    """
+    settings = mnist.Settings(**{"data": "digits", "label": 3} | settings)
+    if training is None:
+        training = select_images(*TRAIN, settings.label, settings.n_train, settings.seed)
+    trained_on = {"sha256": hashlib.sha256(training.numpy().tobytes()).hexdigest()}
+    if symmetries is not None:
+        trained_on["symmetries"] = symmetries
+
     folder = root / settings.name
     folder.mkdir(parents=True)
-    training = select_images(*TRAIN, label, n_train, seed) if training is None else training
-    trained_on["sha256"] = hashlib.sha256(training.numpy().tobytes()).hexdigest()
-    config = {"settings": asdict(settings), "images": trained_on, "weights": {}}
-    config |= {"condition": settings.condition, "n_eval": len(images)}
+    config = {
+        "settings": asdict(settings),
+        "condition": settings.condition,
+        "images": trained_on,
+        "weights": {},
+        "n_eval": len(images),
+    }
     (folder / "config.json").write_text(json.dumps(config))
-    if len(images):
+    if len(images) > 0:
         save_grid(folder / "samples_final.png", images)
     return folder
 
 
-def of_class(data, label):
-    return data[0][data[1] == label]
-
-
-TRAINED, THREES = (of_class(data, 3) for data in (TRAIN, TEST))
-
-
 def noisy(images, seed, deviation=40):
+    """The images under noise of this deviation in 8-bit levels."""
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed)) * deviation
     return (images + noise).clamp(0, 255).byte()
 
@@ -64,7 +75,8 @@ def evaluate(tmp_path_factory):
 
     def call(*arguments, script=evaluation):
         script.main([*map(str, arguments), "--data_dir", str(data_dir)])
-        files = [a / "metrics.json" for a in arguments if isinstance(a, Path)]
+        folders = [argument for argument in arguments if isinstance(argument, Path)]
+        files = [folder / "metrics.json" for folder in folders]
         return [json.loads(file.read_text()) for file in files if file.exists()]
 
     call.data_dir = data_dir
@@ -78,89 +90,133 @@ def evaluate(tmp_path_factory):
 def classifier(evaluate):
     """The one that the command line uses, its record, and its features of images."""
     folder = evaluate.data_dir / "evaluation"
-    model, record = evaluation.load_classifier("digits", folder, TRAIN, TEST, 0)
+    model, record = evaluation.load_classifier("digits", folder, TRAIN, TEST, seed=0)
     model.requires_grad_(False)
-    return model, record, lambda x: model[:-1](mnist.to_float(x)).double().numpy()
+    return model, record, lambda images: model[:-1](mnist.to_float(images)).double().numpy()
 
 
+# ----------------------------------------------------------------------------------- one run
 def test_figures_are_those_of_the_functions(tmp_path, evaluate, classifier, capsys):
-    """And a flag changes what it should."""
-    (model, record, features), images = classifier, noisy(of_class(TEST, 5)[:25], 1)
-    run, reference = make_run(tmp_path, images, label=5), of_class(TRAIN, 5)
+    model, record, features_of = classifier
+    images = noisy(TEST.of_class(5)[:25], seed=1)
+    reference = TRAIN.of_class(5)
+    run = make_run(tmp_path, images, label=5)
     (result,) = evaluate(run)
-    table = capsys.readouterr().out
-    assert run.name in table and "upwards: n < 1000; against embedded digits" in table
+
+    printed = capsys.readouterr().out
+    assert run.name in printed
+    assert "upwards: n < 1000; against embedded digits" in printed
     assert Image.open(run / "closest_pairs.png").size[0] > 800
-    a, b = features(images), features(reference)
-    assert (features(TRAIN[0][:128]) ** 2).mean() == pytest.approx(1, abs=2e-4)  # as KID expects
-    assert result["n_generated"] == 25 and result["n_real"] == len(reference)
-    assert result["classifier"] == record and record["test_accuracy"] > 0.9
-    chosen = torch.randperm(len(b), generator=random_stream(0, "evaluation", "equal"))[:25]
+
+    # The features that KID expects, and a classifier that deserves the name.
+    assert (features_of(TRAIN.images[:128]) ** 2).mean() == pytest.approx(1, abs=2e-4)
+    assert result["classifier"] == record
+    assert record["test_accuracy"] > 0.9
+
+    # Copies: the threshold is what one in a hundred held-out images is below.
     training = select_images(*TRAIN, 5, None, 0)
-    usual, _ = evaluation.nearest_images(of_class(TEST, 5), training)
+    usual, _ = evaluation.nearest_images(TEST.of_class(5), training)
     distance, nearest = evaluation.nearest_images(images, training)
     threshold = np.percentile(usual, 1)
+
+    a = features_of(images)
+    b = features_of(reference)
+    kid, kid_standard_error = evaluation.kernel_distance(a, b)
+    chosen = torch.randperm(len(b), generator=random_stream(0, "evaluation", "equal"))[:25]
+    precision, recall = evaluation.precision_recall(b[chosen], a, k=3)
     expected = {
         "fid": evaluation.frechet_distance(a, b),
+        "kid": kid,
+        "kid_standard_error": kid_standard_error,
+        "precision": precision,
+        "recall": recall,
         "label_accuracy": evaluation.accuracy(model, images, 5),
         "ssim_paired": evaluation.ssim(images, reference),
         "near_copies": (distance <= threshold).mean(),
         "distance_ratio": np.median(distance) / np.median(usual),
         "ssim_nearest": evaluation.ssim(images, training[nearest]),
     }
-    pairs = evaluation.kernel_distance(a, b), evaluation.precision_recall(b[chosen], a, 3)
-    names = "kid", "kid_standard_error", "precision", "recall"
-    expected |= zip(names, sum(pairs, ()), strict=True)
-    found = {key: result["metrics"][key] for key in expected}
-    assert found == pytest.approx(expected, rel=1e-4)
+    measured = {key: result["metrics"][key] for key in expected}
+    assert measured == pytest.approx(expected, rel=1e-4)
     assert result["metrics"]["fid_infinity"] is None  # 25 images, 64 features
+    assert result["n_generated"] == 25
+    assert result["n_real"] == len(reference)
     assert result["near_copy_threshold"] == threshold
     assert result["floor"]["near_copies"] == (usual <= threshold).mean()
+
+
+def test_a_flag_changes_what_it_should(tmp_path, evaluate):
+    run = make_run(tmp_path, noisy(TEST.of_class(5)[:25], seed=1), label=5)
+    (result,) = evaluate(run)
     assert evaluate(run) == [result]  # deterministic
-    (everything,) = evaluate(run, "--reference", "all", "--n_real", 200)
-    assert everything["n_real"] == 200 and everything["metrics"]["fid"] > 2 * found["fid"]
+
+    (of_all,) = evaluate(run, "--reference", "all", "--n_real", 200)
+    assert of_all["n_real"] == 200
+    assert of_all["metrics"]["fid"] > 2 * result["metrics"]["fid"]
+
     (pixels,) = evaluate(run, "--features", "none")
-    assert pixels["metrics"]["fid"] is None and pixels["features"] == "none"
-    assert pixels["metrics"]["ssim_paired"] == found["ssim_paired"]
+    assert pixels["features"] == "none"
+    assert pixels["metrics"]["fid"] is None
+    assert pixels["metrics"]["ssim_paired"] == result["metrics"]["ssim_paired"]
 
 
-def test_floor_is_what_held_out_images_score(tmp_path, evaluate, monkeypatch):
-    """All held-out images as if generated: their FID is the floor's, as each of its draws is the
-    whole test class; beyond the test split's size the training split is halved."""
-    (result,) = evaluate(make_run(tmp_path / "a", THREES))
-    assert result["floor"]["from"] == "test split" and result["floor"]["n"] == len(THREES)
+def test_floor_is_what_held_out_images_score(tmp_path, evaluate):
+    """All held-out images as if generated: each of the floor's draws is the whole test class."""
+    (result,) = evaluate(make_run(tmp_path, THREES))
+    floor = result["floor"]
+    assert floor["from"] == "test split"
+    assert floor["n"] == len(THREES)
     for key in ("fid", "kid", "label_accuracy", "ssim_diversity"):
-        assert result["metrics"][key] == pytest.approx(result["floor"][key], rel=1e-5), key
-    sizes, compare = [], evaluation.Evaluator.compare
+        assert result["metrics"][key] == pytest.approx(floor[key], rel=1e-5), key
+
+
+def test_floor_beyond_the_held_out_images_halves_the_training_split(
+    tmp_path, evaluate, monkeypatch
+):
+    """No image is on both sides."""
+    sizes = []
+    compare = evaluation.Evaluator.compare
 
     def spy(self, sample, reference):
-        sizes.append((len(sample[0]), len(reference[0])))
+        sizes.append((len(sample.images), len(reference.images)))
         return compare(self, sample, reference)
 
     monkeypatch.setattr(evaluation.Evaluator, "compare", spy)
-    (result,) = evaluate(make_run(tmp_path / "b", TRAINED[:100]))
-    half = (total := len(TRAINED)) // 2
+    (result,) = evaluate(make_run(tmp_path, TRAINED_THREES[:100]))
+    total = len(TRAINED_THREES)
+    half = total // 2
+    assert sizes == [(100, total), (half, total - half), (half, total - half)]
     assert result["floor"]["from"] == "training split, set aside"
-    assert sizes == [(100, total)] + [(half, total - half)] * 2  # no image on both sides
-    assert f"floor at n = {half}" in result["note"] and result["floor"]["n"] == half
+    assert result["floor"]["n"] == half
+    assert f"floor at n = {half}" in result["note"]
 
 
 def test_inception_through_the_command_line(tmp_path, evaluate, capsys, monkeypatch):
-    """FID of torchvision's own model and preprocessing put together by hand; and a name that no
-    table, figure or terminal can take as it is."""
+    """FID of torchvision's own model and preprocessing put together by hand.
+
+    And a name that neither tables nor figures can take as it is.
+    """
     monkeypatch.setattr(evaluation, "FLOOR_DRAWS", 1)
     model = inception_v3(init_weights=False, transform_input=True).eval()
-    torch.save(model.state_dict(), weights := tmp_path / "weights.pth")  # with the auxiliary head
-    run = make_run(tmp_path, THREES[:2]).rename(tmp_path / "a|b$x$\nc\udcff")
+    weights = tmp_path / "weights.pth"
+    torch.save(model.state_dict(), weights)  # with the auxiliary head
+    run = make_run(tmp_path, THREES[:2]).rename(tmp_path / "a|b$x$")
     options = ("--features", "inception", "--inception_weights", weights)
     (result,) = evaluate(run, *options, "--n_real", 4)
     printed = capsys.readouterr().out
-    assert "| a¦b$x$ c? " in printed and " inception:" in printed
-    generator = random_stream(0, "evaluation", "reference")
-    real = TRAINED[torch.randperm(len(TRAINED), generator=generator)[:4]]
+    assert "| a¦b$x$ " in printed
+    assert " inception:" in printed
+
+    # Resized to 342, the middle 299 of it, ImageNet's mean and deviation.
+    order = torch.randperm(
+        len(TRAINED_THREES), generator=random_stream(0, "evaluation", "reference")
+    )
+    real = TRAINED_THREES[order[:4]]
     pixels = torch.cat([THREES[:2], real]).expand(-1, 3, -1, -1) / 255
     pixels = resize(pixels, 342, antialias=True)[..., 21:320, 21:320]
-    mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+    deviation = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+
     model.fc = torch.nn.Identity()
     with torch.inference_mode():
         features = model((pixels - mean) / deviation).numpy()
@@ -168,57 +224,84 @@ def test_inception_through_the_command_line(tmp_path, evaluate, capsys, monkeypa
     assert result["metrics"]["fid"] == pytest.approx(expected, rel=0.02)
 
 
+# ------------------------------------------------------------------------ tables and figures
 def tables(text):
     """The rows of every Markdown table as dictionaries of stripped cells, by their section."""
-    found = {}
+    by_section = {}
     for section in text.split("# ")[1:]:
         title, *lines = section.splitlines()
-        rows = [[cell.strip() for cell in x.split("|")[1:-1]] for x in lines if x.startswith("|")]
-        found[title] = [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
-    return found
+        rows = [line.split("|")[1:-1] for line in lines if line.startswith("|")]
+        rows = [[cell.strip() for cell in row] for row in rows]
+        header, _rule, *rows = rows or [[], []]
+        by_section[title] = [dict(zip(header, row, strict=True)) for row in rows]
+    return by_section
 
 
-def test_comparison_files(tmp_path, evaluate, monkeypatch):
-    """Two arms, one of them under a condition too and with more noise yet; two sizes."""
-    save, drawn, out, runs, shown = mnist.save_figure, {}, tmp_path / "out", [], {}
-
-    def keep(path, figure):
-        drawn[path.name] = figure
-        if path.parent == out:
-            save(path, figure)
-
-    monkeypatch.setattr(mnist, "save_figure", keep)
-    arms = {"matched": (None, 5), "quantum": (None, 25), "quantum shots10": (10, 45)}
-    for (name, (of, level)), n, s in itertools.product(arms.items(), (10, None), (1, 0)):
-        images, end = noisy(THREES[:9], s, level), f", N = {n}" if n else ""
-        runs.append(make_run(tmp_path, images, name.split()[0], 3, n, s, shots=of))
-        shown |= {"real" + end: select_images(*TRAIN, 3, n, s), name + end: images}
+def test_comparison_files(tmp_path, evaluate):
+    """Two arms, one of them under a condition too and with more noise yet; two sizes, two seeds."""
+    conditions = {"matched": (None, 5), "quantum": (None, 25), "quantum shots10": (10, 45)}
+    runs = []
+    for (name, (shots, noise)), n_train, seed in itertools.product(
+        conditions.items(), (10, None), (1, 0)
+    ):
+        images = noisy(THREES[:9], seed, noise)
+        settings = {"arm": name.split()[0], "n_train": n_train, "seed": seed, "shots": shots}
+        runs.append(make_run(tmp_path, images, **settings))
+    out = tmp_path / "out"
     results = evaluate(*runs, "--out", out)
-    frame, text = pd.read_csv(out / "comparison.csv"), (out / "comparison.md").read_text()
+    pictures = {path.name for path in out.glob("*.png")}
+    assert pictures == {"comparison.png", "scaling.png", "overview.png"}
+
+    frame = pd.read_csv(out / "comparison.csv")
     assert list(frame["run"]) == [run.name for run in runs]
-    for prefix, part in (("", "metrics"), ("floor_", "floor")):
-        values = [result[part]["fid"] for result in results]
-        assert frame[f"{prefix}fid"].tolist() == pytest.approx(values)
-    found = tables(text)
-    rows = {row["arm"]: row for row in found["Comparison of runs"] if row["N"] == "all"}
-    assert [*rows] == [*arms, evaluation.FLOOR]
+    for column, part in (("fid", "metrics"), ("floor_fid", "floor")):
+        expected = [result[part]["fid"] for result in results]
+        assert frame[column].tolist() == pytest.approx(expected)
+
+    text = (out / "comparison.md").read_text()
+    sections = tables(text)
+    rows = {row["arm"]: row for row in sections["Comparison of runs"] if row["N"] == "all"}
+    assert list(rows) == [*conditions, evaluation.FLOOR]
     values = frame[frame["run"].str.fullmatch("quantum_.*nall_seed.")]["fid"]
     half = stats.t.ppf(0.975, 1) * stats.sem(values)
-    assert rows["quantum"]["FID"] == f"{values.mean():.3g} ± {half:.3g}"
-    rows = found["Paired differences against matched"]
-    assert {row["difference"] for row in rows} == {f"{arm} − matched" for arm in [*arms][1:]}
-    limits = "".join(row["95 % interval"] for row in rows)
-    outside = limits.count("*"), limits.count("[")
-    assert "{} of {} intervals (Student's t over seeds) leave zero out".format(*outside) in text
-    pictures = {"comparison.png", "scaling.png", "overview.png"}
-    assert outside[0] and {x.name for x in out.glob("*.png")} == pictures
-    # overview.png: the training images and, of the lowest seed, what each arm made of them
-    panels = drawn["overview.png"].axes
-    rows = {axes.get_ylabel(): axes.get_images()[0].get_array() for axes in panels}
-    assert [*rows][:4] == [f"{name}, N = 10" for name in ("real", *arms)] and len(rows) == 8
-    for title, pixels in rows.items():
-        images = shown[title]
-        assert (pixels[2:30, 2:30] == images[0, 0].numpy()).all() and pixels.shape == (32, 362)
+    shown = [float(number) for number in rows["quantum"]["FID"].split(" ± ")]
+    assert shown == pytest.approx([values.mean(), half], rel=6e-3)
+
+    rows = sections["Paired differences against matched"]
+    compared = {row["difference"] for row in rows}
+    assert compared == {"quantum − matched", "quantum shots10 − matched"}
+    limits = [row["95 % interval"] for row in rows]
+    outside = sum(text.endswith("*") for text in limits)
+    intervals = sum(text.startswith("[") for text in limits)
+    assert 0 < outside < intervals
+    assert f"{outside} of {intervals} intervals (Student's t over seeds) leave zero out" in text
+
+
+def test_overview_shows_the_lowest_seeds_images(tmp_path, evaluate):
+    """Real images and each arm's, by training size; white where there are too few."""
+    folders = []
+    expected = {}
+    for n_train, ending in ((10, ", N = 10"), (None, "")):
+        expected[f"real{ending}"] = select_images(*TRAIN, 3, n_train, 0)
+        for arm, seed in itertools.product(("quantum", "matched"), (1, 0)):
+            images = noisy(THREES[:9], seed, 5 if arm == "matched" else 25)
+            expected[f"{arm}{ending}"] = images
+            folders.append(make_run(tmp_path, images, arm=arm, n_train=n_train, seed=seed))
+
+    options = evaluation.parse_options(
+        ["runs", "--features", "none", "--data_dir", str(evaluate.data_dir)], evaluation.MNIST
+    )
+    evaluator = evaluation.Evaluator(evaluation.MNIST, "digits", options)
+    runs = evaluation.read_runs(folders, evaluation.MNIST)
+    panels = evaluation.draw_overview(runs, evaluator).axes
+    titles = [axes.get_ylabel() for axes in panels]
+    small = ["real, N = 10", "matched, N = 10", "quantum, N = 10"]
+    assert titles == [*small, "real", "matched", "quantum"]
+    for axes in panels:
+        pixels = axes.get_images()[0].get_array()
+        images = expected[axes.get_ylabel()]
+        assert pixels.shape == (32, 362)  # twelve tiles
+        assert (pixels[2:30, 2:30] == images[0, 0].numpy()).all()
         assert (pixels[:, 30 * len(images) + 2 :] == 255).all()
 
 
@@ -232,137 +315,217 @@ def test_committed_tables_are_those_of_the_committed_csv(name):
 NOT_MEASURED = dict.fromkeys([*evaluation.METRICS, "kid_standard_error"])
 
 
-def fake(arm, label, seed, fid, n_train=None, condition="", sample_steps=50, **metrics):
-    """One run's metrics.json; what is not given could not be measured."""
-    settings = mnist.Settings(arm, "digits", label, n_train, seed, sample_steps=sample_steps)
-    result = {"run": "run", "condition": condition, "settings": asdict(settings), "note": ""}
-    result |= {"features": "none", "reference": "class", "n_generated": 100, "n_real": 6000}
-    result |= {"n_training": n_train or 6000, "metrics": NOT_MEASURED | {"fid": fid} | metrics}
+def fake(arm, label, seed, fid, *, n_train=None, condition="", sample_steps=50):
+    """One run's metrics.json; but for FID nothing could be measured."""
+    settings = mnist.Settings(
+        arm=arm, data="digits", label=label, n_train=n_train, seed=seed, sample_steps=sample_steps
+    )
     floor = {"fid": label / 2 + 0.5, "n": 100, "from": "test split"}
-    return result | {"floor": NOT_MEASURED | floor}
+    return {
+        "run": "run",
+        "condition": condition,
+        "settings": asdict(settings),
+        "note": "",
+        "features": "none",
+        "reference": "class",
+        "n_generated": 100,
+        "n_real": 6000,
+        "n_training": n_train or 6000,
+        "metrics": NOT_MEASURED | {"fid": fid},
+        "floor": NOT_MEASURED | floor,
+    }
 
 
 def frame_of(runs):
+    """The table that an evaluation of these runs makes."""
     return evaluation.read_comparison(io.StringIO(evaluation.comparison_csv(runs)))
 
 
-def differences(runs, baseline="matched"):
-    """The rows of paired differences, by arm."""
-    found = tables(evaluation.comparison_text(frame_of(runs)))
-    rows = found.get(f"Paired differences against {baseline}", [])
-    return {row["difference"].split(" − ")[0]: row for row in rows}
+def difference_rows(runs, baseline="matched"):
+    """The rows of paired differences against a baseline, by their first cell."""
+    sections = tables(evaluation.comparison_text(frame_of(runs)))
+    rows = sections.get(f"Paired differences against {baseline}", [])
+    return {row["difference"]: row for row in rows}
 
 
 def test_means_use_the_classes_that_all_runs_have():
     """And the report says in what the runs differ."""
-    runs = [fake("quantum", label, s, label + s) for label in (1, 3) for s in (0, 1)]
+    runs = [fake("quantum", label, seed, label + seed) for label in (1, 3) for seed in (0, 1)]
     runs += [fake("matched", label, 0, 10 * label) for label in (1, 3, 5)]
     text = evaluation.comparison_text(frame_of(runs))
     rows = tables(text)["Comparison of runs"]
     half = stats.t.ppf(0.975, 1) * stats.sem([2, 3])
-    expected = {"quantum": f"2.5 ± {half:.3g}", "matched": "20", evaluation.FLOOR: "1.5"}
-    assert {row["arm"]: row["FID"] for row in rows} == expected
+    assert {row["arm"]: row["FID"] for row in rows} == {
+        "quantum": f"2.5 ± {half:.3g}",
+        "matched": "20",
+        evaluation.FLOOR: "1.5",
+    }
     assert {row["classes"] for row in rows} == {"1/3"}
-    assert f"Budget: steps {mnist.Settings().steps}" in text and "steps 50, images 100.\n" in text
+    assert f"Budget: steps {mnist.Settings().steps}" in text
+    assert "steps 50, images 100.\n" in text
+
     runs += [fake("classical", 3, 0, 1, sample_steps=1000)]
     text = evaluation.comparison_text(frame_of(runs))
     assert "**sample_steps 50 / 1000 (not the same in all runs)**, images 100." in text
 
 
 def spread(labels, seeds, step):
+    """Differences that rise with class and seed."""
     return {(k, s): step * (9 + 7 * k + s) for k in range(labels) for s in range(seeds)}
 
 
 INTERVALS = [  # differences by class and seed; pairs; whether their interval is clear of zero
     (spread(1, 5, -0.1), "5", "yes"),
-    ({(3, s): (-1) ** s for s in range(5)}, "5", "no"),
+    ({(3, seed): (-1) ** seed for seed in range(5)}, "5", "no"),
     (spread(5, 4, 0.1), "20", "too few seeds"),  # classes of a seed share its randomness
     (spread(7, 1, 0.1), "7", "too few seeds"),
     (spread(1, 5, 0), "5", "no"),
-    ({(3, 0): 7.0, (3, 1): float("nan")}, "1", "too few seeds"),
+    ({(3, 0): 7.0, (3, 1): math.nan}, "1", "too few seeds"),
 ]
 
 
-@pytest.mark.parametrize("differs, pairs, clear", INTERVALS)
-def test_intervals_are_students_t_over_the_seeds_of_pairs(differs, pairs, clear):
-    """Pairs are of equal class, size and seed; classes are averaged first; what could not be
-    measured is left out."""
-    runs = [fake("matched", k, s, 100 * s + k) for k, s in differs]
-    runs += [fake("quantum", k, s, 100 * s + k + d) for (k, s), d in differs.items()]
-    runs += [fake("quantum", 3, 9, 0), fake("quantum", 8, 0, 0), fake("quantum", 3, 0, 0, 10)]
-    row = differences(runs)["quantum"]
-    values = pd.Series(differs).groupby(level=1).mean().dropna()
-    found = [row[key] for key in ("N", "metric", "pairs", "seeds", "clear of 0")]
-    assert found == ["all", "FID", pairs, str(len(values)), clear]
-    assert float(row["mean"]) == pytest.approx(values.mean(), rel=5e-3)
-    half, limits = stats.t.ppf(0.975, len(values) - 1) * values.sem(), row["95 % interval"]
-    expected = [values.mean() - half, values.mean() + half] if half > 0 else []
-    found = [float(number) for number in re.findall(r"[-+][\d.]+", limits)]
-    assert found == pytest.approx(expected, rel=5e-3)
-    assert limits.endswith("*") == (abs(values.mean()) > half)
+@pytest.mark.parametrize("by_class_and_seed, pairs, clear", INTERVALS)
+def test_intervals_are_students_t_over_the_seeds_of_pairs(by_class_and_seed, pairs, clear):
+    """Pairs are of equal class, size and seed; classes are averaged first.
+
+    What could not be measured is left out.
+    """
+    runs = []
+    for (label, seed), difference in by_class_and_seed.items():
+        fid = 100 * seed + label
+        runs.append(fake("matched", label, seed, fid))
+        runs.append(fake("quantum", label, seed, fid + difference))
+    without_a_partner = [
+        fake("quantum", 3, 9, 0),
+        fake("quantum", 8, 0, 0),
+        fake("quantum", 3, 0, 0, n_train=10),
+    ]
+    row = difference_rows([*runs, *without_a_partner])["quantum − matched"]
+
+    values = pd.Series(by_class_and_seed).groupby(level=1).mean().dropna()
+    mean = values.mean()
+    half = stats.t.ppf(0.975, len(values) - 1) * values.sem()
+    assert row["N"] == "all"
+    assert row["metric"] == "FID"
+    assert row["pairs"] == pairs
+    assert row["seeds"] == str(len(values))
+    assert row["clear of 0"] == clear
+    assert float(row["mean"]) == pytest.approx(mean, rel=5e-3)
+
+    limits = [float(number) for number in re.findall(r"[-+][\d.]+", row["95 % interval"])]
+    expected = [mean - half, mean + half] if half > 0 else []
+    assert limits == pytest.approx(expected, rel=5e-3)
+    assert row["95 % interval"].endswith("*") == (abs(mean) > half)
 
 
 def test_an_arm_under_a_condition_is_compared_with_its_ideal_twin():
-    arms = ("matched", "", 1), ("quantum", "", 3), ("quantum", "shots", 6), ("published", "", 2)
-    runs = [fake(arm, 3, s, fid + s, condition=of) for arm, of, fid in arms for s in range(5)]
-    means = {arm: row["mean"] for arm, row in differences(runs).items()}
-    assert means == {"quantum": "+2", "quantum shots": "+5", "published": "+1"}
-    (twin,) = differences(runs, "quantum").values()
-    assert (twin["difference"], twin["mean"]) == ("quantum shots − quantum", "+3")
-    assert differences(runs, "published") == {}
+    runs = []
+    for seed in range(5):
+        runs.append(fake("matched", 3, seed, 1 + seed))
+        runs.append(fake("quantum", 3, seed, 3 + seed))
+        runs.append(fake("quantum", 3, seed, 6 + seed, condition="shots"))
+        runs.append(fake("published", 3, seed, 2 + seed))
+    means = {name: row["mean"] for name, row in difference_rows(runs).items()}
+    assert means == {
+        "quantum − matched": "+2",
+        "quantum shots − matched": "+5",
+        "published − matched": "+1",
+    }
+    twins = {name: row["mean"] for name, row in difference_rows(runs, "quantum").items()}
+    assert twins == {"quantum shots − quantum": "+3"}
+    assert difference_rows(runs, "published") == {}
 
 
 @pytest.mark.parametrize("against_size, place", [(False, 1), (True, 2)])
 def test_panels_show_means_and_below_them_paired_differences(against_size, place):
-    """Two sizes, one of them without quantum; the other metrics are not finite."""
-    runs = [fake("matched", 3, s, 10 * s, n) for n in (25, 100) for s in (1, 2, 3)]
-    runs += [fake("quantum", 3, s, 10 * s + s**2, 100) for s in (1, 2, 3)]
+    """Two sizes, one of them without quantum; the other metrics could not be measured."""
+    runs = []
+    for seed in (1, 2, 3):
+        runs.append(fake("matched", 3, seed, 10 * seed, n_train=25))
+        runs.append(fake("matched", 3, seed, 10 * seed, n_train=100))
+        runs.append(fake("quantum", 3, seed, 10 * seed + seed**2, n_train=100))
     above, below = evaluation.draw_panels(frame_of(runs), against_size).axes
-    assert (above.get_ylabel(), below.get_ylabel()) == ("FID", "FID\n− matched")
-    (matched, quantum), (bar,) = above.containers, below.containers
+    assert above.get_ylabel() == "FID"
+    assert below.get_ylabel() == "FID\n− matched"
+
+    matched, quantum = above.containers
     assert len(matched.lines[0].get_xdata()) == 2
     assert quantum.lines[0].get_xdata() == pytest.approx([place], abs=0.4)
     assert quantum.lines[0].get_ydata() == pytest.approx([20 + 14 / 3])
+
+    (bar,) = below.containers
     assert bar.lines[0].get_ydata() == pytest.approx([14 / 3])
     low, high = bar.lines[2][0].get_segments()[0][:, 1]
     assert high - low == pytest.approx(2 * stats.t.ppf(0.975, 2) * stats.sem([1, 4, 9]))
 
 
+def test_arms_of_the_users_own_have_their_place_and_look(monkeypatch):
+    """More arms than colours: each looks different from all others."""
+    arms = {**mnist.ARMS, **{f"own{k}": "the user's" for k in range(15)}}
+    monkeypatch.setattr(evaluation, "ARMS", arms)
+    looks = [evaluation.arm_style(arm, list(arms)) for arm in arms]
+    assert len({tuple(sorted(look.items())) for look in looks}) == len(arms)
+
+    runs = [fake(arm, 3, seed, k + seed) for k, arm in enumerate(arms) for seed in (0, 1)]
+    (*names, floor) = frame_of(runs)["name"].cat.categories
+    assert names == list(arms)
+    (axes, *_) = evaluation.draw_panels(frame_of(runs), against_size=False).axes
+    assert [bar.get_label() for bar in axes.containers] == names
+
+
+# ---------------------------------------------------------------------- published procedure
 def test_paper_protocol(tmp_path, evaluate, classifier):
     """Five images against the first five of the training split, whatever their class."""
-    run, out, real = make_run(tmp_path, THREES[:9]), tmp_path / "out", TRAIN[0][:5]
+    _, _, features_of = classifier
+    run = make_run(tmp_path, THREES[:9])
+    out = tmp_path / "out"
     evaluate(run, "--protocol", "paper", "--features", "classifier", "--out", out)
     record = json.loads((run / "metrics_paper.json").read_text())
-    generator = random_stream(0, "evaluation", "paper")  # real digits of the run's own class
-    pool = of_class((TRAIN[0][5:], TRAIN[1][5:]), 3)
+
+    # Beside it, real digits of the run's own class.
+    first_five = TRAIN.images[:5]
+    generator = random_stream(0, "evaluation", "paper")
+    pool = evaluation.Split(TRAIN.images[5:], TRAIN.labels[5:]).of_class(3)
     pool = pool[torch.randperm(len(pool), generator=generator)[:200]]
     draws = [pool[torch.randperm(len(pool), generator=generator)[:5]] for _ in range(100)]
-    (*_, features), found = classifier, record["fid"]
-    scores = [evaluation.frechet_distance(features(x), features(real)) for x in draws]
-    assert found["real_95"] == pytest.approx(np.percentile(scores, [2.5, 97.5]), rel=1e-4)
-    assert found["real_mean"] == pytest.approx(np.mean(scores), rel=1e-4)
-    expected = evaluation.ssim(THREES[:5], real)
+    scores = [
+        evaluation.frechet_distance(features_of(draw), features_of(first_five)) for draw in draws
+    ]
+    fid = record["fid"]
+    assert fid["real_95"] == pytest.approx(np.percentile(scores, [2.5, 97.5]), rel=1e-4)
+    assert fid["real_mean"] == pytest.approx(np.mean(scores), rel=1e-4)
+    expected = evaluation.ssim(THREES[:5], first_five)
     assert record["ssim_paired"]["run"] == pytest.approx(expected, rel=1e-4)
+
     written = (out / "paper_protocol.md").read_text()
-    assert run.name in written and "271.05" in written and "0.1263" in written
+    assert run.name in written
+    assert "271.05" in written
+    assert "0.1263" in written
 
 
+# ---------------------------------------------------------------------------------- mistakes
 def run_of(images, **more):
+    """A maker of one run folder."""
     return lambda root: [make_run(root, images, **more)]
 
 
-FIVE, COLOUR = run_of(THREES[:5]), torch.zeros(5, 3, 28, 28).byte()
-INCEPTION, PAPER = ("--features", "inception", "--inception_weights"), ("--protocol", "paper")
+FIVE = run_of(THREES[:5])
+COLOUR = torch.zeros(5, 3, 28, 28).byte()
+INCEPTION = ("--features", "inception", "--inception_weights")
+PAPER = ("--protocol", "paper")
 MISTAKES = [  # how the run folders are made, more options, what the error says
     (run_of(()), (), "not finished"),
     (lambda root: [root], (), "config.json: not a run's configuration"),
     (run_of(THREES[:3], arm="best"), (), "config.json: not a run's configuration"),
     (FIVE, ("--out", __file__), "File exists"),
+    (FIVE, ("--n_real", 3), "--n_real 3: expected more than 3"),
+    (FIVE, ("--seed", -1), "--seed -1: expected 0 to"),
+    (FIVE, ("--device", "cuda:99"), "--device cuda:99: expected auto, cpu"),
     (run_of(THREES[:1]), (), "at least 2"),
     (lambda root: FIVE(root) + run_of(THREES[:5], data="mnist")(root), (), "mixed data sets"),
     (lambda root: FIVE(root / "a") + FIVE(root / "b"), (), "have the same arm, condition, class"),
     (run_of(THREES[:5], data="pathmnist"), (), "cal_fid_ssim_medmnist.py"),
-    (run_of(THREES[:5], training=TRAINED), (), "trained on other images"),  # in another order
+    (run_of(THREES[:5], training=TRAINED_THREES), (), "trained on other images"),  # other order
     (run_of(COLOUR), (), r"images of \(3, 28, 28\)"),
     (run_of(COLOUR[:, :1, :20, :20]), (), r"of \(1, 20, 20\)"),
     (FIVE, (*INCEPTION, "none.pth"), "leave --features out"),
@@ -377,35 +540,60 @@ def test_mistakes_print_one_line_and_exit_2(make, options, message, tmp_path, ev
     assert re.search(message, line), line
 
 
-def test_data_dir_that_cannot_be_written_then_ctrl_c(tmp_path, capsys, monkeypatch):
+def test_data_dir_that_cannot_be_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluation, "CLASSIFIER_STEPS", 2)
     (tmp_path / "evaluation").write_text("in the way")
-    argv = [*map(str, FIVE(tmp_path / "runs")), "--data_dir", str(tmp_path)]
-    evaluation.main(argv)
-    assert "--data_dir is not writable" in capsys.readouterr().out
-    monkeypatch.setattr(evaluation, "read_run", lambda *_: exec("raise KeyboardInterrupt"))
+    (run,) = FIVE(tmp_path / "runs")
+    evaluation.main([str(run), "--data_dir", str(tmp_path)])
+    out, err = capsys.readouterr()
+    assert "--data_dir is not writable" in out + err
+    assert (run / "metrics.json").exists()
+
+
+def test_ctrl_c(tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "read_run", interrupted)
     with pytest.raises(SystemExit, match="130"):
-        evaluation.main(argv)
+        evaluation.main([str(tmp_path)])
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_pathmnist(tmp_path, evaluate, monkeypatch):
-    """The sibling command line, on a file of medmnist's format and on embedded tissue, whose one
-    class trains no classifier. With --augment copies of the square's symmetries are copies."""
+def test_a_matplotlibrc_that_asks_for_latex_does_no_harm(tmp_path, evaluate, monkeypatch):
+    monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
+    run = make_run(tmp_path, THREES[:5])
+    evaluate(run, "--out", tmp_path / "out")
+    assert (run / "closest_pairs.png").exists()
+    assert (tmp_path / "out" / "comparison.png").exists()
+
+
+# --------------------------------------------------------------------------------- PathMNIST
+@pytest.mark.parametrize("data, label", [("pathmnist", 8), ("tissue", 9)])
+def test_pathmnist(data, label, tmp_path, evaluate, monkeypatch):
+    """The sibling command line, on a file of medmnist's format and on embedded tissue.
+
+    The tissue's one class trains no classifier. With --augment copies of the square's symmetries
+    are copies.
+    """
     monkeypatch.setattr(evaluation, "CLASSIFIER_STEPS", 40)
     write_npz(evaluate.data_dir)
-    for data, label in (("pathmnist", 8), ("tissue", 9)):
-        everything = pathmnist.load_images(data, evaluate.data_dir)[1:]
-        real = pathmnist.select_images(*everything, label, None, 0)
-        eight, what = pathmnist.symmetries(real), {"label": label, "data": data}
-        copies = make_run(tmp_path / "a", real[:5], training=real, **what)
-        turned = real[:6].rot90(1, (2, 3))
-        turned = make_run(tmp_path / "b", turned, training=eight, symmetries=8, **what)
-        for run, n in ((copies, len(real)), (turned, len(eight))):
-            (result,) = evaluate(run, script=cal_fid_ssim_medmnist)
-            metrics = result["metrics"]
-            assert result["n_real"] == len(real) and result["n_training"] == n
-            assert ("trained with augmentation" in result["note"]) == (n == len(eight))
-            assert result["features"].startswith("scattering:") and metrics["fid"] > 0
-            assert metrics["near_copies"] == 1 and metrics["distance_ratio"] == 0
-            assert (metrics["label_accuracy"] is None) == (data == "tissue")
+    _, images, labels = pathmnist.load_images(data, evaluate.data_dir)
+    real = pathmnist.select_images(images, labels, label, None, 0)
+    eight = pathmnist.symmetries(real)
+    settings = {"label": label, "data": data}
+    plain = make_run(tmp_path / "a", real[:5], training=real, **settings)
+    turned_images = real[:6].rot90(1, (2, 3))
+    turned = make_run(tmp_path / "b", turned_images, training=eight, symmetries=8, **settings)
+
+    for run, n_training in ((plain, len(real)), (turned, len(eight))):
+        (result,) = evaluate(run, script=cal_fid_ssim_medmnist)
+        measured = result["metrics"]
+        assert result["n_real"] == len(real)
+        assert result["n_training"] == n_training
+        assert ("trained with augmentation" in result["note"]) == (run == turned)
+        assert result["features"].startswith("scattering:")
+        assert measured["fid"] > 0
+        assert measured["near_copies"] == 1
+        assert measured["distance_ratio"] == 0
+        assert (measured["label_accuracy"] is None) == (data == "tissue")
