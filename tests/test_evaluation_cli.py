@@ -90,7 +90,7 @@ def evaluate(tmp_path_factory):
 def classifier(evaluate):
     """The one that the command line uses, its record, and its features of images."""
     folder = evaluate.data_dir / "evaluation"
-    model, record = evaluation.load_classifier("digits", folder, TRAIN, TEST, seed=0)
+    model, record = evaluation.load_classifier("digits", folder, TRAIN, {"test": TEST}, seed=0)
     model.requires_grad_(False)
     return model, record, lambda images: model[:-1](mnist.to_float(images)).double().numpy()
 
@@ -569,15 +569,26 @@ def test_a_matplotlibrc_that_asks_for_latex_does_no_harm(tmp_path, evaluate, mon
 
 
 # --------------------------------------------------------------------------------- PathMNIST
+@pytest.fixture
+def pathmnist_file(evaluate):
+    """A file in medmnist's format: of a class ten train, five val and ten darker test images."""
+    generator = np.random.default_rng(0)
+    arrays = {}
+    for split, n, brightest in (("train", 90, 256), ("val", 45, 256), ("test", 90, 99)):
+        shape = (n, 28, 28, 3)
+        arrays[f"{split}_images"] = generator.integers(0, brightest, shape, dtype=np.uint8)
+        arrays[f"{split}_labels"] = (np.arange(n) % 9).astype(np.uint8)[:, None]
+    write_npz(evaluate.data_dir, **arrays)
+
+
 @pytest.mark.parametrize("data, label", [("pathmnist", 8), ("tissue", 9)])
-def test_pathmnist(data, label, tmp_path, evaluate, monkeypatch):
+def test_pathmnist(data, label, tmp_path, evaluate, pathmnist_file, monkeypatch):
     """The sibling command line, on a file of medmnist's format and on embedded tissue.
 
     The tissue's one class trains no classifier. With --augment copies of the square's symmetries
     are copies.
     """
     monkeypatch.setattr(evaluation, "CLASSIFIER_STEPS", 40)
-    write_npz(evaluate.data_dir)
     _, images, labels = pathmnist.load_images(data, evaluate.data_dir)
     real = pathmnist.select_images(images, labels, label, None, 0)
     eight = pathmnist.symmetries(real)
@@ -597,3 +608,30 @@ def test_pathmnist(data, label, tmp_path, evaluate, monkeypatch):
         assert measured["near_copies"] == 1
         assert measured["distance_ratio"] == 0
         assert (measured["label_accuracy"] is None) == (data == "tissue")
+
+
+def test_held_out_tissue_is_the_validation_split(tmp_path, evaluate, pathmnist_file, capsys):
+    """PathMNIST's test split is of another clinic: neither floor nor near-copies are taken from it.
+
+    All validation images as if generated: they are the floor, and a hundredth of them near-copies.
+    """
+    _, images, labels = pathmnist.load_images("pathmnist", evaluate.data_dir, "train")
+    _, val_images, val_labels = pathmnist.load_images("pathmnist", evaluate.data_dir, "val")
+    training = pathmnist.select_images(images, labels, 8, None, 0)
+    validation = val_images[val_labels == 8]
+    run = make_run(tmp_path, validation, training=training, label=8, data="pathmnist")
+    (result,) = evaluate(run, script=cal_fid_ssim_medmnist)
+    floor = result["floor"]
+    assert floor["from"] == "val split"
+    assert floor["n"] == result["n_held_out"] == 5
+    for key in ("fid", "kid", "distance_ratio", "near_copies", "label_accuracy"):
+        assert result["metrics"][key] == pytest.approx(floor[key], rel=1e-5), key
+
+    # The classifier's accuracy on both.
+    record = result["classifier"]
+    assert (record["n_val"], record["n_test"]) == (45, 90)
+    line = (
+        f"classifier: {record['val_accuracy']:.2%} of 45 val images, "
+        f"{record['test_accuracy']:.2%} of 90 test images"
+    )
+    assert line in capsys.readouterr().out

@@ -208,16 +208,29 @@ def test_layout_is_of_equal_brightness_and_contrast():
     original = COLOUR[:1]
     paler = original // 2 + 60
     flat = torch.full((1, 3, 28, 28), 130).byte()
-    known = layout(COLOUR)
-    paler_distance, index = metrics.nearest_images(layout(paler), known)
-    flat_distance, _ = metrics.nearest_images(layout(flat), known)
+    paler_distance, index = metrics.nearest_images(paler, COLOUR, layout)
+    flat_distance, _ = metrics.nearest_images(flat, COLOUR, layout)
     assert index == [0]
     assert paler_distance < 0.1
     assert flat_distance == pytest.approx([1], abs=0.01)  # one deviation from whatever it is
 
-    values = known.double()
+    values = layout(COLOUR).double()
     assert values.mean(dim=(1, 2, 3)).numpy() == pytest.approx(np.zeros(10), abs=0.1)
     assert values.std(dim=(1, 2, 3)).numpy() == pytest.approx(np.full(10, 255), rel=1e-2)
+
+
+def test_nearest_of_many_is_the_nearest_of_all_pieces(monkeypatch):
+    """Each image's nearest, wherever in the training set its piece is; the first of equals."""
+    monkeypatch.setattr(metrics, "CHUNK", 7)
+    training = torch.cat([DIGITS[:40], DIGITS[:40]])
+    noise = torch.randint(-9, 10, DIGITS[:40].shape, generator=torch.Generator().manual_seed(1))
+    images = (DIGITS[:40].int() + noise).clamp(0, 255).byte()
+    distance, index = metrics.nearest_images(images, training)
+    assert (index == np.arange(40)).all()
+
+    difference = (images.double() - DIGITS[:40].double()).flatten(1)
+    expected = difference.square().mean(dim=1).sqrt() / 255
+    assert distance == pytest.approx(expected.numpy(), rel=1e-12)
 
 
 # -------------------------------------------------------------------------------- extractors
@@ -262,8 +275,8 @@ def test_classifier_is_trained_again_for_other_images(tmp_path, monkeypatch, cap
 
     def load(images, labels):
         train = metrics.Split(images[:150], labels[:150])
-        test = metrics.Split(images[150:], labels[150:])
-        model, _ = metrics.load_classifier("digits", tmp_path, train, test, seed=0)
+        tested_on = {"test": metrics.Split(images[150:], labels[150:])}
+        model, _ = metrics.load_classifier("digits", tmp_path, train, tested_on, seed=0)
         return model[-1].weight, printed(capsys)
 
     first, _ = load(DIGITS, labels)
