@@ -15,13 +15,15 @@ picture is split.
 """
 
 import argparse
+import contextlib
 import copy
 import hashlib
 import io
 import json
 import math
+import socket
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +41,17 @@ from torchvision.models import Inception_V3_Weights, inception_v3
 from tqdm import tqdm
 
 import quantum_diffusion_mnist as mnist
-from debug_img import OneLineParser, exit_codes, save_figure, show_tiles, split_grid, write_atomic
+from debug_img import (
+    OneLineParser,
+    exit_codes,
+    note,
+    one_line,
+    save_figure,
+    say,
+    show_tiles,
+    split_grid,
+    write_atomic,
+)
 from quantum_diffusion_mnist import ARMS, TILE_PADDING, UserError, reading, to_float
 
 # How the metrics are taken.
@@ -52,6 +64,7 @@ SSIM_CHUNK = 100  # images at once, each with a dozen arrays of its size in floa
 CHUNK = 500  # rows of a distance or kernel matrix that are in memory at once
 CLASSIFIER_STEPS = 1000
 CLASSIFIER_BATCH = 128  # images
+DOWNLOAD_TIMEOUT = 60  # seconds without a byte
 
 # The published procedure.
 PAPER_IMAGES = 5
@@ -418,14 +431,14 @@ def cached(path: Path, record: dict[str, Any], make: Callable[[], dict]) -> dict
     """What ``make`` returns, {"record": ..., "state": tensors}, or the same from ``path``.
 
     A file is taken when it is whole and was made from ``record``. One that cannot be read or
-    written costs a line, not the evaluation.
+    written (a folder of another user's) costs a line, not the evaluation.
     """
-    if path.exists():
-        try:
+    try:
+        if path.exists():
             with reading(path, "from the same images and settings"):
                 return load_cached(path, record)
-        except UserError as error:
-            print(f"{error}: made again", flush=True)
+    except (UserError, OSError) as error:
+        note(f"{error}: made again")
 
     # Made, and kept where that is possible.
     made = make()
@@ -435,7 +448,7 @@ def cached(path: Path, record: dict[str, Any], make: Callable[[], dict]) -> dict
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, buffer.getvalue())
     except OSError as error:
-        print(f"note: {path} not kept ({error.strerror}): --data_dir is not writable", flush=True)
+        note(f"{path} not kept ({error.strerror}): --data_dir is not writable")
     return made
 
 
@@ -464,7 +477,7 @@ def inception_extractor(weights: Path | None, device: torch.device | str) -> Ext
         if weights is not None:
             state = torch.load(weights, map_location="cpu", weights_only=True)
         else:
-            state = official.get_state_dict(progress=True, check_hash=True)
+            state = download_inception(official)
 
         # Without the auxiliary head; building it draws weights, which is nobody's randomness.
         with torch.random.fork_rng(devices=[]):
@@ -482,6 +495,23 @@ def inception_extractor(weights: Path | None, device: torch.device | str) -> Ext
         device=device,
         batch=25,  # of 299x299 pixels
     )
+
+
+def download_inception(weights: Inception_V3_Weights) -> dict[str, Tensor]:
+    """The weights from torch's cache or, once, from torchvision's server.
+
+    Raises OSError when the server does not answer within DOWNLOAD_TIMEOUT.
+    """
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    if not (folder / Path(weights.url).name).exists():
+        note(f"downloading InceptionV3's weights (104 MB) from {weights.url} to {folder}")
+
+    before = socket.getdefaulttimeout()  # torch sets none: a silent proxy would be waited for
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True)
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def classifier_extractor(classifier: nn.Sequential, device: torch.device | str) -> Extractor:
@@ -1062,6 +1092,12 @@ def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
     frame[texts] = frame[texts].fillna("")
     frame["n_train"] = frame["n_train"].fillna(np.inf)
 
+    # What the sampler alone makes of a condition; the circuit adds the rest.
+    frame["sampler_condition"] = [
+        mnist.Settings(sample_steps=steps, timesteps=timesteps).condition
+        for steps, timesteps in zip(frame["sample_steps"], frame["timesteps"], strict=True)
+    ]
+
     # Arms in their usual order, also in tables and figures.
     frame["name"] = (frame["arm"] + " " + frame["condition"]).str.strip()
     names = sorted(set(zip(frame["arm"], frame["name"], strict=True)), key=order_of_arms)
@@ -1097,17 +1133,30 @@ def shared_classes(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def pair_differences(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """A row a pair of runs of equal class, size and seed: metrics of ``name`` minus the baseline's.
+    """A row a pair of runs that differ in one thing: the metrics of ``name`` minus the baseline's.
 
-    An arm other than BASELINES is the ideal twin of its own conditions and compared with these
-    alone.
+    ``baseline`` is an arm; its name with the condition is in ``name_base``. Two runs of a pair are
+    of equal class, size and seed, and differ in the arm (BASELINES alone), the circuit's condition
+    (shots, noise) or the sampler's: ``matched steps2`` is the baseline of ``quantum steps2`` and
+    of ``quantum shots10_steps2``.
     """
-    others = frame[frame["name"] != baseline]
-    if baseline not in BASELINES:
-        others = others[others["arm"] == baseline]
+    of_baseline = frame[frame["arm"] == baseline]
+    ideal = of_baseline[of_baseline["condition"] == of_baseline["sampler_condition"]]
+    conditions = of_baseline[of_baseline["condition"] != of_baseline["sampler_condition"]]
+    usual = ideal[ideal["condition"] == ""]
+    other_steps = ideal[ideal["condition"] != ""]
 
-    # Columns "fid" of the run, "fid_base" of the baseline's.
-    pairs = others.merge(frame[frame["name"] == baseline], on=PAIR, suffixes=("", "_base"))
+    # Pairs of runs: columns "fid" of the run, "fid_base" of the baseline's.
+    same_sampler = [*PAIR, "sample_steps"]
+    pairs = [
+        conditions.merge(ideal, on=same_sampler, suffixes=("", "_base")),
+        other_steps.merge(usual, on=PAIR, suffixes=("", "_base")),
+    ]
+    if baseline in BASELINES:
+        others = frame[frame["arm"] != baseline]
+        pairs.insert(0, others.merge(ideal, on=same_sampler, suffixes=("", "_base")))
+
+    pairs = pd.concat([part for part in pairs if len(part) > 0] or pairs[:1], ignore_index=True)
     return pairs.assign(**{key: pairs[key] - pairs[f"{key}_base"] for key in METRICS})
 
 
@@ -1134,7 +1183,7 @@ class Difference(NamedTuple):
     """An arm minus a baseline in one metric at one training-set size."""
 
     name: str  # of the arm, with its condition
-    baseline: str
+    baseline: str  # the same of what is taken away
     n_train: float
     metric: str
     pairs: int
@@ -1161,7 +1210,7 @@ class Difference(NamedTuple):
 
 
 def paired_differences(frame: pd.DataFrame, baseline: str) -> list[Difference]:
-    """Every arm minus ``baseline``, in every metric that was measured.
+    """Every arm minus the arm ``baseline``, in every metric that was measured.
 
     The classes' differences are averaged for each seed; the interval is over seeds.
     """
@@ -1170,6 +1219,7 @@ def paired_differences(frame: pd.DataFrame, baseline: str) -> list[Difference]:
 
     differences = []
     for (name, n_train), group in pairs.groupby(["name", "n_train"], observed=True):
+        (baseline_name,) = group["name_base"].unique()
         for metric in METRICS:
             if group[metric].isna().all():
                 continue  # it was not measured
@@ -1178,7 +1228,7 @@ def paired_differences(frame: pd.DataFrame, baseline: str) -> list[Difference]:
             differences.append(
                 Difference(
                     name=name,
-                    baseline=baseline,
+                    baseline=baseline_name,
                     n_train=n_train,
                     metric=metric,
                     pairs=group[metric].count(),
@@ -1192,8 +1242,12 @@ def paired_differences(frame: pd.DataFrame, baseline: str) -> list[Difference]:
 
 # From here on numbers become text.
 def show(value: float, form: str, missing: str = "–") -> str:
-    """A number for a table; a dash for what could not be measured."""
-    return form.format(value) if np.isfinite(value) else missing
+    """A number for a table; a dash for what could not be measured.
+
+    Twelve digits are taken first: a mean that is 0.8585 but for the order of its sum would be
+    0.858 with one version of pandas and 0.859 with another.
+    """
+    return form.format(float(f"{value:.12g}")) if np.isfinite(value) else missing
 
 
 def show_size(n_train: float) -> str:
@@ -1281,12 +1335,12 @@ def difference_table(differences: Sequence[Difference]) -> str:
         signed = metric.form.replace("{:", "{:+")  # "+0.12"
         limits = "–"
         if item.has_interval:
-            low = signed.format(item.mean - item.half)
-            high = signed.format(item.mean + item.half)
+            low = show(item.mean - item.half, signed)
+            high = show(item.mean + item.half, signed)
             limits = f"[{low}, {high}]" + (" *" if item.leaves_zero_out else "")
         rows.append([
             *(f"{item.name} − {item.baseline}", show_size(item.n_train), metric.heading),
-            *(str(item.pairs), str(item.seeds), signed.format(item.mean), limits, item.verdict),
+            *(str(item.pairs), str(item.seeds), show(item.mean, signed), limits, item.verdict),
         ])  # fmt: skip
 
     header = ["difference", "N", "metric", "pairs", "seeds", "mean", "95 % interval", "clear of 0"]
@@ -1384,8 +1438,9 @@ def draw_panels(frame: pd.DataFrame, against_size: bool) -> Figure:
     means = over_seeds(shared_classes(frame))
     below = None
     heights = [2]
-    if BASELINES[0] in names and len(names) > 1:
-        below = over_seeds(pair_differences(frame, BASELINES[0]), skipna=True)
+    pairs = pair_differences(frame, BASELINES[0])
+    if len(pairs) > 0:
+        below = over_seeds(pairs, skipna=True)
         heights = [2, 1]
 
     # Four panels in a row.
@@ -1653,9 +1708,9 @@ def paper_table(
         for metric in ("fid", "ssim_paired"):
             score = record[metric]
             low, high = score["real_95"]
-            row.append(f"{score['run']:.4g}")
-            row.append(f"{score['real_mean']:.4g}")
-            row.append(f"{low:.4g} to {high:.4g}")
+            row.append(show(score["run"], "{:.4g}"))
+            row.append(show(score["real_mean"], "{:.4g}"))
+            row.append(f"{show(low, '{:.4g}')} to {show(high, '{:.4g}')}")
         rows.append(row)
 
     # The paper's own figures; of real images it says nothing.
@@ -1796,7 +1851,7 @@ def evaluate(options: argparse.Namespace, dataset: DataSet) -> None:
             f"{record[f'{split}_accuracy']:.2%} of {record[f'n_{split}']} {split} images"
             for split in tested_on
         ]
-        print(f"classifier: {', '.join(shares)}")
+        say(f"classifier: {', '.join(shares)}")
 
     if options.protocol == "paper":
         evaluate_as_published(evaluator, runs, options.out)
@@ -1805,48 +1860,88 @@ def evaluate(options: argparse.Namespace, dataset: DataSet) -> None:
 
 
 def evaluate_fully(evaluator: Evaluator, runs: Sequence[Run], out: Path | None) -> None:
-    """All metrics: into each run's folder, a table, and into ``out`` tables and figures."""
+    """All metrics: into each run's folder, a table, and into ``out`` tables and figures.
+
+    Files come first, then pictures, and printing last: what fails late loses nothing.
+    """
     # Of PathMNIST, the other classes are a fifth of a gigabyte.
     if evaluator.options.reference == "class":
         labels = [run.settings["label"] for run in runs]
         evaluator.train = evaluator.train.of_classes(labels)
         evaluator.held_out = evaluator.held_out.of_classes(labels)
 
-    # Each run's own files as soon as they are known; runs of one training set in a row, which is
+    # Each run's own figures as soon as they are known; runs of one training set in a row, which is
     # prepared once.
     by_folder = {}
+    pairs_by_folder = {}
     for run in tqdm(sorted(runs, key=training_key), "runs", delay=2, leave=False):
         result, pairs = evaluator.measure(run)
         by_folder[run.folder] = result
-        write_json(run.folder / "metrics.json", result)
-        save_figure(run.folder / "closest_pairs.png", draw_closest_pairs, run.name, pairs)
+        pairs_by_folder[run.folder] = pairs
+        with optional(run.folder / "metrics.json"):
+            (run.folder / "closest_pairs.png").unlink(missing_ok=True)  # of an earlier evaluation
+            write_json(run.folder / "metrics.json", result)
 
     csv = comparison_csv([by_folder[run.folder] for run in runs])
     frame = read_comparison(io.StringIO(csv))
-    print(result_table(frame))
-    if out is None:
-        return
+    try:
+        if out is not None:
+            write_comparison(out, csv, frame)
+        for run in runs:
+            path = run.folder / "closest_pairs.png"
+            with optional(path):
+                save_figure(path, draw_closest_pairs, run.name, pairs_by_folder[run.folder])
+        if out is not None:
+            draw_comparison(out, frame, runs, evaluator)
+    finally:
+        say(result_table(frame))
+    if out is not None:
+        say(f"written to {out}")
 
-    # Tables and figures, all made from the same rows.
+
+def write_comparison(out: Path, csv: str, frame: pd.DataFrame) -> None:
+    """The tables of several runs; an earlier evaluation's pictures go with its tables."""
+    for name in ("comparison.png", "scaling.png", "overview.png"):
+        (out / name).unlink(missing_ok=True)
     write_atomic(out / "comparison.csv", csv.encode())
     write_atomic(out / "comparison.md", comparison_text(frame).encode())
-    save_figure(out / "comparison.png", draw_panels, frame, against_size=False)
+
+
+def draw_comparison(
+    out: Path, frame: pd.DataFrame, runs: Sequence[Run], evaluator: Evaluator
+) -> None:
+    """The figures of several runs, each of which may fail by itself."""
+    with optional(out / "comparison.png"):
+        save_figure(out / "comparison.png", draw_panels, frame, against_size=False)
     if frame["n_train"].nunique() > 1:
-        save_figure(out / "scaling.png", draw_panels, frame, against_size=True)
-    save_figure(out / "overview.png", draw_overview, runs, evaluator)
-    print(f"written to {out}")
+        with optional(out / "scaling.png"):
+            save_figure(out / "scaling.png", draw_panels, frame, against_size=True)
+    with optional(out / "overview.png"):
+        save_figure(out / "overview.png", draw_overview, runs, evaluator)
 
 
 def evaluate_as_published(evaluator: Evaluator, runs: Sequence[Run], out: Path | None) -> None:
     """The published procedure: into each run's folder, a table, and into ``out`` the table."""
     records = paper_protocol(evaluator, runs)
     for run, record in zip(runs, records, strict=True):
-        write_json(run.folder / "metrics_paper.json", record)
+        with optional(run.folder / "metrics_paper.json"):
+            write_json(run.folder / "metrics_paper.json", record)
 
     text = paper_table(runs, records, evaluator.dataset.withdrawn)
-    print(text)
-    if out is not None:
-        write_atomic(out / "paper_protocol.md", f"{text}\n".encode())
+    try:
+        if out is not None:
+            write_atomic(out / "paper_protocol.md", f"{text}\n".encode())
+    finally:
+        say(text)
+
+
+@contextlib.contextmanager
+def optional(path: Path) -> Iterator[None]:
+    """A file that is not worth stopping for: where it cannot be made, a line says so."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        note(f"{path} not written ({one_line(error)})")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -415,19 +415,23 @@ def save_figure(path: Path, draw: Callable[..., Figure], *arguments: Any, **opti
     """Write the figure that ``draw`` makes of the arguments, whole or not at all.
 
     200 dots an inch, or fewer where that makes over 6,000 pixels. By matplotlib's own defaults:
-    the user's matplotlibrc may ask for what is not installed (LaTeX).
+    the user's matplotlibrc may ask for what is not installed (LaTeX). Raises UserError for a
+    figure that cannot be drawn, OSError for one that cannot be written.
     """
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        figure = draw(*arguments, **options)
-        dpi = min(200, 6000 / max(figure.get_size_inches()))
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight")
+    buffer = io.BytesIO()
+    try:
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            figure = draw(*arguments, **options)
+            dpi = min(200, 6000 / max(figure.get_size_inches()))
+            figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight")
+    except Exception as error:  # whatever matplotlib does not like
+        raise UserError(f"not drawn: {type(error).__name__}: {one_line(error)}") from error
 
     write_atomic(path, buffer.getvalue())
 
 
-# --------------------------------------------------------------- files, errors, command line
+# ----------------------------------------------------- files, printing, errors, command line
 def write_atomic(path: Path, data: bytes) -> None:
     """Write aside and rename, so that the file is whole or as it was."""
     aside = path.parent / f".{path.name}.{os.getpid()}.tmp"
@@ -438,6 +442,24 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from None  # the file that was meant
     finally:
         aside.unlink(missing_ok=True)
+
+
+def say(text: str) -> None:
+    """Print on stdout: where it is full a note says so, where nobody reads (``| head``) nothing."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        # What Python still holds back goes nowhere: at its end it would fail again.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            note(f"not printed ({error.strerror})")
+
+
+def note(text: str) -> None:
+    """Print a line on stderr, where that is possible."""
+    with contextlib.suppress(OSError):
+        print(f"note: {one_line(text)}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -496,24 +518,37 @@ def report(options: argparse.Namespace) -> None:
     """Split the picture, draw how, and print what was found."""
     path = options.picture
     out = options.out
+    check_output(out, path)
     grid = split_grid(path, options.expect)
-    if out.exists() and (not out.is_file() or out.samefile(path)):
-        raise UserError(f"--out {out}: is the picture itself, or no file; name another")
 
     x0, y0, x1, y1 = grid.boxes[0]
     count, channels, height, width = grid.images.shape
     red, green, blue = grid.ground
-    print(f"images      {count}")
-    print(f"size        {width}x{height}, {channels} channel(s), from {x1 - x0}x{y1 - y0} pixels")
-    print(f"ground      #{red:02x}{green:02x}{blue:02x}")
-    print(f"method      {grid.method}")
-    print(f"confidence  {grid.confidence:.2f}")
+    say(f"images      {count}")
+    say(f"size        {width}x{height}, {channels} channel(s), from {x1 - x0}x{y1 - y0} pixels")
+    say(f"ground      #{red:02x}{green:02x}{blue:02x}")
+    say(f"method      {grid.method}")
+    say(f"confidence  {grid.confidence:.2f}")
 
     out.parent.mkdir(parents=True, exist_ok=True)
     save_figure(out, draw_split, path, grid)
-    print(f"figure      {out}")
+    say(f"figure      {out}")
     if options.expect not in (None, count):
         raise UserError(f"{path}: {count} images, --expect {options.expect}; see {out}")
+
+
+def check_output(out: Path, picture: Path) -> None:
+    """Raise UserError for an --out that is no new PNG and no PNG that may be replaced."""
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out {out}: the figure is a PNG; name a file that ends with .png")
+    if not out.exists():
+        return
+    if not out.is_file() or (picture.exists() and out.samefile(picture)):
+        raise UserError(f"--out {out}: is the picture itself, or no file; name another")
+    with out.open("rb") as file:
+        beginning = file.read(8)
+    if beginning != b"\x89PNG\r\n\x1a\n":
+        raise UserError(f"--out {out}: exists and is no PNG; name another")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -6,6 +6,10 @@ import itertools
 import json
 import math
 import re
+import shlex
+import socket
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -425,15 +429,57 @@ def test_an_arm_under_a_condition_is_compared_with_its_ideal_twin():
         runs.append(fake("quantum", 3, seed, 3 + seed))
         runs.append(fake("quantum", 3, seed, 6 + seed, condition="shots"))
         runs.append(fake("published", 3, seed, 2 + seed))
-    means = {name: row["mean"] for name, row in difference_rows(runs).items()}
-    assert means == {
+    assert means_of(difference_rows(runs)) == {
         "quantum − matched": "+2",
         "quantum shots − matched": "+5",
         "published − matched": "+1",
     }
-    twins = {name: row["mean"] for name, row in difference_rows(runs, "quantum").items()}
-    assert twins == {"quantum shots − quantum": "+3"}
+    assert means_of(difference_rows(runs, "quantum")) == {"quantum shots − quantum": "+3"}
     assert difference_rows(runs, "published") == {}
+
+
+def test_a_baseline_belongs_to_its_condition():
+    """Sampler's steps are a condition of all arms, shots of the circuit's: one thing differs."""
+    fids = {  # FID by arm, condition and sampling steps
+        ("matched", "steps2", 2): 1,
+        ("quantum", "steps2", 2): 3,
+        ("quantum", "shots10_steps2", 2): 7,
+    }
+    runs = []
+    for (arm, condition, steps), fid in fids.items():
+        for seed in range(5):
+            runs.append(fake(arm, 3, seed, fid + seed, condition=condition, sample_steps=steps))
+    assert means_of(difference_rows(runs)) == {
+        "quantum steps2 − matched steps2": "+2",
+        "quantum shots10_steps2 − matched steps2": "+6",
+    }
+    assert means_of(difference_rows(runs, "quantum")) == {
+        "quantum shots10_steps2 − quantum steps2": "+4"
+    }
+    assert len(evaluation.draw_panels(frame_of(runs), against_size=False).axes) == 2
+
+    # With ideal runs beside them, a run of other steps has these as its twin.
+    for arm, fid in (("matched", 10), ("quantum", 30)):
+        runs += [fake(arm, 3, seed, fid + seed) for seed in range(5)]
+    assert means_of(difference_rows(runs)) == {
+        "quantum − matched": "+20",
+        "quantum steps2 − matched steps2": "+2",
+        "quantum shots10_steps2 − matched steps2": "+6",
+        "matched steps2 − matched": "-9",
+    }
+
+
+def means_of(rows):
+    """The mean differences by the rows' first cell."""
+    return {name: row["mean"] for name, row in rows.items()}
+
+
+@pytest.mark.parametrize("direction", [-math.inf, math.inf])
+def test_no_cell_hangs_on_a_tie(direction):
+    """A mean of 0.8585 may come out one bit less or more, by the order of its sum."""
+    for tie, form in ((0.8585, "{:.3f}"), (1.445, "{:.3g}"), (-0.00125, "{:+.2g}")):
+        beside = np.nextafter(tie, direction)
+        assert evaluation.show(beside, form) == evaluation.show(tie, form)
 
 
 @pytest.mark.parametrize("against_size, place", [(False, 1), (True, 2)])
@@ -560,12 +606,141 @@ def test_ctrl_c(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == "interrupted\n"
 
 
+# ------------------------------------------------------------------ results before decoration
 def test_a_matplotlibrc_that_asks_for_latex_does_no_harm(tmp_path, evaluate, monkeypatch):
     monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
     run = make_run(tmp_path, THREES[:5])
     evaluate(run, "--out", tmp_path / "out")
     assert (run / "closest_pairs.png").exists()
     assert (tmp_path / "out" / "comparison.png").exists()
+
+
+def test_pictures_of_an_earlier_evaluation_go_with_its_tables(tmp_path, evaluate):
+    """scaling.png has no place beside tables of one size."""
+    out = tmp_path / "out"
+    small = make_run(tmp_path, THREES[:5], n_train=10)
+    whole = make_run(tmp_path, THREES[:5])
+    evaluate(small, whole, "--out", out, "--features", "none")
+    assert (out / "scaling.png").exists()
+    evaluate(whole, "--out", out, "--features", "none")
+    assert not (out / "scaling.png").exists()
+    assert (out / "comparison.png").exists()
+
+
+def test_a_picture_that_fails_is_a_line(tmp_path, evaluate, monkeypatch, capsys):
+    """And no older picture stays in its place."""
+    run = make_run(tmp_path, THREES[:5])
+    out = tmp_path / "out"
+    options = ("--out", out, "--features", "none")
+    evaluate(run, *options)
+    before = (out / "overview.png").read_bytes()
+
+    def fail(*_, **__):
+        raise ZeroDivisionError("no\nfont")
+
+    monkeypatch.setattr(evaluation, "draw_panels", fail)
+    monkeypatch.setattr(evaluation, "draw_closest_pairs", fail)
+    evaluate(run, *options)
+    printed, notes = capsys.readouterr()
+    lines = notes.splitlines()
+    assert run.name in printed
+    assert [line for line in lines if line.startswith("note: ")] == [
+        f"note: {path} not written (not drawn: ZeroDivisionError: no font)"
+        for path in (run / "closest_pairs.png", out / "comparison.png")
+    ]
+    assert not (run / "closest_pairs.png").exists()
+    assert not (out / "comparison.png").exists()
+    assert (out / "comparison.md").exists()
+    assert (out / "overview.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("protocol, name", [("full", "metrics"), ("paper", "metrics_paper")])
+def test_a_run_folder_that_cannot_be_written(protocol, name, tmp_path, evaluate, capsys):
+    """A colleague's: measured and printed all the same."""
+    run = make_run(tmp_path, THREES[:5])
+    (run / f"{name}.json" / "in the way").mkdir(parents=True)
+    options = ("--protocol", protocol, "--features", "classifier")
+    evaluation.main([str(run), *options, "--data_dir", str(evaluate.data_dir)])
+    printed, notes = capsys.readouterr()
+    assert f"| {run.name} " in printed
+    assert f"note: {run / name}.json not written" in notes
+
+
+def test_an_out_folder_that_cannot_be_written(tmp_path, evaluate, capsys):
+    """The measured table is printed before the error."""
+    run = make_run(tmp_path, THREES[:5])
+    out = tmp_path / "out"
+    (out / "comparison.csv" / "in the way").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="2"):
+        evaluate(run, "--out", out, "--features", "none")
+    printed, errors = capsys.readouterr()
+    assert f"| {run.name} " in printed
+    assert f"error: [Errno 21] Is a directory: '{out / 'comparison.csv'}'" in errors
+
+
+@pytest.mark.parametrize("stdout", ["full", "closed", "gone"])
+def test_a_stdout_that_takes_nothing_loses_no_file(stdout, tmp_path):
+    """A full disk, ``>&-`` and ``| head``. On tissue, which needs no classifier."""
+    _, images, labels = pathmnist.load_images("tissue", tmp_path)
+    training = pathmnist.select_images(images, labels, 9, None, 0)
+    run = make_run(tmp_path, images[:5], training=training, data="tissue", label=9)
+    out = tmp_path / "out"
+    script = cal_fid_ssim_medmnist.__file__
+    words = [sys.executable, script, str(run), "--out", str(out), "--features", "none"]
+    words += ["--data_dir", str(tmp_path)]
+    ending = {"full": ">/dev/full", "closed": ">&-", "gone": "| true"}[stdout]
+    command = f"set -o pipefail; {shlex.join(words)} {ending}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    notes = [line for line in done.stderr.splitlines() if line.startswith(("note", "error"))]
+    expected = ["note: not printed (No space left on device)"] if stdout == "full" else []
+    assert notes[:1] == expected
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    names = {path.name for path in out.iterdir()}
+    assert names == {"comparison.csv", "comparison.md", "comparison.png", "overview.png"}
+
+
+def test_a_cache_of_another_user(tmp_path, monkeypatch, capsys):
+    """A folder of mode 0700, in which not even looking is allowed."""
+    monkeypatch.setattr(evaluation, "CLASSIFIER_STEPS", 2)
+    exists = Path.exists
+
+    def forbidden(path, **options):
+        if path.parent.name == "evaluation":
+            raise PermissionError(13, "Permission denied", str(path))
+        return exists(path, **options)
+
+    monkeypatch.setattr(Path, "exists", forbidden)
+    (run,) = FIVE(tmp_path / "runs")
+    evaluation.main([str(run), "--data_dir", str(tmp_path)])
+    assert "Permission denied" in capsys.readouterr().err
+    assert (run / "metrics.json").exists()
+
+
+def test_a_proxy_that_never_answers(tmp_path, evaluate, monkeypatch, capsys):
+    """The download says what it is, and ends."""
+    monkeypatch.setattr(evaluation, "DOWNLOAD_TIMEOUT", 0.5)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        (run,) = FIVE(tmp_path / "runs")
+        options = ["--features", "inception", "--data_dir", evaluate.data_dir]
+        with pytest.raises(SystemExit, match="2"):
+            evaluation.main([str(word) for word in (run, *options)])
+    *_, note, error = re.findall("^(?:note|error): .*", capsys.readouterr().err, re.MULTILINE)
+    assert note.startswith("note: downloading InceptionV3's weights (104 MB) from https://")
+    assert "timed out" in error
+    assert "leave --features out" in error
+    assert socket.getdefaulttimeout() is None
+
+
+@pytest.mark.parametrize("script", ["cal_fid_ssim.py", "debug_img.py"])
+def test_figures_need_no_backend(script):
+    """MPLBACKEND names a module that is not installed, as in a notebook's shell."""
+    source = (RESULTS.parents[1] / script).read_text()
+    assert "pyplot" not in source
 
 
 # --------------------------------------------------------------------------------- PathMNIST

@@ -284,6 +284,8 @@ def test_debug_img_mistakes(tmp_path, capsys):
     figure_of(make("digits", 5), titles="Sample {}").save(path)
     Image.new("1", (10_000, 5_001)).save(tmp_path / "huge.png")
     (tmp_path / "link.png").symlink_to(path)
+    (tmp_path / "thesis.tex").write_text("three years")
+    (tmp_path / "thesis.png").write_text("three years")
     before = path.read_bytes()
     other = tmp_path / "new" / "a$b$.png"
     for message, *arguments in (
@@ -293,7 +295,9 @@ def test_debug_img_mistakes(tmp_path, capsys):
         ("--expect", path, "--expect", "five"),
         ("huge.png: not a readable picture", tmp_path / "huge.png"),
         ("none.png: not a readable picture", tmp_path / "none.png"),
-        ("File exists", path, "--out", path / "below.png"),
+        ("Not a directory", path, "--out", path / "below" / "figure.png"),
+        ("name a file that ends with .png", path, "--out", tmp_path / "thesis.tex"),
+        ("exists and is no PNG", path, "--out", tmp_path / "thesis.png"),
     ):
         with pytest.raises(SystemExit) as stop:
             debug_img.main([*map(str, arguments)])
@@ -303,3 +307,5 @@ def test_debug_img_mistakes(tmp_path, capsys):
         assert message in line, line
     assert path.read_bytes() == before
     assert other.exists()
+    assert (tmp_path / "thesis.tex").read_text() == "three years"
+    assert (tmp_path / "thesis.png").read_text() == "three years"
