@@ -1463,8 +1463,7 @@ def draw_panels(frame: pd.DataFrame, against_size: bool) -> Figure:
             lowest.set_ylabel(f"{METRICS[metric].heading}\n− {BASELINES[0]}")
             lowest.set_xlim(upper.get_xlim())
             lowest.axhline(0, color=ARM_COLOURS[BASELINES[0]], linewidth=1)
-        if against_size:
-            lowest.set_xlabel("training images (log scale)")
+        lowest.set_xlabel("training images" + (" (log scale)" if against_size else ""))
 
     # Places without a metric stay empty; one legend for all panels.
     for axes in panels.flat:
@@ -1489,11 +1488,13 @@ def size_axis(frame: pd.DataFrame, arms: int, against_size: bool) -> SizeAxis:
     """The sizes side by side or, ``against_size``, at the logarithm of the training images."""
     sizes = frame.groupby("n_train")["n_training"].mean()
     if against_size:
+        places = np.log10(sizes)
+        closest = places.diff().min() if len(places) > 1 else math.inf  # in decades
         labels = [f"{size:.0f}" for size in sizes]
-        return SizeAxis(np.log10(sizes), labels, step=0.06, lines=True)
+        return SizeAxis(places, labels, step=min(0.06, closest / arms), lines=True)
 
     places = pd.Series(np.arange(len(sizes)), sizes.index)
-    labels = [f"N = {show_size(n_train)}" for n_train in sizes.index]
+    labels = [show_size(n_train) for n_train in sizes.index]
     return SizeAxis(places, labels, step=1 / arms, lines=False)
 
 
@@ -1534,7 +1535,9 @@ def draw_arms(axes: Axes, values: pd.Series, names: Sequence[str], axis: SizeAxi
         seeds_x = axis.places[arm_values.index.get_level_values("n_train")] + offset
         axes.scatter(seeds_x, arm_values, s=5, color=style["color"], alpha=0.4)
 
-    axes.set_xticks(axis.places, axis.labels)
+    # Many sizes, or on the logarithmic axis near ones, would overlap if written level.
+    crowded = len(axis.labels) > 3
+    axes.set_xticks(axis.places, axis.labels, rotation=45 if crowded else 0, fontsize=8)
 
 
 def arm_style(name: str, names: Sequence[str]) -> dict[str, str]:

@@ -519,6 +519,27 @@ def test_arms_of_the_users_own_have_their_place_and_look(monkeypatch):
     assert [bar.get_label() for bar in axes.containers] == names
 
 
+@pytest.mark.parametrize("against_size", [False, True])
+def test_ten_arms_of_four_sizes_do_not_overlap(against_size):
+    """Neither the tick labels nor the arms of one size with those of the next."""
+    runs = []
+    for n_train in (25, 50, 100, None):
+        for k, arm in enumerate(["classical", "matched", *(f"own{k}" for k in range(8))]):
+            runs += [fake(arm, 3, seed, k + seed, n_train=n_train) for seed in (0, 1)]
+    figure = evaluation.draw_panels(frame_of(runs), against_size)
+    figure.canvas.draw()
+    axes = figure.axes[0]
+
+    # Labels at 45 degrees are a line's height apart when their places are 1.4 heights apart.
+    corners = [label.get_window_extent() for label in axes.get_xticklabels()]
+    left = [box.x0 for box in corners]
+    height = 8 / 72 * figure.dpi
+    assert np.diff(left).min() > 1.4 * height or corners[0].x1 < left[1]
+
+    x = np.sort([bar.lines[0].get_xdata() for bar in axes.containers], axis=0)  # (arm, size)
+    assert (x[-1, :-1] < x[0, 1:]).all()
+
+
 # ---------------------------------------------------------------------- published procedure
 def test_paper_protocol(tmp_path, evaluate, classifier):
     """Five images against the first five of the training split, whatever their class."""
