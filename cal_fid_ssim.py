@@ -705,12 +705,12 @@ def read_run(folder: Path, dataset: DataSet) -> Run:
 
     # The script's own settings say what the condition is called.
     with reading(path, "a run's configuration"):
+        if settings["arm"] not in dataset.module.ARMS:
+            raise ValueError(f"its arm {settings['arm']} is not in the training script's ARMS")
         fields = {key: value for key, value in settings.items() if key != "label_name"}
         condition = dataset.module.Settings(**fields).condition
         if condition != config["condition"]:
             raise ValueError(f"condition {config['condition']}, its settings are {condition}")
-        if settings["arm"] not in dataset.module.ARMS:
-            raise ValueError(f"arm {settings['arm']}")
         n_eval = config["n_eval"]
 
     # Its final images: as many as the configuration says, to the bit.
@@ -917,16 +917,11 @@ class Evaluator:
         module = self.dataset.module
         label, n_train, seed = (run.settings[key] for key in ("label", "n_train", "seed"))
         images = module.select_images(*self.train, label, n_train, seed)
-        if "symmetries" in run.trained_on:
-            images = module.symmetries(images)
-
-        digest = hashlib.sha256()
-        for part in images.split(CHUNK):
-            digest.update(part.contiguous().numpy())
-        if digest.hexdigest() != run.trained_on.get("sha256"):
+        digest = hashlib.sha256(images.contiguous().numpy()).hexdigest()
+        if digest != run.trained_on.get("sha256"):
             place = self.options.data_dir
             raise UserError(f"{run.folder}: trained on other images than are in {place}")
-        return images
+        return module.symmetries(images) if "symmetries" in run.trained_on else images
 
     def training_set(self, run: Run) -> TrainingSet:
         """A run's training images and how near held-out images are to them.

@@ -1,7 +1,8 @@
-"""Diffusion on PathMNIST tissue with a 16-qubit quantum attention layer, simulated exactly.
+"""Diffusion on PathMNIST tissue, with a 16-qubit variational circuit inside the U-Net.
 
-The sibling of quantum_diffusion_mnist.py (arXiv 2504.00034) for colour images of colon tissue: what
-has the same name in both is the same. README.md lists what differs from the authors' code and why.
+The sibling of quantum_diffusion_mnist.py (arXiv 2504.00034) for colour images of colon tissue. Its
+docstring shows where the circuit sits and where to find what; what has the same name in both files
+is the same. README.md lists what differs from the authors' code and why.
 
     python quantum_diffusion_pathmnist.py --use_quantum                 # adenocarcinoma
     python quantum_diffusion_pathmnist.py --arm matched quantum --labels lymphocytes mucus
@@ -10,34 +11,42 @@ has the same name in both is the same. README.md lists what differs from the aut
 import argparse
 import contextlib
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
 import math
 import os
 import shlex
-import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache, partial
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache, partial, wraps
 from pathlib import Path
+from typing import NamedTuple
 
-# OpenMP's threads spin while they wait: on a busy machine a step is up to thirteen times slower
+# OpenMP's threads spin while they wait: on a busy machine a step is up to thirteen times slower.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch loads OpenMP
 
+# A shell inside Jupyter names a backend for figures that may not be installed here.
+if not importlib.util.find_spec("matplotlib_inline") and "inline" in os.getenv("MPLBACKEND", ""):
+    del os.environ["MPLBACKEND"]
+
 import filelock
+import matplotlib
 import medmnist
 import numpy as np
 import pennylane as qml
 import torch
 import torch.nn.functional as F
 import torchvision
-from matplotlib import pyplot as plt
+from matplotlib import pyplot
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from skimage.data import immunohistochemistry
 from torch import Tensor, nn
@@ -45,527 +54,576 @@ from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------- settings
 
-IMAGE_SIZE = 28
-TILE_PADDING = 2  # white pixels between the tiles of a picture, before enlargement
-SAMPLE_STEPS, PREVIEW_STEPS = 50, 25  # network evaluations for the final grid and for previews
-NOISE_SCALE = 1.01  # of the sampler's new noise (Karras et al. 2022): else contrast is lost
-EXACT_LAYERS = 5  # memory and time grow by 16 with every layer
-MIXED_QUBITS, DEVICE_QUBITS = 10, 24  # what fits into memory on default.mixed, on other devices
+IMAGE_SIZE = 28  # pixels
+SAMPLE_STEPS = 50  # network evaluations for a final image
+PREVIEW_STEPS = 25  # network evaluations for a preview
+CHECKPOINT_STEPS = 100  # a killed run loses at most so many steps
 
-ARMS = {
-    "classical": "no gate: the paper's classical model",
-    "matched": "a classical gate with as many weights as the circuit: the fair control",
-    "quantum": "the trainable circuit RY(x), then per layer RZ, RY and a CNOT chain",
-    "published": "the circuit as printed, RZ only: a fixed function of its input",
-    "product": "the trainable circuit without CNOTs: does entanglement matter?",
-    "frozen": "the trainable circuit with its weights frozen: does training it matter?",
-}
-QUANTUM_ARMS = ("quantum", "published", "product", "frozen")
 PATHMNIST_CLASSES = (  # short for medmnist.INFO["pathmnist"]["label"], in its order
-    "adipose", "background", "debris", "lymphocytes", "mucus", "smooth-muscle", "normal-mucosa",
-    "stroma", "adenocarcinoma",
-)  # fmt: skip
+    "adipose",
+    "background",
+    "debris",
+    "lymphocytes",
+    "mucus",
+    "smooth-muscle",
+    "normal-mucosa",
+    "stroma",
+    "adenocarcinoma",
+)
 CLASS_NAMES = (*PATHMNIST_CLASSES, "immunohistochemistry")  # the last is the embedded picture's
 CLASS_IDS = {text: k for k, name in enumerate(CLASS_NAMES) for text in (name, str(k))}
-DEFAULT_CLASS = {"pathmnist": "adenocarcinoma", "tissue": "immunohistochemistry"}
 CLASS_PREFIX = "_"  # between data set and class in a run's name
-STEPS = 1250  # 13 epochs over a full digit, 100 over 100 tissues and their symmetries
-DATA_FLAGS = {
-    "--labels": {"nargs": "+", "dest": "classes", "choices": [*CLASS_IDS, "all"], "metavar": "NAME"}
-    | {"help": f"list of {', '.join(PATHMNIST_CLASSES)} or 0-8, or all (default: adenocarcinoma)"},
-    "--augment": {"action": argparse.BooleanOptionalAction, "help": "8 symmetries (default)"},
-    "--data": {"choices": ["auto", "pathmnist", "tissue"], "default": "auto"}
-    | {"help": "auto (default) takes PathMNIST, or without a network scikit-image's tissue"},
-    "--data_dir": {"type": Path, "default": "data", "help": "of pathmnist.npz (default: data)"},
-}  # fmt: skip
+DEFAULT_CLASS = {"pathmnist": "adenocarcinoma", "tissue": "immunohistochemistry"}
+
+RANGES = {  # lowest and highest value of each setting that is a number
+    "label": (0, len(CLASS_NAMES) - 1),
+    "n_train": (1, 10**9),
+    "seed": (0, 2**63 - 1),
+    "steps": (1, 10**6),
+    "batch_size": (1, 10**5),
+    "lr": (1e-9, 1e3),
+    "muon_lr": (0.0, 1e3),
+    "ema_decay": (0.0, 0.999999),
+    "timesteps": (2, 10**5),
+    "n_qubits": (1, 1024),
+    "n_layers": (1, 100),
+    "n_frames": (1, 1000),
+    "n_samples": (1, 1000),
+    "sample_steps": (1, 10**5),
+    "shots": (1, 10**5),
+    "readout_noise": (0.0, 1.0),
+}
+MOST_IMAGES = 2 * 10**8  # in all steps: the order in which they are drawn is in memory
+DEVICE_QUBITS = {"default.mixed": 10, "other": 24}  # what fits into memory
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake that the user can mend: printed as one line, exit code 2."""
-
-
-def between(low: float, high: float, none: str | None = None) -> Callable[[str], float | None]:
-    """An argparse type: a number from low to high, whole when low is an int; ``none`` is None."""
-
-    def number(text: str) -> float | None:
-        value = None if text == none else type(low)(text)
-        if value is not None and not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text}, expected {low} to {high}")
-        return value
-
-    return number
-
-
-def pair(text: str) -> tuple[float, float]:
-    """An argparse type: two probabilities with a comma between."""
-    first, second = map(between(0.0, 1.0), text.split(","))
-    return first, second
-
-
-def setting(default: object, kind: Callable, text: str, metavar: str | None = None) -> field:
-    """A field of Settings that is a flag of the same name."""
-    return field(default=default, metadata={"type": kind, "help": text, "metavar": metavar})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that one run's result depends on. Raises UserError where fields disagree."""
+    """Everything that one run's result depends on.
 
-    arm: str = "classical"
-    data: str = "digits"
-    label: int = 3
-    n_train: int | None = None
-    seed: int = 0
-    steps: int = setting(STEPS, between(1, 10**8), "optimizer steps")
-    batch_size: int = setting(64, between(1, 10**5), "images per step")
-    lr: float = setting(3e-3, between(1e-9, 1e3), "peak learning rate of Adam")
-    muon_lr: float = setting(0.02, between(0.0, 1e3), "that of Muon, for the inner convolutions")
-    ema_decay: float = setting(0.995, between(0.0, 0.999999), "target decay of the weights' mean")
-    n_qubits: int = setting(16, between(1, 1024), "qubits, or units of the matched gate")
-    n_layers: int = setting(3, between(1, 100), "circuit layers")
-    timesteps: int = setting(1000, between(2, 10**5), "noise levels T")
-    n_frames: int = setting(30, between(1, 1000), "previews in a run")
-    n_samples: int = setting(5, between(1, 1000), "images per preview")
-    # Conditions, which may differ when --weights samples a model; the last five are a circuit's
-    sample_steps: int = setting(SAMPLE_STEPS, between(1, 10**5), "network evaluations per image")
-    simulator: str = setting("exact", str, "exact, or a PennyLane device")
-    simulator_options: dict | None = setting(None, json.loads, "that device's arguments", "JSON")
-    shots: int | None = setting(None, between(1, 10**5), "measurements, or by default exact means")
-    gate_noise: tuple = setting((0.0, 0.0), pair, "depolarising per gate, per CNOT", "P1,P2")
-    readout_noise: float = setting(0.0, between(0.0, 1.0), "share of flipped bits", "P")
+    Raises UserError for a value out of its range, and where two of them do not go together.
+    """
+
+    # What is trained on what.
+    arm: str = "classical"  # a key of ARMS
+    data: str = "digits"  # the data source
+    label: int = 3  # the class
+    n_train: int | None = None  # training images; None: all of the class
+    seed: int = 0  # of the initial weights, the data subset, the batches and all noise
+
+    # The training.
+    steps: int = 1250  # optimizer steps: 13 epochs over a digit, 100 over 100 tissue images
+    batch_size: int = 64  # images per step
+    lr: float = 3e-3  # peak learning rate of Adam
+    muon_lr: float = 0.02  # peak learning rate of Muon, which trains the inner convolutions
+    ema_decay: float = 0.995  # decay of the weights' moving average, after its warm-up
+    timesteps: int = 1000  # noise levels T
+
+    # The gate.
+    n_qubits: int = 16  # qubits, or units of a classical gate
+    n_layers: int = 3  # layers of the circuit
+
+    # What is looked at on the way.
+    n_frames: int = 30  # previews
+    n_samples: int = 5  # images per preview
+
+    # The conditions: what may change when a trained model is sampled again (--weights).
+    sample_steps: int = SAMPLE_STEPS  # network evaluations per image (the default at most T)
+    simulator: str = "exact"  # or the name of a PennyLane device
+    simulator_options: dict | None = None  # that device's arguments
+    shots: int | None = None  # measurements per expectation value; None: exact means
+    gate_noise: tuple[float, float] = (0.0, 0.0)  # depolarising: after 1-qubit, 2-qubit gates
+    readout_noise: float = 0.0  # probability that a measured bit is flipped
 
     def __post_init__(self):
-        exact, options = self.simulator == "exact", self.simulator_options
-        most = MIXED_QUBITS if self.simulator == "default.mixed" else DEVICE_QUBITS
-        for mistake, message in (
-            (self.timesteps < self.sample_steps != SAMPLE_STEPS,
-             f"sample_steps {self.sample_steps}: expected at most --timesteps {self.timesteps}"),
-            (options is not None and (exact or type(options) is not dict or "shots" in options),
-             "simulator_options: expected a PennyLane device as --simulator, and no shots"),
-            (exact and self.arm in QUANTUM_ARMS and self.n_layers > EXACT_LAYERS,
-             f"n_layers {self.n_layers}: at most {EXACT_LAYERS}, or --simulator default.qubit"),
-            (not exact and self.n_qubits > most,
-             f"n_qubits {self.n_qubits}: at most {most} on {self.simulator}, or --simulator exact"),
-        ):  # fmt: skip
-            if mistake:
-                raise UserError(f"--{message}")
+        if self.arm not in ARMS:
+            raise UserError(f"--arm {self.arm}: expected one of {', '.join(ARMS)}")
+
+        # JSON and users give lists, too.
+        object.__setattr__(self, "gate_noise", tuple(self.gate_noise))
+
+        # Ranges.
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise UserError(f"--{name} {value}: expected {low} to {high}")
+        if len(self.gate_noise) != 2 or not all(0 <= p <= 1 for p in self.gate_noise):
+            raise UserError(f"--gate_noise {self.gate_noise}: expected two numbers of 0.0 to 1.0")
+        if self.steps * self.batch_size > MOST_IMAGES:
+            product = f"--steps {self.steps} of --batch_size {self.batch_size}"
+            raise UserError(f"{product}: expected at most {MOST_IMAGES:,} images in all")
+
+        # Combinations; the default of sample_steps is cut to T instead.
+        if self.sample_steps > self.timesteps and self.sample_steps != SAMPLE_STEPS:
+            expected = f"expected at most --timesteps {self.timesteps}"
+            raise UserError(f"--sample_steps {self.sample_steps}: {expected}")
+        if self.simulator_options is not None:
+            if self.simulator == "exact":
+                raise UserError("--simulator_options: expected a PennyLane device as --simulator")
+            if not isinstance(self.simulator_options, dict) or "shots" in self.simulator_options:
+                raise UserError("--simulator_options: expected a JSON object, and no shots in it")
+        most = DEVICE_QUBITS.get(self.simulator, DEVICE_QUBITS["other"])
+        if self.simulator != "exact" and self.n_qubits > most:
+            found = f"--n_qubits {self.n_qubits}: at most {most} on {self.simulator}"
+            raise UserError(f"{found}, or --simulator exact")
 
     @property
     def condition(self) -> str:
         """What is not as usual in a run, for example ``shots1000_gate0.001-0.01``; else empty."""
-        words = {
-            "": self.simulator != "exact" and self.simulator,
-            "shots": self.shots,
-            "gate": any(self.gate_noise) and "-".join(map(str, self.gate_noise)),
-            "readout": self.readout_noise,
-            "steps": self.sample_steps != SAMPLE_STEPS and self.sample_steps,
-        }
-        return "_".join(f"{word}{value}" for word, value in words.items() if value)
+        words = []
+        if self.simulator != "exact":
+            words.append(self.simulator)
+        if self.shots:
+            words.append(f"shots{self.shots}")
+        if any(self.gate_noise):
+            words.append("gate{}-{}".format(*self.gate_noise))
+        if self.readout_noise:
+            words.append(f"readout{self.readout_noise}")
+        if self.sample_steps != SAMPLE_STEPS:
+            words.append(f"steps{self.sample_steps}")
+        return "_".join(words)
 
     @property
     def name(self) -> str:
         """The run folder's name, for example ``quantum_mnist3_nall_seed0_shots1000``."""
         label = CLASS_PREFIX + CLASS_NAMES[self.label]
         name = f"{self.arm}_{self.data}{label}_n{self.n_train or 'all'}_seed{self.seed}"
-        return f"{name}_{self.condition}".rstrip("_")
+        return f"{name}_{self.condition}" if self.condition else name
 
 
-IDEAL = {item.name: item.default for item in fields(Settings)[-5:]}  # a circuit's conditions
+# A circuit's conditions at their ideal values. A gate without a circuit has no others.
+IDEAL = {
+    "simulator": Settings.simulator,
+    "simulator_options": Settings.simulator_options,
+    "shots": Settings.shots,
+    "gate_noise": Settings.gate_noise,
+    "readout_noise": Settings.readout_noise,
+}
 
 
 def random_stream(seed: int, *name: object, device: str | torch.device = "cpu") -> torch.Generator:
-    """A generator that depends on ``seed`` and ``name`` alone. Every use of randomness has its own
-    (batch k, image k, the data subset), so none disturbs another, and a run resumes by its step."""
+    """A generator that depends on ``seed`` and ``name`` alone.
+
+    Every use of randomness has its own (batch k, image k, the data subset), so none disturbs
+    another, and a run resumes at any step.
+    """
     digest = hashlib.sha256(repr((seed, *name)).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+    number = int.from_bytes(digest[:7], "big")  # all generators take 56 bits
+    return torch.Generator(device).manual_seed(number)
 
 
-@contextlib.contextmanager
-def reading(path: Path, what: str) -> Iterator[None]:
-    """The door for foreign files: whatever reading one raises becomes a UserError that names it."""
-    try:
-        if not __debug__ or (isinstance(path, Path) and (path.is_fifo() or path.is_char_device())):
-            raise ValueError("a pipe or device, or python -O, which leaves the checks out")
-        yield
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"{path}: not {what} ({reason})") from error
+# -------------------------------------------------------------------------------- diffusion
 
 
-# -------------------------------------------------------------------------------------- data
-def load_images(data: str, data_dir: Path, split: str = "train") -> tuple[str, Tensor, Tensor]:
-    """Reads one split, ``train`` or ``test``: (source, images (N, 3, 28, 28) uint8, labels (N,)).
-    data: ``pathmnist`` (downloaded when data_dir holds no ``pathmnist.npz``), ``tissue`` (324 tiles
-    of scikit-image's colon tissue, one class; the last 72 are the test split), or ``auto``: the
-    first, or without a network the second. Raises UserError: it cannot be had, or is damaged."""
-    fetch, name = partial(medmnist.PathMNIST, "train", download=True), "pathmnist.npz"
-    way_out = data == "pathmnist" and f"copy {name} to {data_dir} or use --data tissue"
-    if data != "tissue" and available(data_dir, name, fetch, way_out):
-        path = data_dir / name
-        with reading(path, "PathMNIST; delete it to download again"), np.load(path) as arrays:
-            images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-            assert images.dtype == np.uint8 and labels.dtype.kind in "ui", "not whole numbers"
-            assert images.shape == (len(labels), IMAGE_SIZE, IMAGE_SIZE, 3), images.shape
-            assert labels.shape == (len(labels) or 1, 1) and {*labels.flat} <= {*range(9)}, "labels"
-            images = torch.from_numpy(images).permute(0, 3, 1, 2)
-            return "pathmnist", images, torch.from_numpy(labels[:, 0].astype(np.int64))
-    picture = torch.from_numpy(immunohistochemistry())  # 512 x 512: 18 x 18 disjoint tiles
-    tiles = picture.unfold(0, 28, 28).unfold(1, 28, 28).flatten(0, 1)  # (324, 3, 28, 28), by rows
-    chosen = tiles[252:] if split == "test" else tiles[:252]
-    return "tissue", chosen, torch.full((len(chosen),), len(PATHMNIST_CLASSES))
-
-
-def available(data_dir: Path, name: str, fetch: Callable, way_out: str | bool) -> bool:
-    """Whether ``name`` is in data_dir, or can be fetched (aside, and renamed, so nothing leaves
-    half of it). If not, raises UserError with the way_out, or says that embedded data are used."""
-    path = data_dir / name
-    try:
-        if not path.exists():
-            data_dir.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=data_dir) as aside:
-                fetch(root=aside)
-                path.parent.mkdir(exist_ok=True)
-                (Path(aside) / name).rename(path)
-    except Exception as error:  # of the network, or of what it answers
-        found = f"no {path}, download failed: {' '.join(str(error).split())}"
-        if way_out and not path.exists():  # it does when another process was faster
-            raise UserError(f"{found}; {way_out}") from error
-        if not path.exists():
-            print(f"NOTICE: {found}. Using EMBEDDED DATA, as all names say.", file=sys.stderr)
-    return path.exists()
-
-
-def select_images(images: Tensor, labels: Tensor, label: int, n: int | None, seed: int) -> Tensor:
-    """The training images of a run: ``n`` of one class (None: all), drawn by the seed.
-    Subsets are nested: 25 are the first of 100. Raises UserError when the class has fewer."""
-    of_class = images[labels == label]
-    n = len(of_class) if n is None else n
-    if not 1 <= n <= len(of_class):
-        found = f"class {CLASS_NAMES[label]} has {len(of_class)} training images"
-        raise UserError(f"--n_train {n or 'all'}: {found}, expected at least 1, at most as many")
-    order = torch.randperm(len(of_class), generator=random_stream(seed, "subset"))
-    return of_class[order[:n]]
-
-
-def symmetries(images: Tensor) -> Tensor:
-    """The eight rotations and reflections of each image: (N, C, H, W) -> (8 N, C, H, W)."""
-    return torch.cat([images.rot90(k, (2, 3)).flip(d) for d in ((), (3,)) for k in range(4)])
-
-
-def to_float(images: Tensor) -> Tensor:
-    """uint8 0..255 -> float32 -1..1, the value range of the diffusion."""
-    return images.float() / 127.5 - 1
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """float -1..1 -> uint8 0..255, rounded to the nearest; values outside are clipped."""
-    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-# ------------------------------------------------------------- noise schedule and diffusion
 def cosine_beta_schedule(timesteps: int, s: float = 0.008) -> Tensor:
-    """beta_1 .. beta_T of the cosine schedule, (timesteps,) float64, clipped to at most 0.999:
-    Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 17."""
+    """beta_1 .. beta_T of the cosine schedule.
+
+    Returns (timesteps,) float64, clipped to at most 0.999: Nichol & Dhariwal 2021
+    (arXiv 2102.09672), eq. 17.
+    """
     t = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
     f = torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2  # alpha_bar(t) = f(t) / f(0)
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)
 
 
 class GaussianDiffusion:
-    """The forward process q of DDPM (Ho et al. 2020) and a sampler of second order.
-    Index t = 0 .. T-1 is the paper's 1 .. T. With alpha = sqrt(alpha_bar), sigma = sqrt(1 -
-    alpha_bar), the network predicts v = alpha noise - sigma x0, which is stable in pure noise."""
+    """The forward process of DDPM (Ho et al. 2020), and a sampler of second order.
+
+    x_t = alpha x_0 + sigma noise, with alpha = sqrt(alpha_bar) and sigma = sqrt(1 - alpha_bar).
+    Index t = 0 .. T-1 is the paper's 1 .. T. The network predicts v = alpha noise - sigma x_0
+    (Salimans & Ho 2022), which is a stable target in pure noise, where the noise itself is not.
+    """
+
+    NOISE_SCALE = 1.01  # S_noise of Karras et al. 2022: without it images come out pale
 
     def __init__(self, timesteps: int, device: torch.device | str = "cpu"):
-        self.timesteps, self.device = timesteps, torch.device(device)
-        self.alpha_bar = torch.cumprod(1 - cosine_beta_schedule(timesteps), 0)  # float64
-        squares = torch.stack([self.alpha_bar, 1 - self.alpha_bar])[..., None, None, None]
-        self.alpha, self.sigma = squares.sqrt().float().to(device)
+        self.timesteps = timesteps
+        self.alpha_bar = torch.cumprod(1 - cosine_beta_schedule(timesteps), 0)  # (T,) float64
+        self.log_snr = (self.alpha_bar / (1 - self.alpha_bar)).log() / 2  # lambda, falls with t
+
+        # For images on the device, (T, 1, 1, 1) float32.
+        self.alpha = self.alpha_bar.sqrt().float()[:, None, None, None].to(device)
+        self.sigma = (1 - self.alpha_bar).sqrt().float()[:, None, None, None].to(device)
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t given x0 (Ho et al. eq. 4), and v (Salimans & Ho 2022), the network's target there.
-        x0, noise: (B, C, H, W); t: (B,) int64."""
+        """Draws x_t given x_0 (Ho et al. eq. 4), and the network's target v there.
+
+        x0, noise: (B, C, H, W); t: (B,) int64. Returns (x_t, v), each like x0.
+        """
         alpha, sigma = self.alpha[t], self.sigma[t]
         return alpha * x0 + sigma * noise, alpha * noise - sigma * x0
 
+    def sampling_levels(self, steps: int) -> Tensor:
+        """The timesteps that the sampler visits, from T - 1 down: at most ``steps``, int64.
+
+        T - 1 first; then, from lambda = log(alpha / sigma) = -6 up to that of t = 0, evenly in
+        asinh(lambda): densest at medium noise, where an image is decided. No timestep comes twice.
+        """
+        wanted = torch.linspace(math.asinh(-6), self.log_snr[0].asinh(), steps).sinh()
+
+        # The timesteps whose log-SNR is nearest to the wanted one.
+        distance = (self.log_snr[None, :] - wanted[:, None]).abs()  # (steps, T)
+        levels = distance.argmin(dim=1)
+        levels[0] = self.timesteps - 1  # pure noise
+        return levels.unique().flip(0)
+
     @torch.no_grad()
     def sample(
-        self, model: nn.Module, seed: int, series: str, numbers: range, steps: int, bar: tqdm
+        self,
+        model: Callable[[Tensor, Tensor], Tensor],
+        x_T: Tensor,
+        steps: int = SAMPLE_STEPS,
+        draw_noise: Callable[[Tensor], Tensor] = torch.randn_like,
     ) -> Tensor:
-        """Draws the images ``numbers`` of a series, (n, C, 28, 28) float32 in -1..1, in ``steps``
-        calls v = model(x, t) with x (n, C, 28, 28) and t (n,); 1 <= steps <= T.
-        SDE-DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095): d extrapolates from the last step's
-        x0 and this one. With d = x0 and NOISE_SCALE 1 it is DDPM's ancestral step. The levels lie
-        evenly in asinh(lambda), lambda = log(alpha / sigma), from -6 to t = 0, but the first, which
-        is T - 1. x0 is clipped at the end alone: earlier, black turns grey. An image has its own
-        random streams and does not depend on those it is drawn with."""
-        stream = partial(random_stream, seed, series, device=self.device)
-        noise = [stream(k) for k in numbers]
-        if model.gate is not None:
-            model.gate.generators = [stream(k, "shots") for k in numbers]
-        log_snr = (self.alpha_bar / (1 - self.alpha_bar)).log() / 2  # lambda, falls with t
-        wanted = torch.linspace(math.asinh(-6), log_snr[0].asinh(), steps).sinh()
-        levels, k = (log_snr - wanted[:, None]).abs().argmin(1), torch.arange(steps)
-        levels[0] = self.timesteps - 1  # and now to free ones where several fall on one level
-        levels = (levels + k).clamp(min=steps - 1).cummin(0).values - k
-        alpha_bar, log_snr = self.alpha_bar[levels], log_snr[levels].tolist()
-        alpha, sigma = alpha_bar.sqrt().tolist(), (1 - alpha_bar).sqrt().tolist()
-        size, before, h_before = (model.channels, IMAGE_SIZE, IMAGE_SIZE), 0.0, math.inf
-        x = torch.stack([torch.randn(size, generator=g, device=self.device) for g in noise])
+        """Draws images by SDE-DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095).
+
+        model: (x (B, C, H, W), t (B,) int64) -> v like x. x_T: standard normal noise
+        (B, C, H, W). steps: network evaluations at most, 1 .. T. draw_noise: new noise like its
+        argument, once a step. Returns x_0 like x_T, in -1..1.
+
+        The first-order form of this solver is DDPM's ancestral step. x_0 is clipped at the end
+        alone: clipped at every step, black turns grey.
+        """
+        levels = self.sampling_levels(steps)
+        alpha = self.alpha_bar[levels].sqrt().tolist()
+        sigma = (1 - self.alpha_bar[levels]).sqrt().tolist()
+        log_snr = self.log_snr[levels].tolist()
+
+        x = x_T
+        x0_last = h_last = None  # the first step is of first order
         for k, t in enumerate(levels.tolist()):
-            v = model(x, torch.full((len(x),), t, device=self.device))
+            # What the network takes the image to be.
+            v = model(x, torch.full((len(x),), t, device=x.device))
             x0 = alpha[k] * x - sigma[k] * v
-            bar.update()
-            if k == steps - 1:
+            if k == len(levels) - 1:
                 return x0.clamp(-1, 1)
+
+            # The second order extrapolates from the last step's x_0 and this one's.
             h = log_snr[k + 1] - log_snr[k]
-            d, before, h_before = x0 + (x0 - before) * (h / (2 * h_before)), x0, h
-            fresh = -math.expm1(-2 * h)  # the share of the next level's noise that is drawn anew
+            d = x0 if x0_last is None else x0 + (x0 - x0_last) * (h / (2 * h_last))
+            x0_last = x0
+            h_last = h
+
+            # To the next level, where a share of the noise is drawn anew.
+            fresh = -math.expm1(-2 * h)
             x = (sigma[k + 1] / sigma[k] * math.exp(-h)) * x + (alpha[k + 1] * fresh) * d
-            new = torch.stack([torch.randn(size, generator=g, device=self.device) for g in noise])
-            x = x + (NOISE_SCALE * sigma[k + 1] * math.sqrt(fresh)) * new
+            x = x + (self.NOISE_SCALE * sigma[k + 1] * math.sqrt(fresh)) * draw_noise(x)
 
 
-# --------------------------------------------------- quantum circuit and exact simulation
-def quantum_circuit(angles: Tensor, weights: Tensor, settings: Settings) -> None:
-    """The layer's definition in PennyLane operations, on wires 0 .. n-1.
-    RY(angles[i]), then per layer RZ(weights[l, i, 0]), RY(weights[l, i, 1]) on every qubit and the
-    chain CNOT(0,1), CNOT(1,2), ... unless the arm is ``product``. angles: (n,) or (B, n), radians;
-    weights: (L, n, 2), radians, or (L, n, 1) for ``published``, RZ alone; the settings' gate_noise:
-    the probabilities p1 of PennyLane's ``DepolarizingChannel`` after every one-qubit gate and p2 of
-    one on each of its qubits after every CNOT; readout_noise: that a measured bit is flipped."""
-    n, (p1, p2) = weights.shape[1], settings.gate_noise
+# ---------------------------------------------------------------------------- circuits, arms
+#
+# A circuit is a function of PennyLane operations on the wires 0 .. n-1:
+#   angles   (n,) or (B, n), radians: the gate's input; index it as angles[..., i]
+#   weights  (layers, n, weights per qubit and layer), radians, trained
+# Whatever runs it, <Z_i> of every qubit is measured at its end. The arm's name, the number of
+# weights, the picture, the exact simulation and its check all follow from the function.
+#
+# For a trained gate on two qubits see ising_circuit.
+#
+# The exact simulation (see the appendix) takes gates and channels on one qubit or two neighbours
+# whose parameters are an angle, a weight or a constant as it is (not -w, not 2 * x). Its cost grows
+# with the bond dimension between neighbours, at most 256. Every CNOT, CZ, CRX, IsingXX, YY or ZZ
+# between two qubits multiplies it by 4, IsingXY, SWAP, or XX and YY together by 16; by half of that
+# at a circuit's end, where the gate commutes with the Z that is measured. So CNOTs fit four layers,
+# IsingXY two (--n_layers 2). All else runs on a PennyLane device: --simulator lightning.qubit.
 
-    def noise(p: float, gate: qml.operation.Operator) -> None:
-        for wire in gate.wires if p else ():
-            qml.DepolarizingChannel(p, wires=wire)
 
-    for i in range(n):
-        noise(p1, qml.RY(angles[..., i], wires=i))
+def encode(angles: Tensor) -> None:
+    """The encoding that all circuits here share: RY(x_i) on qubit i."""
+    for i in range(angles.shape[-1]):
+        qml.RY(angles[..., i], wires=i)
+
+
+def rotate(layer: Tensor, *rotations: type) -> None:
+    """On every qubit one rotation after the other, each by a weight of its own; layer: (n, k)."""
+    for i in range(len(layer)):
+        for k, rotation in enumerate(rotations):
+            rotation(layer[i, k], wires=i)
+
+
+def neighbours(layer: Tensor) -> list[list[int]]:
+    """The pairs (0, 1), (1, 2), ... of the chain; layer: (n, k)."""
+    return [[i, i + 1] for i in range(len(layer) - 1)]
+
+
+def quantum_circuit(angles: Tensor, weights: Tensor) -> None:
+    """The authors' repaired circuit: in every layer RZ, RY and a chain of CNOTs."""
+    encode(angles)
     for layer in weights:
-        for i in range(n):
-            for rotation, angle in zip((qml.RZ, qml.RY), layer[i], strict=False):
-                noise(p1, rotation(angle, wires=i))
-        for i in range(n - 1 if settings.arm != "product" else 0):
-            noise(p2, qml.CNOT([i, i + 1]))
-    for i in range(n if settings.readout_noise else 0):
-        qml.BitFlip(settings.readout_noise, wires=i)
+        rotate(layer, qml.RZ, qml.RY)
+        for pair in neighbours(layer):
+            qml.CNOT(pair)
 
 
-def make_qnode(settings: Settings, diff_method: str | None = "best") -> qml.QNode:
-    """``quantum_circuit`` as a QNode on the settings' PennyLane device; exact: ``default.qubit``.
-    diff_method is None for inference alone; with shots (measurements of all qubits together) any
-    other means parameter-shift. Noise needs a device that takes channels: ``default.mixed``.
-    Returns f(angles (B, n), weights (L, n, 2 or 1)) -> list of n tensors (B,), <Z_i>."""
-    n, name = settings.n_qubits, settings.simulator.replace("exact", "default.qubit")
-    device = qml.device(name, wires=n, **settings.simulator_options or {})
-    diff_method = "parameter-shift" if settings.shots and diff_method else diff_method
+def published_circuit(angles: Tensor, weights: Tensor) -> None:
+    """The circuit as printed, RZ only.
 
-    @qml.qnode(device, interface="torch", diff_method=diff_method)
+    RZ is diagonal and CNOTs permute the basis states, so <Z_i> is a product of cosines of the
+    inputs, whatever the weights are: their gradient is exactly zero.
+    """
+    encode(angles)
+    for layer in weights:
+        rotate(layer, qml.RZ)
+        for pair in neighbours(layer):
+            qml.CNOT(pair)
+
+
+def product_circuit(angles: Tensor, weights: Tensor) -> None:
+    """``quantum_circuit`` without its CNOTs: nothing is entangled."""
+    encode(angles)
+    for layer in weights:
+        rotate(layer, qml.RZ, qml.RY)
+
+
+def cz_circuit(angles: Tensor, weights: Tensor) -> None:
+    """RX, RY and a chain of CZs in every layer; the last chain has no effect on <Z_i>."""
+    encode(angles)
+    for layer in weights:
+        rotate(layer, qml.RX, qml.RY)
+        for pair in neighbours(layer):
+            qml.CZ(pair)
+
+
+def ising_circuit(angles: Tensor, weights: Tensor) -> None:
+    """RX, RY and a chain of IsingZZ with a trained angle in every layer.
+
+    Without effect are the last qubit's third weights, and those of the last layer, whose
+    IsingZZs commute with what is measured.
+    """
+    encode(angles)
+    for layer in weights:
+        rotate(layer, qml.RX, qml.RY)
+        for pair in neighbours(layer):
+            qml.IsingZZ(layer[pair[0], 2], wires=pair)
+
+
+def brickwork_circuit(angles: Tensor, weights: Tensor) -> None:
+    """RY, RZ, and CNOTs on the even, then on the odd pairs of neighbours in every layer.
+
+    The last layer's RZs have no effect on <Z_i>.
+    """
+    encode(angles)
+    for layer in weights:
+        rotate(layer, qml.RY, qml.RZ)
+        pairs = neighbours(layer)
+        for pair in pairs[0::2] + pairs[1::2]:
+            qml.CNOT(pair)
+
+
+def reupload_circuit(angles: Tensor, weights: Tensor) -> None:
+    """``quantum_circuit`` with its input again before every layer (Perez-Salinas et al. 2020)."""
+    for layer in weights:
+        encode(angles)
+        rotate(layer, qml.RZ, qml.RY)
+        for pair in neighbours(layer):
+            qml.CNOT(pair)
+
+
+def ring_circuit(angles: Tensor, weights: Tensor) -> None:
+    """``quantum_circuit`` whose chains are closed by CNOT(n-1, 0)."""
+    n = weights.shape[1]
+    encode(angles)
+    for layer in weights:
+        rotate(layer, qml.RZ, qml.RY)
+        closing = [[n - 1, 0]] if n > 1 else []
+        for pair in neighbours(layer) + closing:
+            qml.CNOT(pair)
+
+
+def strong_circuit(angles: Tensor, weights: Tensor) -> None:
+    """PennyLane's StronglyEntanglingLayers (Schuld et al. 2018) behind the encoding."""
+    encode(angles)
+    qml.StronglyEntanglingLayers(weights, wires=range(weights.shape[1]))
+
+
+class Arm(NamedTuple):
+    """One arm of the comparison, as of a clinical trial: what stands in the middle of the gate."""
+
+    text: str  # one line for --help
+    circuit: Callable[[Tensor, Tensor], None] | None = None
+    n_weights: int = 0  # the circuit's weights per qubit and layer
+    trained: bool = True  # whether these weights are
+
+
+ARMS = {
+    "classical": Arm("no gate: the paper's classical model"),
+    "matched": Arm("a classical gate with as many weights as quantum: the fair control"),
+    "se": Arm("ReLU: squeeze-and-excitation as everybody uses it"),
+    "quantum": Arm("RY(x), then layers of RZ, RY and a CNOT chain", quantum_circuit, 2),
+    "published": Arm("the circuit as printed, RZ alone: a fixed function", published_circuit, 1),
+    "product": Arm("quantum without CNOTs: does entanglement matter?", product_circuit, 2),
+    "frozen": Arm(
+        "quantum with frozen weights: does training matter?", quantum_circuit, 2, trained=False
+    ),
+    "cz": Arm("layers of RX, RY and a chain of CZs", cz_circuit, 2),
+    "ising": Arm("layers of RX, RY and a chain of trained IsingZZs", ising_circuit, 3),
+    "brickwork": Arm("layers of RY, RZ and CNOTs on even, then odd pairs", brickwork_circuit, 2),
+    "reupload": Arm("quantum with RY(x) again before every layer", reupload_circuit, 2),
+    "ring": Arm("quantum with a closed chain (a PennyLane device only)", ring_circuit, 2),
+    "strong": Arm("StronglyEntanglingLayers (a PennyLane device only)", strong_circuit, 3),
+}
+
+
+def expand_templates(operations: Sequence[qml.operation.Operator]) -> Iterator:
+    """The operations with templates taken apart, until each is a gate or a channel."""
+    for operation in operations:
+        is_channel = isinstance(operation, qml.operation.Channel)
+        if is_channel or operation.has_matrix or not operation.has_decomposition:
+            yield operation
+        else:
+            with qml.QueuingManager.stop_recording():
+                parts = operation.decomposition()
+            yield from expand_templates(parts)
+
+
+def operations_of(circuit: Callable, angles: Tensor, weights: Tensor) -> list:
+    """The PennyLane operations of a circuit, in the order of time.
+
+    Raises UserError when the circuit fails for angles and weights of these shapes.
+    """
+    n_qubits = angles.shape[-1]
+    try:
+        script = qml.tape.make_qscript(circuit)(angles, weights)
+        operations = list(expand_templates(script.operations))
+        strange = set(script.wires) - set(range(n_qubits))
+        if strange:
+            raise ValueError(f"it uses the wires {sorted(map(str, strange))}")
+    except UserError:
+        raise
+    except Exception as error:  # a circuit is the user's own code
+        reason = " ".join(str(error).split())
+        shapes = f"angles[..., i] and weights of shape {tuple(weights.shape)}"
+        found = f"{name_of(circuit)} fails for {n_qubits} qubits: {reason}"
+        raise UserError(f"{found}; expected: wires 0 to {n_qubits - 1}, {shapes}") from error
+    return operations
+
+
+def name_of(circuit: Callable) -> str:
+    """A circuit's name for messages."""
+    return getattr(circuit, "__name__", "the circuit")
+
+
+@cache  # the same function for the same noise, so that it is read but once
+def with_noise(
+    circuit: Callable, gate_noise: tuple[float, float] = (0.0, 0.0), readout_noise: float = 0.0
+) -> Callable:
+    """The circuit with PennyLane's channels behind its gates.
+
+    gate_noise: probabilities p1, p2 of a ``DepolarizingChannel`` after every one-qubit gate and on
+    both qubits of every two-qubit gate, those inside templates too. readout_noise: probability of
+    a ``BitFlip`` on every qubit at the end. Raises UserError for a gate on three qubits.
+    """
+    if not any(gate_noise) and not readout_noise:
+        return circuit
+
+    @wraps(circuit)
+    def noisy_circuit(angles: Tensor, weights: Tensor) -> None:
+        for operation in operations_of(circuit, angles, weights):
+            # The operation itself; the circuit's own channels get no noise.
+            qml.apply(operation)
+            if isinstance(operation, qml.operation.Channel):
+                continue
+            if len(operation.wires) > 2:
+                found = f"{operation.name} acts on {len(operation.wires)} qubits"
+                raise UserError(f"{found}, and --gate_noise knows gates on one or two")
+
+            # The gate's noise.
+            probability = gate_noise[len(operation.wires) - 1]
+            if probability > 0:
+                for wire in operation.wires:
+                    qml.DepolarizingChannel(probability, wires=wire)
+
+        # The readout's noise.
+        if readout_noise > 0:
+            for wire in range(angles.shape[-1]):
+                qml.BitFlip(readout_noise, wires=wire)
+
+    return noisy_circuit
+
+
+class Recorded(NamedTuple):
+    """An operation, and where each of its parameters comes from."""
+
+    operation: qml.operation.Operator
+    sources: tuple[tuple[str, int] | None, ...]  # ("x", 3): angle 3, ("w", 7): weight 7
+
+    def __str__(self) -> str:
+        """For example ``RZ(w0) 0``, ``CNOT 0 1`` or ``RX(0.25) 3``."""
+        numbers = [np.round(qml.math.toarray(p), 9).tolist() for p in self.operation.parameters]
+        words = [
+            str(number) if source is None else f"{source[0]}{source[1]}"
+            for source, number in zip(self.sources, numbers, strict=True)
+        ]
+        inside = f"({', '.join(words)})" if words else ""
+        return " ".join([self.operation.name + inside, *map(str, self.operation.wires)])
+
+
+def record(
+    circuit: Callable, n_qubits: int, n_layers: int, n_weights: int, seed: int = 0
+) -> list[Recorded]:
+    """Runs a circuit once on random numbers; a parameter equal to one is that angle or weight.
+
+    For example RZ(layer[3, 0]) is recorded with 0.7312, which is the placeholder of weight 6, so
+    its source is ("w", 6). A parameter that is no placeholder is a constant, or was computed.
+    """
+    # The placeholders: numbers that all differ.
+    shape = (n_layers, n_qubits, n_weights)
+    generator = random_stream(seed, "placeholders")
+    angles = 6 * torch.rand(n_qubits, dtype=torch.float64, generator=generator)
+    weights = 6 * torch.rand(shape, dtype=torch.float64, generator=generator)
+
+    # Which of them each parameter is.
+    sources = {value: ("x", i) for i, value in enumerate(angles.tolist())}
+    sources |= {value: ("w", k) for k, value in enumerate(weights.flatten().tolist())}
+
+    recorded = []
+    for operation in operations_of(circuit, angles, weights):
+        numbers = [float(p) if np.ndim(p) == 0 else None for p in operation.parameters]
+        recorded.append(Recorded(operation, tuple(sources.get(number) for number in numbers)))
+    return recorded
+
+
+def make_qnode(
+    circuit: Callable,
+    n_qubits: int,
+    simulator: str = "default.qubit",
+    options: dict | None = None,
+    shots: int | None = None,
+    diff_method: str | None = "best",
+) -> qml.QNode:
+    """A circuit on a PennyLane device, with <Z_i> of all its qubits.
+
+    shots: joint measurements of all qubits; their gradient is the parameter-shift rule's. None:
+    exact means (a hardware device has none). diff_method: None for inference alone, which is
+    faster on some devices. Noise needs a device that takes channels: ``default.mixed``. Returns
+    f(angles (B, n), weights (L, n, k)) -> list of n tensors (B,).
+    """
+    device = qml.device(simulator, wires=n_qubits, **(options or {}))
+    if shots and diff_method:
+        diff_method = "parameter-shift"
+    how = {"interface": "torch", "diff_method": diff_method}
+
+    # Lightning would compute the Jacobian of all n outputs; a vector-Jacobian product is enough.
+    if simulator.startswith("lightning.") and diff_method and not shots:
+        how |= {"diff_method": "adjoint", "device_vjp": True}
+
+    @qml.qnode(device, **how)
     def expectations(angles: Tensor, weights: Tensor):
-        quantum_circuit(angles, weights, settings)
-        return [qml.expval(qml.PauliZ(i)) for i in range(n)]
+        circuit(angles, weights)
+        return [qml.expval(qml.Z(i)) for i in range(n_qubits)]
 
-    expectations = qml.set_shots(expectations, shots=settings.shots)
-    if diff_method == "parameter-shift" or not name.startswith("default."):
-        expectations = qml.transforms.broadcast_expand(expectations)  # takes no batch of inputs
+    expectations = qml.set_shots(expectations, shots=shots)
+    if shots or simulator != "default.qubit":
+        # One sample after the other: not all devices take a batch, nor do parameter shifts.
+        expectations = qml.transforms.broadcast_expand(expectations)
     return expectations
 
 
-# The exact simulation works in the Pauli basis, where all is real: a qubit's density matrix is
-# sum_p v[p] P_p / 2 over P = I, X, Y, Z, and a gate turns the Bloch vector v[1:] about an axis.
-PAULIS = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 0], [0, -1j, 1j, 0], [1, 0, 0, -1]]).view(4, 2, 2)
-# A CNOT is two tensors with a bond between its qubits, on which the control's bit b travels, as a
-# density matrix: COPY [bond, qubit, qubit before] takes |b><d| to |b><d| x |b><d|, and ADD
-# [qubit, qubit before, bond] takes the target's density matrix rho to X^b rho X^d.
-COPY = torch.einsum("rba,sba,tab->rst", PAULIS, PAULIS, PAULIS).real / 2
-FLIPS = PAULIS[:2]  # X to the power of 0 and 1
-ADD = torch.einsum("tij,bjk,pkl,dli,qbd->tpq", PAULIS, FLIPS, PAULIS, FLIPS, PAULIS).real / 4
-AXES = torch.zeros(2, 4, 4)  # the generators of RZ and RY
-AXES[[0, 1], [2, 1], [1, 3]], AXES[[0, 1], [1, 3], [2, 1]] = 1, -1
-ENDS = {1: torch.ones(2, 1)}  # by D: bonds at a chain's left end (b = d = 0), right end (sum)
-for _ in range(EXACT_LAYERS - 1):
-    inner, layer = ENDS[max(ENDS)], torch.tensor([[1.0, 0, 0, 1], [1, 1, 0, 0]])
-    ENDS[4 * max(ENDS)] = (layer[:, :, None] * inner[:, None]).flatten(1)
-placed = cache(Tensor.to)  # a copy to a GPU makes the host wait, so each constant is copied once
-
-
-def depolarising(p: float, like: Tensor) -> Tensor:
-    """PennyLane's ``DepolarizingChannel(p)`` in the Pauli basis, where it is diagonal: (4,)."""
-    return torch.cat([like.new_ones(1), like.new_full((3,), 1 - 4 * p / 3)])
-
-
-def gate_matrices(weights: Tensor, p1: float = 0.0) -> Tensor:
-    """RY(w1) RZ(w0) of every layer and qubit, each with depolarising noise of probability p1, on
-    the vectors v of the Pauli basis: (L, n, 2 or 1) radians -> (L, n, 4, 4)."""
-    gates = eye = torch.eye(4, dtype=weights.dtype, device=weights.device)
-    axes = placed(AXES, weights.device, weights.dtype)
-    for angle, axis in zip(weights[..., None, None].unbind(2), axes, strict=False):
-        rotation = eye + angle.sin() * axis + (1 - angle.cos()) * (axis @ axis)  # Rodrigues
-        gates = depolarising(p1, weights)[:, None] * (rotation @ gates)
-    return gates
-
-
-def transfer_matrices(weights: Tensor, settings: Settings) -> Tensor:
-    """The site tensors of the circuit's density matrix, an exact matrix product, for all inputs.
-    In every layer, qubit i shares a bond q with its left neighbour, which controls it, and a bond r
-    with its right neighbour, which it controls. From layer to layer, with the gates G of
-    ``gate_matrices``, v becomes sum_{p,t} COPY[r, s, t] ADD[t, p, q] (G v)[p]. In the last layer a
-    measured Z can be read on r instead of s, as COPY[Z, I] = COPY[I, Z]; so s is I, and ADD hands Z
-    on: q = r is Z up to the measured qubit and I beyond. The other layers' bonds have D = 4**(L-1)
-    values together. There are c chains of m qubits: one of n or, in arm ``product``, n of one.
-    The input enters by RY(x)|0>, whose v is linear in (1, cos x, sin x), hence three matrices per
-    qubit; all else does not depend on the batch. Noise is diagonal, so its exact mean is free; in
-    the last layer that of a CNOT's control is on s, not r: ``circuit_expectations`` adds it.
-    weights: as in ``quantum_circuit``. Returns (2, m, c, 3, D, D), indexed [I or Z, qubit of the
-    chain, chain, (1, cos, sin), bonds to the left, bonds to the right]."""
-    n, (p1, p2) = weights.shape[1], settings.gate_noise
-    length = 1 if settings.arm == "product" else n
-    noise = depolarising(p2, weights).repeat(2, length, n // length, 1)
-    noise[0, -1].fill_(1), noise[1, 0].fill_(1)  # a chain's ends have no target, no control
-    control, target = noise.flatten(1, 2)
-    copy, add = (placed(x, weights.device, weights.dtype) for x in (COPY, ADD))
-    cnot = torch.einsum("ns,rst,nt,tpq->nrsqp", control, copy, target, add)
-    layers = torch.einsum("nrsqp,lnpu->lnrsqu", cnot, gate_matrices(weights, p1))
-    site = weights.new_zeros(4, 3)
-    site[0, 0], site[3, 1], site[1, 2] = depolarising(p1, weights)[:3]  # RY(x)|0>: (1, sin, 0, cos)
-    site = site.view(1, 4, 3, 1, 1).expand(n, 4, 3, 1, 1)
-    for layer in layers[:-1]:
-        site = torch.einsum("nrsqu,nukcb->nskqcrb", layer, site).flatten(5, 6).flatten(3, 4)
-    last = layers[-1, :, ::3, 0, ::3].diagonal(dim1=1, dim2=2)  # s is I, r = q is I or Z
-    site = torch.einsum("nuz,nukcb->nzkcb", last, site)
-    return site.unflatten(0, (length, -1)).movedim(2, 0)
-
-
-def environments(angles: Tensor, transfer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The chain up to and with each qubit, Z on all of them, and the chain beyond it.
-    Before: one sweep along the chain, from a neighbour whose bit is 0 in all layers. Beyond, each
-    layer but the last spreads an observable by one qubit; so sweeps over L - 1 qubits do, all in
-    one batch, each from the end of a chain. angles: (B, n), radians; transfer: (2, m, c, 3, D, D).
-    Returns the inputs (m, c, B, 3, 1) and both environments (m, c, B, D)."""
-    inputs = torch.stack([torch.ones_like(angles), angles.cos(), angles.sin()], -1).transpose(0, 1)
-    inputs, d = inputs.unflatten(0, transfer.shape[1:3]).unsqueeze(4), transfer.shape[-1]
-    start, end = placed(ENDS[d], angles.device, angles.dtype)
-    left, right = [start.expand(*inputs.shape[1:3], d)], end.expand(*inputs.shape[:3], d)
-    on_i, on_z = transfer.unbind(0)
-    for x, site in zip(inputs.unbind(0), on_z.flatten(2, 3).unbind(0), strict=True):
-        left.append(torch.bmm((left[-1].unsqueeze(2) * x).flatten(2), site))
-    sites = on_i[1:].mT.flatten(2, 3)
-    for _ in range(round(math.log(d, 4))):
-        inner = (right[1:].unsqueeze(3) * inputs[1:]).flatten(3) @ sites
-        right = torch.cat([inner, right[-1:]])
-    return inputs, torch.stack(left[1:]), right
-
-
-def sample_outcomes(angles: Tensor, transfer: Tensor, uniform: Tensor) -> Tensor:
-    """Measures all qubits together, from left to right: 1 or -1 of every qubit and shot.
-    The chain before a qubit, given the outcomes so far, and that beyond it give its <Z>, so the
-    odds of its outcome z. (1 + z Z) / 2 then projects: Z on its last bond is z. This is the exact
-    joint distribution under noise, but for the flips that ``circuit_expectations`` adds. angles:
-    (B, n), radians; transfer: (2, m, c, 3, D, D); uniform: (B, S, n) in 0..1. -> (B, S, n)."""
-    inputs, _, right = environments(angles, transfer)
-    uniform = uniform.permute(2, 0, 1).unflatten(0, inputs.shape[:2]).unsqueeze(4)
-    left = placed(ENDS[right.shape[-1]], angles.device, angles.dtype)[0]
-    left, z, outcomes = left.expand(*uniform.shape[1:4], -1), 1, []
-    for i, numbers in enumerate(uniform):
-        sites = torch.einsum("ackde,cbkx->acbde", transfer[:, i], inputs[i])
-        after, after_z = left @ sites[0], z * (left @ sites[1])
-        total, total_z = (x @ right[i].unsqueeze(3) for x in (after, after_z))
-        z = (2 * numbers * total < total + total_z).to(left) * 2 - 1
-        left = (after + z * after_z) / (total + z * total_z)
-        outcomes.append(z)
-    return torch.stack(outcomes).flatten(0, 1).squeeze(3).permute(1, 2, 0)
-
-
-def circuit_expectations(
-    angles: Tensor, weights: Tensor, settings: Settings, generators: Sequence[torch.Generator] = ()
-) -> Tensor:
-    """``quantum_circuit`` simulated exactly: <Z_i> of every qubit, the mean over all errors.
-    With the settings' shots the values are means of so many joint measurements of all qubits,
-    drawn by a generator for each sample; the gradient is still the exact mean's. angles: (B, n),
-    radians; weights: as in ``quantum_circuit``. Returns (B, n) in -1..1, differentiable in both."""
-    n, shots, transfer = angles.shape[1], settings.shots, transfer_matrices(weights, settings)
-    factors = angles.new_full((n,), 1 - 2 * settings.readout_noise)
-    if settings.arm != "product":  # the last CNOTs' noise on their controls: like misread bits
-        factors[:-1] *= 1 - 4 * settings.gate_noise[1] / 3
-    _, left, right = environments(angles, transfer)
-    mean = factors * (left * right).sum(-1).flatten(0, 1).T
-    if shots:
-        with torch.no_grad():
-            uniform = [torch.rand(2, shots, n, generator=g, device=g.device) for g in generators]
-            uniform = torch.stack(uniform).to(angles)
-            outcomes = sample_outcomes(angles, transfer, uniform[:, 0])
-            outcomes = torch.where(2 * uniform[:, 1] < 1 - factors, -outcomes, outcomes)
-        mean = outcomes.mean(1) + mean - mean.detach()
-    return mean
-
-
-def check_simulation(settings: Settings) -> None:
-    """Compares the exact simulation with PennyLane's on a small random circuit, values and
-    gradients; with ``--simulator DEVICE`` on this device, and with shots that it runs at all.
-    Raises UserError when they differ (one was edited without the other), or the device fails."""
-    name = settings.simulator.replace("exact", "default.mixed")  # which takes noise
-    small = replace(settings, n_qubits=3, n_layers=2, simulator=name)
-    how = {"dtype": torch.float64, "generator": random_stream(0, "check"), "requires_grad": True}
-    kinds, angles = 1 if settings.arm == "published" else 2, torch.randn(2, 3, **how)
-    weights = torch.randn(2, 3, kinds, **how)
-    results = [circuit_expectations(angles, weights, replace(small, shots=None))]
-    try:
-        results.append(torch.stack(make_qnode(small)(angles, weights), -1).view_as(angles))
-    except Exception as error:  # a plugin may raise anything; the reason is shown
-        raise UserError(f"--simulator {name} does not run the circuit: {error}") from None
-    results += [torch.autograd.grad(y.square().sum(), weights)[0].flatten() for y in results]
-    error = max((results[k] - results[k + 1]).abs().max() for k in (0, 2))
-    if not settings.shots and not error < 1e-5:  # some devices use float32
-        found = f"the exact simulation differs from quantum_circuit on {name} by {error:.1e}"
-        raise UserError(f"{found}: one was edited without the other")
-
-
-# ---------------------------------------------------------------------------- attention gates
-class QuantumAttention(nn.Module):
-    """The gate of the bottleneck: Linear(C, n), the circuit's <Z_i>, Linear(n, C).
-    The arm ``matched`` has no circuit: there each unit applies z <- cos(a z + b) once per layer,
-    with weights (a, b) of its own: as many as the circuit's, in the same range -1..1, not mixing
-    the units. The output starts at zero, so that every arm starts as the classical model. On a
-    PennyLane device the gradient through shots is the parameter-shift rule's, measured as well."""
-
-    def __init__(self, channels: int, settings: Settings):
-        super().__init__()
-        self.settings, n = settings, settings.n_qubits
-        self.generators: Sequence[torch.Generator] = ()  # of the shots, one for each sample
-        self.project_in = nn.Linear(channels, n)
-        self.project_out = start_at_zero(nn.Linear(n, channels))
-        kinds = 1 if settings.arm == "published" else 2
-        weights = torch.rand(settings.n_layers, n, kinds) * 2 * math.pi  # as PennyLane's TorchLayer
-        if settings.arm == "matched":
-            weights[..., 0] = 1
-        self.weights = nn.Parameter(weights, requires_grad=settings.arm != "frozen")
-        if settings.simulator != "exact":  # inference has its own, which is much faster on some
-            self.qnode, self.inference_qnode = make_qnode(settings), make_qnode(settings, None)
-
-    def expectations(self, angles: Tensor) -> Tensor:
-        """<Z_i> in -1..1, or what replaces them. angles: (B, n), radians. Returns (B, n)."""
-        if self.settings.arm == "matched":
-            for scale, shift in self.weights.mT:  # (n,) each
-                angles = torch.cos(scale * angles + shift)
-            return angles
-        if self.settings.simulator == "exact":
-            return circuit_expectations(angles, self.weights, self.settings, self.generators)
-        qnode = self.qnode if torch.is_grad_enabled() else self.inference_qnode
-        # With shots some devices drop a batch of one
-        return torch.stack(qnode(angles.cpu(), self.weights.cpu()), -1).to(angles).view_as(angles)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """features (B, C) -> gate (B, C)."""
-        return self.project_out(self.expectations(self.project_in(features)))
-
-
-# -------------------------------------------------------------------------------------- U-Net
-def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sinusoidal embedding (Vaswani et al. 2017). t: (B,). Returns (B, dim), dim even."""
-    k = torch.arange(dim // 2, device=t.device)
-    phases = t.float()[:, None] * torch.exp(-math.log(10_000) * k / (dim // 2))
-    return torch.cat([phases.sin(), phases.cos()], dim=1)
+# -------------------------------------------------------------------------------------- gates
 
 
 def start_at_zero(layer: nn.Module) -> nn.Module:
@@ -575,12 +633,161 @@ def start_at_zero(layer: nn.Module) -> nn.Module:
     return layer
 
 
+class QuantumGate(nn.Module):
+    """The gate with a circuit in its middle: Linear(C, n), <Z_i> of the circuit, Linear(n, C).
+
+    circuit: a function as above, with n_weights weights per qubit and layer. simulator: ``exact``
+    (see the appendix), or the name of a PennyLane device, with its options. shots: measurements;
+    None: exact means. gate_noise, readout_noise: as in ``with_noise``. Raises UserError for zero
+    shots, too few weights for the circuit, and a circuit that the exact simulation cannot do.
+
+    With shots the gradient is that of the exact mean (straight-through); on a PennyLane device it
+    is the parameter-shift rule's, measured as well.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        circuit: Callable = quantum_circuit,
+        n_qubits: int = 16,
+        n_layers: int = 3,
+        n_weights: int = 2,
+        *,
+        trained: bool = True,
+        simulator: str = "exact",
+        simulator_options: dict | None = None,
+        shots: int | None = None,
+        gate_noise: tuple[float, float] = (0.0, 0.0),
+        readout_noise: float = 0.0,
+    ):
+        super().__init__()
+        if shots is not None and shots < 1:
+            raise UserError(f"shots {shots}: expected at least 1, or None for exact means")
+        self.shots = shots
+        self.circuit = with_noise(circuit, tuple(gate_noise), readout_noise)
+        self.project_in = nn.Linear(channels, n_qubits)
+        self.project_out = start_at_zero(nn.Linear(n_qubits, channels))
+        weights = torch.rand(n_layers, n_qubits, n_weights) * 2 * math.pi  # as PennyLane's layers
+        self.weights = nn.Parameter(weights, requires_grad=trained)
+
+        # A circuit that does not fit is an error here, not in the first step.
+        self.simulator = simulator
+        self.simulator_options = simulator_options or {}
+        if simulator == "exact":
+            compile_circuit(self.circuit, n_qubits, n_layers, n_weights)
+        else:
+            operations_of(self.circuit, torch.zeros(1, n_qubits), weights)
+            self.takes_seed = takes_seed(simulator)
+            self.qnode = self.make_qnode("best")
+            self.inference_qnode = self.make_qnode(None)
+
+    def make_qnode(self, diff_method: str | None, **options: object) -> qml.QNode:
+        """The circuit on the gate's PennyLane device, made with further options."""
+        n_qubits = self.weights.shape[1]
+        options = self.simulator_options | options
+        return make_qnode(self.circuit, n_qubits, self.simulator, options, self.shots, diff_method)
+
+    def expectations(self, angles: Tensor, generators: Sequence[torch.Generator] = ()) -> Tensor:
+        """<Z_i> in -1..1. angles: (B, n), radians. Returns (B, n)."""
+        if self.simulator == "exact":
+            weights = self.weights.to(angles.dtype)
+            return circuit_expectations(
+                angles, weights, self.circuit, shots=self.shots, generators=generators
+            )
+        return self.device_expectations(angles.cpu(), generators).to(angles)
+
+    def device_expectations(self, angles: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """The same by the PennyLane device, on the CPU."""
+        weights = self.weights.cpu()
+        diff_method = "best" if torch.is_grad_enabled() else None
+
+        # Measurements are drawn by each sample's own generator, so that they resume with it.
+        if self.shots and self.takes_seed and generators:
+            rows = []
+            for row, generator in zip(angles.split(1), generators, strict=True):
+                seed = torch.randint(2**31, (), generator=generator, device=generator.device)
+                qnode = self.make_qnode(diff_method, seed=int(seed))
+                rows.append(torch.stack(qnode(row, weights)).view(1, -1))
+            return torch.cat(rows)
+
+        qnode = self.qnode if diff_method else self.inference_qnode
+        return torch.stack(qnode(angles, weights), -1).view_as(angles)  # some drop a batch of one
+
+    def forward(self, features: Tensor, generators: Sequence[torch.Generator] = ()) -> Tensor:
+        """features (B, C) -> g (B, C); generators: of the shots, one for each sample."""
+        angles = self.project_in(features)
+        single = torch.promote_types(angles.dtype, torch.float32)  # at least: half is too coarse
+        values = self.expectations(angles.to(single), generators)
+        return self.project_out(values.to(angles.dtype))
+
+
+def takes_seed(simulator: str) -> bool:
+    """Whether a PennyLane device takes a seed for its measurements."""
+    try:
+        qml.device(simulator, wires=1, seed=0)
+    except Exception:  # whatever a plugin raises
+        return False
+    return True
+
+
+class ClassicalGate(nn.Module):
+    """A gate without a circuit, as a control: Linear(C, n), a function of each unit, Linear(n, C).
+
+    matched: each unit applies z <- cos(a z + b) once per layer, with weights (a, b) of its own: as
+    many as ``quantum_circuit`` has, in the same range -1..1, not mixing the units. Otherwise ReLU,
+    which is squeeze-and-excitation (Hu et al. 2018, arXiv 1709.01507).
+    """
+
+    def __init__(self, channels: int, n_units: int = 16, n_layers: int = 3, matched: bool = True):
+        super().__init__()
+        self.project_in = nn.Linear(channels, n_units)
+        self.project_out = start_at_zero(nn.Linear(n_units, channels))
+        self.weights = None
+        if matched:
+            weights = torch.rand(n_layers, n_units, 2) * 2 * math.pi
+            weights[..., 0] = 1
+            self.weights = nn.Parameter(weights)
+
+    def forward(self, features: Tensor, generators: Sequence[torch.Generator] = ()) -> Tensor:
+        """features (B, C) -> g (B, C); generators: not used, nothing is measured."""
+        z = self.project_in(features)
+        if self.weights is None:
+            return self.project_out(F.relu(z))
+        for layer in self.weights:  # (n, 2)
+            z = torch.cos(layer[:, 0] * z + layer[:, 1])
+        return self.project_out(z)
+
+
+def make_gate(channels: int, settings: Settings) -> nn.Module | None:
+    """The gate of the settings' arm for so many channels; None: no gate."""
+    arm = ARMS[settings.arm]
+    if settings.arm == "classical":
+        return None
+    if arm.circuit is None:
+        matched = settings.arm == "matched"
+        return ClassicalGate(channels, settings.n_qubits, settings.n_layers, matched)
+    conditions = {name: getattr(settings, name) for name in IDEAL}
+    sizes = (settings.n_qubits, settings.n_layers, arm.n_weights)
+    return QuantumGate(channels, arm.circuit, *sizes, trained=arm.trained, **conditions)
+
+
+# -------------------------------------------------------------------------------------- U-Net
+
+
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+    """Sinusoidal embedding (Vaswani et al. 2017). t: (B,). Returns (B, dim), dim even."""
+    k = torch.arange(dim // 2, device=t.device)
+    phases = t.float()[:, None] * torch.exp(-math.log(10_000) * k / (dim // 2))
+    return torch.cat([phases.sin(), phases.cos()], dim=1)
+
+
 class ResBlock(nn.Module):
     """GroupNorm, SiLU, 3x3 convolution, twice; the time embedding scales and shifts in between."""
 
     def __init__(self, channels: int, embedding: int):
         super().__init__()
-        self.norm1, self.norm2 = nn.GroupNorm(8, channels), nn.GroupNorm(8, channels)
+        self.norm1 = nn.GroupNorm(8, channels)
+        self.norm2 = nn.GroupNorm(8, channels)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = start_at_zero(nn.Conv2d(channels, channels, 3, padding=1))
         self.modulation = nn.Linear(embedding, 2 * channels)
@@ -593,7 +800,7 @@ class ResBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention with four heads between the positions of a feature map (not the quantum gate)."""
+    """Attention with four heads between the positions of a feature map (not the gate)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -602,25 +809,47 @@ class SelfAttention(nn.Module):
         self.out = start_at_zero(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, channels, H, W) -> the same shape."""
-        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1).flatten(1, 2)  # (B, H W, 3 C), no copy
-        q, k, v = qkv.unflatten(2, (3, 4, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return x + self.out(mixed.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2))
+        """x (B, C, H, W) -> the same shape."""
+        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1).flatten(1, 2)  # (B, H W, 3 C)
+        qkv = qkv.unflatten(2, (3, 4, -1)).permute(2, 0, 3, 1, 4)  # (3, B, heads, H W, C / heads)
+        query, key, value = qkv
+
+        mixed = F.scaled_dot_product_attention(query, key, value)  # (B, heads, H W, C / heads)
+        mixed = mixed.transpose(1, 2).flatten(2)  # (B, H W, C)
+        mixed = mixed.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)  # (B, C, H, W)
+        return x + self.out(mixed)
 
 
 class UNet(nn.Module):
     """The denoiser: 28x28 folded to 14x14, then 7x7, where the gate sits; a skip at both.
-    channels: 1 or 3. The initial weights depend on the seed alone and are equal in all arms."""
 
-    def __init__(self, channels: int, settings: Settings):
+    channels: 1 or 3. gate: a function of the number of channels that makes the gate (None: no
+    gate), for example ``QuantumGate``. seed: of the initial weights, which are the same U-Net's
+    for every gate; torch's global generator is left alone.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        gate: Callable[[int], nn.Module | None] = lambda channels: None,
+        seed: int = 0,
+    ):
         super().__init__()
-        torch.manual_seed(settings.seed)
         self.channels = channels
-        width, bottleneck, embedding = 48, 128, 128  # channels at 14x14, at 7x7, of the time
-        layers = nn.Linear(64, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
-        self.embed = nn.Sequential(*layers)
-        self.stem = nn.Conv2d(4 * channels, width, 3, padding=1)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.build(gate)
+        self.to(memory_format=torch.channels_last)  # a CPU's convolutions are faster so
+
+    def build(self, gate: Callable[[int], nn.Module | None]) -> None:
+        """Makes the layers, with random initial weights."""
+        width = 48  # channels at 14x14
+        bottleneck = 128  # and at 7x7
+        embedding = 128  # of the time
+        self.embed = nn.Sequential(
+            nn.Linear(64, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
+        )
+        self.stem = nn.Conv2d(4 * self.channels, width, 3, padding=1)
         self.encode14 = ResBlock(width, embedding)
         self.down = nn.Conv2d(width, bottleneck, 2, stride=2)
         self.encode7 = ResBlock(bottleneck, embedding)
@@ -631,34 +860,61 @@ class UNet(nn.Module):
         self.merge14 = nn.Conv2d(2 * width, width, 1)
         self.decode14 = ResBlock(width, embedding)
         self.norm = nn.GroupNorm(8, width)
-        self.head = start_at_zero(nn.Conv2d(width, 4 * channels, 3, padding=1))
-        # Built last: the same seed gives the same U-Net in every arm.
-        self.gate = None if settings.arm == "classical" else QuantumAttention(bottleneck, settings)
-        self.to(memory_format=torch.channels_last)
+        self.head = start_at_zero(nn.Conv2d(width, 4 * self.channels, 3, padding=1))
+        self.gate = gate(bottleneck)  # last, so that a seed gives the same U-Net to all gates
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x (B, channels, H, W), H and W multiples of 4; t (B,) int64 -> v, shaped like x."""
-        embedding = self.embed(timestep_embedding(t, 64))
+    def forward(self, x: Tensor, t: Tensor, generators: Sequence[torch.Generator] = ()) -> Tensor:
+        """Predicts v, shaped like x.
+
+        x: (B, channels, H, W), H and W multiples of 4; t: (B,) int64; generators: of the
+        circuit's shots, one for each sample.
+        """
+        embedding = self.embed(timestep_embedding(t, 64).to(x.dtype))  # (B, 128)
+
+        # Encoder.
         x = F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last)
-        h14 = self.encode14(self.stem(x), embedding)
-        h7 = self.encode7(self.down(h14), embedding)
+        h14 = self.encode14(self.stem(x), embedding)  # (B, 48, 14, 14)
+        h7 = self.encode7(self.down(h14), embedding)  # (B, 128, 7, 7)
+
+        # Bottleneck: h * (1 + g(mean(h))).
         h = self.attention(h7)
         if self.gate is not None:
-            pixels = h.permute(0, 2, 3, 1).flatten(1, 2)  # (B, H W, C) without a copy
-            pixels = pixels * (1 + self.gate(pixels.mean(1)))[:, None]
-            h = pixels.unflatten(1, h.shape[2:]).permute(0, 3, 1, 2)
+            g = self.gate(h.mean((2, 3)), generators)  # (B, 128)
+            h = h * (1 + g)[:, :, None, None]
+
+        # Decoder.
         h = self.decode7(self.merge7(torch.cat([h, h7], dim=1)), embedding)
         h = self.decode14(self.merge14(torch.cat([self.up(h), h14], dim=1)), embedding)
         return F.pixel_shuffle(self.head(F.silu(self.norm(h))), 2)
 
 
-# ----------------------------------------------------------------------------------- pictures
+def make_unet(channels: int, settings: Settings) -> UNet:
+    """The U-Net of a run, with the gate of its arm and the initial weights of its seed."""
+    return UNet(channels, partial(make_gate, settings=settings), settings.seed)
+
+
+# -------------------------------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """The door for files: whatever reading one raises becomes a UserError that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"{path}: not {what} ({reason})") from error
+
+
 def write_atomic(path: Path, data: bytes | str | dict) -> None:
     """Writes bytes, text or a dict of tensors aside and renames the file: all or none."""
     if isinstance(data, dict):
-        torch.save(data, buffer := io.BytesIO())
+        buffer = io.BytesIO()
+        torch.save(data, buffer)
         data = buffer.getvalue()
-    aside = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    aside = path.parent / f".{path.name}.{os.getpid()}.part"
     try:
         aside.write_bytes(data.encode() if isinstance(data, str) else data)
         os.replace(aside, path)
@@ -668,453 +924,1129 @@ def write_atomic(path: Path, data: bytes | str | dict) -> None:
         aside.unlink(missing_ok=True)
 
 
+def load_tensors(path: Path, what: str, device: torch.device | str = "cpu") -> dict:
+    """Reads a file of torch.save, its checksums too. Raises UserError: it is not ``what``."""
+    with reading(path, what):
+        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at the checksums
+        if damaged:
+            raise ValueError(f"wrong checksum of {damaged}")
+        return torch.load(path, map_location=device, weights_only=True)
+
+
+# --------------------------------------------------------------------------------------- data
+
+
+DOWNLOAD_TIMEOUT = 30  # seconds without an answer
+
+
+def download(data_dir: Path, name: str, fetch: Callable[[Path], object]) -> str | None:
+    """Makes sure that ``name`` is in data_dir. Returns None, or in one line why it is not.
+
+    fetch: downloads it into another folder, from which it is moved, so that nothing leaves half.
+    """
+    path = data_dir / name
+    timeout_before = socket.getdefaulttimeout()
+    try:
+        if path.exists():
+            return None
+        print(f"downloading {name} to {data_dir} ...", file=sys.stderr, flush=True)
+        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=data_dir) as aside:
+            fetch(Path(aside))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            (Path(aside) / name).rename(path)
+    except Exception as error:  # of the network, of what it answers, of the disk
+        if not path.exists():  # it does when another process was faster
+            return f"no {path}, download failed: {' '.join(str(error).split()) or 'no answer'}"
+    finally:
+        socket.setdefaulttimeout(timeout_before)
+    return None
+
+
+def load_images(data: str, data_dir: Path, split: str = "train") -> tuple[str, Tensor, Tensor]:
+    """Reads one split: (source, images (N, 3, 28, 28) uint8, labels (N,)).
+
+    data: ``pathmnist`` (downloaded when data_dir holds no ``pathmnist.npz``), ``tissue`` (324 tiles
+    of scikit-image's colon tissue, one class; the last 72 are held out), or ``auto``: the first,
+    and without a network the second; the returned source says which. split: ``train``, ``val``
+    (held-out images of the same clinical centre), or ``test`` (of another centre, with other stain
+    and scanner; of ``tissue`` the same as ``val``). Raises UserError: PathMNIST was asked for and
+    cannot be had, or its file is damaged.
+    """
+    if data != "tissue":
+        path = Path(data_dir) / "pathmnist.npz"
+
+        def fetch(root: Path) -> object:
+            return medmnist.PathMNIST("train", download=True, root=root)
+
+        failure = download(Path(data_dir), path.name, fetch)
+        if failure is None:
+            return ("pathmnist", *read_pathmnist(path, split))
+        if data == "pathmnist":
+            raise UserError(f"{failure}; copy it to {data_dir}, or use --data tissue")
+        print(f"NOTICE: {failure}. Using EMBEDDED DATA, as all names say.", file=sys.stderr)
+
+    picture = torch.from_numpy(immunohistochemistry())  # (512, 512, 3): 18 x 18 disjoint tiles
+    tiles = picture.unfold(0, IMAGE_SIZE, IMAGE_SIZE).unfold(1, IMAGE_SIZE, IMAGE_SIZE)
+    tiles = tiles.flatten(0, 1)  # (324, 3, 28, 28), by rows
+    chosen = tiles[:252] if split == "train" else tiles[252:]
+    return "tissue", chosen, torch.full((len(chosen),), len(PATHMNIST_CLASSES))
+
+
+def read_pathmnist(path: Path, split: str) -> tuple[Tensor, Tensor]:
+    """The images (N, 3, 28, 28) uint8 and labels (N,) of a split of ``pathmnist.npz``.
+
+    Raises UserError for anything else than PathMNIST at 28x28 pixels.
+    """
+    what = "PathMNIST at 28x28 pixels; move it away to download it again"
+    with reading(path, what), np.load(path) as arrays:
+        images = arrays[f"{split}_images"]
+        labels = arrays[f"{split}_labels"]
+
+    with reading(path, what):
+        if images.dtype != np.uint8 or labels.dtype.kind not in "ui":
+            raise ValueError(f"images are {images.dtype}, labels {labels.dtype}: no whole numbers")
+        if images.shape != (len(images), IMAGE_SIZE, IMAGE_SIZE, 3) or len(images) == 0:
+            raise ValueError(f"its {split} images are {images.shape}, expected (N, 28, 28, 3)")
+        if labels.shape != (len(images), 1):
+            raise ValueError(f"labels are {labels.shape}, expected {(len(images), 1)}")
+        if not set(labels.flat) <= set(range(9)):
+            raise ValueError(f"labels are {sorted(set(labels.flat))[:20]}, expected 0 to 8")
+        blank = int((images.reshape(len(images), -1).max(1) == 0).sum())
+        if blank:
+            raise ValueError(f"{blank} of {len(images)} {split} images are black: damaged")
+    labels = torch.from_numpy(labels[:, 0].astype(np.int64))
+    return torch.from_numpy(images).permute(0, 3, 1, 2), labels
+
+
+def symmetries(images: Tensor) -> Tensor:
+    """The eight rotations and reflections of each image: (N, C, H, W) -> (8 N, C, H, W)."""
+    n = len(images)
+    result = images.new_empty(8 * n, *images.shape[1:])
+    for k in range(4):
+        turned = images.rot90(k, (2, 3))
+        result[k * n : (k + 1) * n] = turned
+        result[(4 + k) * n : (5 + k) * n] = turned.flip(3)
+    return result
+
+
+class Symmetries:
+    """Images (n, C, H, W) with their eight symmetries, which are made when they are drawn.
+
+    To be indexed like ``symmetries(images)``, (8 n, C, H, W), at an eighth of its memory.
+    """
+
+    def __init__(self, images: Tensor):
+        self.images = images
+        self.device = images.device
+        self.shape = (8 * len(images), *images.shape[1:])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """index (B,) -> (B, C, H, W): image index % n in its symmetry index // n."""
+        n = len(self.images)
+        eight = symmetries(self.images[index % n])  # (8 B, C, H, W)
+        position = torch.arange(len(index), device=self.device)
+        return eight[index // n * len(index) + position]
+
+
+def select_images(images: Tensor, labels: Tensor, label: int, n: int | None, seed: int) -> Tensor:
+    """The training images of a run: ``n`` of one class (None: all), drawn by the seed.
+
+    Subsets are nested: 25 are the first of 100. Raises UserError when the class has fewer.
+    """
+    of_class = images[labels == label]
+    if len(of_class) == 0:
+        raise UserError(f"class {CLASS_NAMES[label]} has no images in this data set")
+    if n is not None and n > len(of_class):
+        found = f"class {CLASS_NAMES[label]} has {len(of_class)} training images"
+        raise UserError(f"--n_train {n}: {found}, expected at most as many")
+    order = torch.randperm(len(of_class), generator=random_stream(seed, "subset"))
+    return of_class[order[:n]]
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 0..255 -> float32 -1..1, the value range of the diffusion."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """float -1..1 -> uint8 0..255, rounded to the nearest; values outside are clipped."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+# ------------------------------------------------------------------------------------ training
+
+
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """Brings most singular values of a matrix (m, n) near 1, by Newton-Schulz (Jordan et al. 2024).
+
+    Three steps X <- p(G) X with G = X X^T and p(G) = a + b G + c G^2; Jordan's five had no clear
+    gain. As p(G) commutes with G, the steps can be done on G alone, which is smaller than X:
+    G <- p(G) G p(G). X is multiplied once, at the end.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's
+
+    # Lying, so that X X^T is the smaller product, and with singular values up to 1.
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.mT if is_tall else matrix  # (k, l), k <= l
+    x = x / (x.norm() + 1e-7)
+
+    # Three steps on G.
+    identity = torch.eye(len(x), dtype=x.dtype, device=x.device)
+    product = identity  # of all p(G) so far
+    gram = x @ x.mT  # (k, k)
+    for _ in range(3):
+        polynomial = a * identity + b * gram + c * (gram @ gram)
+        product = polynomial @ product
+        gram = polynomial @ gram @ polynomial
+    x = product @ x
+    return x.mT if is_tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for convolutions: Nesterov momentum, orthogonalised.
+
+    A weight of four axes is the matrix of its first axis, mostly the output channels, by all
+    others.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], lr: float, momentum: float = 0.95):
+        super().__init__(weights, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step along the gradients of the weights."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                # Nesterov momentum.
+                if "momentum" not in self.state[weight]:
+                    self.state[weight]["momentum"] = torch.zeros_like(weight)
+                momentum = self.state[weight]["momentum"]
+                momentum.lerp_(weight.grad, 1 - group["momentum"])
+                nesterov = weight.grad.lerp(momentum, group["momentum"])
+
+                # A step of orthogonal directions, larger for a matrix with more rows than columns.
+                matrix = nesterov.flatten(1)
+                scale = max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5
+                update = orthogonalize(matrix).view(weight.shape)
+                weight.add_(update, alpha=-group["lr"] * scale)
+
+
+def make_optimizers(model: UNet, settings: Settings) -> tuple[torch.optim.Optimizer, Muon]:
+    """Muon for the convolutions but the first and the last, and Adam for all other weights."""
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    outer = ("stem.weight", "head.weight")
+    hidden = [name for name, p in weights.items() if p.ndim == 4 and name not in outer]
+    rest = [p for name, p in weights.items() if name not in hidden]
+    adam = torch.optim.Adam(rest, settings.lr, betas=(0.9, 0.99), fused=True)
+    return adam, Muon([weights[name] for name in hidden], settings.muon_lr)
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """The share of the peak rate: a warm-up over 100 steps, under a straight line to zero."""
+    warm_up = min(100, max(1, steps // 10))
+    return min((step + 1) / warm_up, 1 - step / steps)
+
+
+def warmed_up_decay(step: int, decay: float) -> float:
+    """The decay of the weights' moving average: it grows, to forget the initial weights soon."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+def training_order(settings: Settings, n: int) -> Tensor:
+    """Which of ``n`` images are in which batch: (steps, batch_size) int64.
+
+    One shuffle of the training set after another, cut into batches.
+    """
+    count = settings.steps * settings.batch_size
+    epochs = range(math.ceil(count / n))
+    streams = (random_stream(settings.seed, "shuffle", epoch) for epoch in epochs)
+    order = torch.cat([torch.randperm(n, generator=stream) for stream in streams])
+    return order[:count].view(settings.steps, settings.batch_size)
+
+
+def training_noise(settings: Settings, x0: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """One step's timesteps t (B,) int64 and noise like x0 (B, C, H, W).
+
+    The timesteps are stratified, one in each of B equal parts of 0 .. T-1, for a lower variance.
+    """
+    size, device = len(x0), x0.device
+    generator = random_stream(settings.seed, "noise", step, device=device)
+    uniform = torch.rand(size, generator=generator, device=device)
+    t = (torch.arange(size, device=device) + uniform) * (settings.timesteps / size)
+    t = t.long().clamp(max=settings.timesteps - 1)
+    return t, torch.randn(x0.shape, generator=generator, device=device)
+
+
+def shot_generators(
+    settings: Settings, names: Sequence[tuple], device: torch.device
+) -> list[torch.Generator]:
+    """A generator by name for the measurements of each sample; none where nothing is measured."""
+    if settings.shots is None:
+        return []
+    return [random_stream(settings.seed, *name, device=device) for name in names]
+
+
+def train(settings: Settings, images: Sequence, folder: Path, run_hash: str) -> UNet:
+    """Trains one model, from its checkpoint in the run folder if there is one.
+
+    images: (n, C, 28, 28) uint8 on the device, a tensor or what is indexed like one. Writes
+    previews, ``loss.csv`` and checkpoints, and returns the model with averaged weights. Raises
+    UserError when it diverges.
+    """
+    device = images.device
+    channels = images.shape[1]
+    diffusion = GaussianDiffusion(settings.timesteps, device)
+    model = make_unet(channels, settings).to(device)
+    average = make_unet(channels, settings).to(device)  # of the model's weights
+    adam, muon = make_optimizers(model, settings)
+    order = training_order(settings, len(images)).to(device)
+    losses = torch.zeros(settings.steps, device=device)
+
+    # A killed run goes on where its checkpoint was written.
+    state = {"model": model, "average": average, "adam": adam, "muon": muon}
+    first = load_checkpoint(folder / "checkpoint.pt", run_hash, state, losses)
+    previews = preview_steps(settings)
+
+    bar = tqdm(range(first, settings.steps), settings.name, settings.steps, initial=first)
+    for step in bar:
+        # The batch, noised.
+        x0 = to_float(images[order[step]])  # (B, C, 28, 28)
+        t, noise = training_noise(settings, x0, step)
+        x_t, v = diffusion.q_sample(x0, t, noise)
+
+        # The loss, and one step of both optimizers.
+        generators = shot_generators(
+            settings, [("circuit", step, k) for k in range(len(x0))], device
+        )
+        loss = F.mse_loss(model(x_t, t, generators), v)
+        model.zero_grad()
+        loss.backward()
+        factor = learning_rate_factor(step, settings.steps)
+        adam.param_groups[0]["lr"] = factor * settings.lr
+        muon.param_groups[0]["lr"] = factor * settings.muon_lr
+        adam.step()
+        muon.step()
+
+        # The moving average.
+        decay = warmed_up_decay(step, settings.ema_decay)
+        with torch.no_grad():
+            for mean, new in zip(average.parameters(), model.parameters(), strict=True):
+                mean.lerp_(new, 1 - decay)
+        losses[step] = loss.detach()
+
+        # Preview and checkpoint.
+        done = step + 1
+        if done in previews or done % CHECKPOINT_STEPS == 0:  # the last step has a preview
+            check_finite(settings, model, losses[:done])
+            if done in previews:
+                save_preview(folder, settings, average, done)
+            save_checkpoint(folder, run_hash, state, losses[:done])
+            bar.set_postfix(loss=f"{losses[step].item():.4f}")
+    return average
+
+
+def check_finite(settings: Settings, model: UNet, losses: Tensor) -> None:
+    """Raises UserError when a loss (steps,) or a weight is not finite."""
+    finite = losses.isfinite().cpu()
+    if not all(p.isfinite().all() for p in model.parameters()):
+        finite[-1] = False
+    if not finite.all():
+        step = int(finite.int().argmin()) + 1
+        found = f"{settings.name}: the loss or a weight is not finite at step {step}"
+        raise UserError(f"{found}; try a lower --lr, another --save_dir")
+
+
+def save_checkpoint(folder: Path, run_hash: str, state: dict, losses: Tensor) -> None:
+    """Writes ``loss.csv``, and ``checkpoint.pt``: what ``load_checkpoint`` reads."""
+    losses = losses.cpu()
+    rows = [f"{step},{loss!r}\n" for step, loss in enumerate(losses.tolist(), 1)]
+    write_atomic(folder / "loss.csv", "step,loss\n" + "".join(rows))
+    contents = {name: part.state_dict() for name, part in state.items()}
+    contents |= {"run": run_hash, "step": len(losses), "losses": losses}
+    write_atomic(folder / "checkpoint.pt", contents)
+
+
+def load_checkpoint(path: Path, run_hash: str, state: dict, losses: Tensor) -> int:
+    """Restores the parts of ``state`` and the losses. Returns the number of steps done; 0: no file.
+
+    Raises UserError when the file is damaged or another run's.
+    """
+    if not path.exists():
+        return 0
+    device = losses.device
+    contents = load_tensors(path, "a checkpoint; remove it to train from the start", device)
+    if contents.get("run") != run_hash:
+        raise UserError(f"{path}: of a run with other settings; remove it to train from the start")
+    with reading(path, "a checkpoint of this version; remove it to train from the start"):
+        for name, part in state.items():
+            part.load_state_dict(contents[name])
+        losses[: contents["step"]] = contents["losses"].to(device)
+    return contents["step"]
+
+
+# --------------------------------------------------------------------------- sampling of images
+
+
+def sample_images(
+    settings: Settings,
+    model: UNet,
+    series: str,
+    numbers: range,
+    steps: int,
+    bar: tqdm | None = None,
+) -> Tensor:
+    """Draws the images ``numbers`` of a series, (n, C, 28, 28) uint8 on the CPU.
+
+    Image k of a series, ``preview`` or ``image``, has random streams of its own and does not depend
+    on those it is drawn with. bar: shows every network evaluation. Raises UserError when an image
+    is not a number.
+    """
+    device = next(model.parameters()).device
+    diffusion = GaussianDiffusion(settings.timesteps, device)
+    shape = (model.channels, IMAGE_SIZE, IMAGE_SIZE)
+    streams = [random_stream(settings.seed, series, k, device=device) for k in numbers]
+    generators = shot_generators(settings, [(series, k, "shots") for k in numbers], device)
+
+    def draw_noise(_: Tensor | None = None) -> Tensor:
+        """Noise of every image's own stream: (n, C, 28, 28)."""
+        return torch.stack([torch.randn(shape, generator=s, device=device) for s in streams])
+
+    def predict_v(x: Tensor, t: Tensor) -> Tensor:
+        """The network's prediction, and progress."""
+        if bar is not None:
+            bar.update()
+        return model(x, t, generators)
+
+    images = diffusion.sample(predict_v, draw_noise(), min(steps, settings.timesteps), draw_noise)
+    if images.isnan().any():
+        raise UserError(f"{settings.name}: its images are not numbers; train with a lower --lr")
+    return to_uint8(images).cpu()
+
+
+def preview_steps(settings: Settings) -> list[int]:
+    """After how many training steps there is a preview, in rising order, without repetition."""
+    n = settings.n_frames
+    return sorted({math.ceil(settings.steps * k / n) for k in range(1, n + 1)})
+
+
+def preview_path(folder: Path, step: int) -> Path:
+    """Where the preview of a step is."""
+    return folder / "samples" / f"step_{step:06d}.png"
+
+
+def save_preview(folder: Path, settings: Settings, model: UNet, step: int) -> None:
+    """Writes a few images of a model in training, always from the same noise."""
+    steps = min(PREVIEW_STEPS, settings.sample_steps)
+    numbers = range(settings.n_samples)
+    images = sample_images(settings, model, "preview", numbers, steps)
+    preview_path(folder, step).parent.mkdir(exist_ok=True)
+    save_grid(preview_path(folder, step), images)
+
+
+def sample_final(settings: Settings, model: UNet, folder: Path, n_eval: int, run_hash: str) -> None:
+    """Brings ``samples_final.png`` to ``n_eval`` images; those already there are kept.
+
+    Raises UserError when the file is damaged or another run's.
+    """
+    path = folder / "samples_final.png"
+    images = torch.empty(0, model.channels, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
+    if path.exists():
+        images = load_grid(path)
+        if grid_description(path).get("run") != run_hash:
+            raise UserError(f"{path}: of a run with other settings; remove it to draw it again")
+
+    # A GPU takes hardly longer for more images at once.
+    size = 64 if next(model.parameters()).device.type == "cpu" else 512
+    chunks = range(len(images), n_eval, size)
+    steps = min(settings.sample_steps, settings.timesteps)
+    evaluations = len(GaussianDiffusion(settings.timesteps).sampling_levels(steps))
+    with tqdm(total=len(chunks) * evaluations, desc="sampling", disable=not chunks) as bar:
+        for first in chunks:
+            # Fewer than 16 images would round differently on a CPU: draw 16 and keep n.
+            n = min(size, n_eval - first)
+            numbers = range(first, first + max(n, 16))
+            new = sample_images(settings, model, "image", numbers, steps, bar)
+            images = torch.cat([images, new[:n]])
+            save_grid(path, images, run=run_hash)
+    if read_config(folder / "config.json")["n_eval"] != len(images):
+        update_config(folder, n_eval=len(images))
+
+
+# ------------------------------------------------------------------------------------ pictures
+
+TILE_PADDING = 2  # white pixels between the tiles of a picture, before enlargement
+
+
 def tile(images: Tensor, columns: int, scale: int = 1) -> np.ndarray:
-    """Images (N, C, H, W) uint8 as one picture (height, width, C), row by row on a white ground,
-    TILE_PADDING pixels apart and then enlarged ``scale`` times."""
+    """Images (N, C, H, W) uint8 as one picture (height, width, C), row by row.
+
+    On a white ground, TILE_PADDING pixels apart, and then enlarged ``scale`` times.
+    """
+    # A white rim around every tile and around the whole.
     half = [TILE_PADDING // 2] * 4
     tiles = F.pad(images.cpu(), half, value=255)
     picture = torchvision.utils.make_grid(tiles, nrow=columns, padding=0, pad_value=255)
-    picture = F.pad(picture, half, value=255)[: images.shape[1]].permute(1, 2, 0)
+    picture = F.pad(picture, half, value=255)
+    picture = picture[: images.shape[1]].permute(1, 2, 0)  # make_grid makes three channels of one
     return picture.repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy()
 
 
-def save_grid(path: Path, images: Tensor) -> None:
-    """Saves images (N, C, H, W) uint8 as one lossless PNG, with a description to split it by: the
-    text chunk ``grid``, JSON. Tile k stands at row k // columns, column k % columns."""
+def split_tiles(picture: np.ndarray, grid: dict) -> Tensor:
+    """The images (N, C, H, W) uint8 of a picture (height, width) or (height, width, C).
+
+    grid: the description that ``save_grid`` wrote.
+    """
+    scale, padding, columns = grid["scale"], grid["padding"], grid["columns"]
+    rows = math.ceil(grid["count"] / columns)
+    height = grid["tile_height"] + padding
+    width = grid["tile_width"] + padding
+
+    # Back to single pixels, without the outer rim.
+    half = padding // 2
+    canvas = torch.from_numpy(picture[::scale, ::scale].copy())
+    canvas = canvas.view(*canvas.shape[:2], -1)[half : half + rows * height]
+    canvas = canvas[:, half : half + columns * width]
+
+    # (rows, height, columns, width, C) to (rows columns, C, height, width).
+    tiles = canvas.view(rows, height, columns, width, -1).permute(0, 2, 4, 1, 3).flatten(0, 1)
+    return tiles[: grid["count"], :, half:-half, half:-half].contiguous()
+
+
+def save_grid(path: Path, images: Tensor, run: str = "") -> None:
+    """Saves images (N, C, H, W) uint8 as one lossless PNG, with a description to split it by.
+
+    The text chunk ``grid`` is JSON. Tile k stands at row k // columns, column k % columns. run: a
+    hash of the settings of the run that the images belong to.
+    """
+    # Nearly square, but of at least five columns; enlarged to about 640 pixels.
     n, channels, height, width = images.shape
     columns = min(n, max(5, math.ceil(math.sqrt(n))))
-    scale = max(1, min(4, 640 // (columns * (width + TILE_PADDING))))
-    description = {"count": n, "columns": columns, "tile_height": height, "tile_width": width}
-    description |= {"padding": TILE_PADDING, "scale": scale, "channels": channels}
+    description = {
+        "count": n,
+        "columns": columns,
+        "tile_height": height,
+        "tile_width": width,
+        "padding": TILE_PADDING,
+        "scale": max(1, min(4, 640 // (columns * (width + TILE_PADDING)))),
+        "channels": channels,
+        "value_range": [-1.0, 1.0],
+        "run": run,
+    }
     text = PngImagePlugin.PngInfo()
-    text.add_text("grid", json.dumps(description | {"value_range": [-1.0, 1.0]}))
+    text.add_text("grid", json.dumps(description))
+    picture = tile(images, columns, description["scale"])
     buffer = io.BytesIO()
-    Image.fromarray(tile(images, columns, scale).squeeze()).save(buffer, "png", pnginfo=text)
+    Image.fromarray(picture.squeeze()).save(buffer, "png", pnginfo=text)
     write_atomic(path, buffer.getvalue())
+
+
+def grid_description(path: Path) -> dict:
+    """The description in a grid of ``save_grid``. Raises UserError when there is none."""
+    with reading(path, "a sample grid of this project"), Image.open(path) as picture:
+        return json.loads(picture.text["grid"])
 
 
 def load_grid(path: Path) -> Tensor:
     """The images (N, C, H, W) uint8 of ``save_grid``, to the bit. Raises UserError when damaged."""
+    grid = grid_description(path)
     with reading(path, "a sample grid of this project"), Image.open(path) as picture:
-        grid = json.loads(picture.text["grid"])
-        n, columns, scale, padding = (grid[k] for k in ("count", "columns", "scale", "padding"))
-        height, width = grid["tile_height"] + padding, grid["tile_width"] + padding
-        shape = -(-n // columns) * height + padding, columns * width + padding, grid["channels"]
-        pixels = picture.height / scale, picture.width / scale, {"L": 1, "RGB": 3}[picture.mode]
-        assert pixels == shape, f"{pixels}, described as {shape}"
-        canvas, half = torch.from_numpy(np.array(picture)[::scale, ::scale]), padding // 2
-        canvas = canvas.view(shape)[half:-half, half:-half]
-        tiles = canvas.unfold(0, height, height).unfold(1, width, width).flatten(0, 1)[:n]
-        return tiles[..., half:-half, half:-half].contiguous()
+        pixels = np.array(picture)
+        images = split_tiles(pixels, grid)
+
+        # A flipped bit may change pixels: then the enlarged tiles or the white between do not fit.
+        again = tile(images, grid["columns"], grid["scale"]).squeeze()
+        if images.shape[1] != grid["channels"] or not np.array_equal(again, pixels):
+            raise ValueError("its pixels are not the tiles that its description tells of")
+    return images
 
 
-def save_gif(path: Path, frames: Sequence[tuple[str, Tensor]]) -> None:
-    """Saves (caption, images (N, C, H, W) uint8) frames as an animation, at most ten images each.
-    The enlargement shrinks from 4, and then every other frame goes, until it has 400 kB."""
-    for scale, stride in ((4, 1), (3, 1), (2, 1), (1, 1), (1, 2), (1, 4), (1, 8)):
-        pictures = []
-        for caption, images in frames[::-1][::stride][::-1]:  # the last frame always stays
-            strip = Image.fromarray(tile(images[:10], 10, scale).squeeze()).convert("RGB")
-            canvas = ImageOps.expand(strip, (0, 7 * scale, 0, 0), "white")
-            ImageDraw.Draw(canvas).text((4, scale), caption, fill="black", font_size=5 * scale)
-            pictures.append(canvas.quantize(64))
-        buffer = io.BytesIO()
-        options = {"duration": [200] * (len(pictures) - 1) + [2000], "loop": 0}  # milliseconds
-        pictures[0].save(buffer, "gif", save_all=True, append_images=pictures[1:], **options)
-        if buffer.tell() < 400_000:
-            break
+def save_gif(path: Path, frames: Sequence[tuple[str, Tensor]], scale: int = 3) -> None:
+    """Saves (caption, images (N, C, H, W) uint8) frames, ten images each at most, as a GIF."""
+    pictures = []
+    for caption, images in frames:
+        # A row of images, and white above it for the caption.
+        strip = Image.fromarray(tile(images[:10], 10, scale).squeeze()).convert("RGB")
+        canvas = ImageOps.expand(strip, (0, 7 * scale, 0, 0), "white")
+        ImageDraw.Draw(canvas).text((4, scale), caption, fill="black", font_size=5 * scale)
+        pictures.append(canvas.quantize(64))
+
+    # The last frame stays for two seconds.
+    durations = [200] * (len(pictures) - 1) + [2000]  # milliseconds
+    buffer = io.BytesIO()
+    pictures[0].save(
+        buffer, "gif", save_all=True, append_images=pictures[1:], duration=durations, loop=0
+    )
     write_atomic(path, buffer.getvalue())
 
 
-def save_figure(path: Path, figure: plt.Figure) -> None:
-    """Writes a matplotlib figure at 200 dpi, or fewer where that makes over 6,000 pixels."""
-    dpi = min(200, 6000 / max(figure.get_size_inches()))
-    figure.savefig(buffer := io.BytesIO(), format="png", dpi=dpi, bbox_inches="tight")
-    write_atomic(path, buffer.getvalue())
+def render(figure: Figure) -> bytes:
+    """A matplotlib figure as a PNG of 200 dpi, or fewer where that makes over 4,000 pixels."""
+    dpi = min(200, 4000 / max(figure.get_size_inches()))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight")
+    return buffer.getvalue()
 
 
-def save_loss_curve(path: Path, losses: Tensor, title: str) -> None:
-    """Draws the loss of every step and its mean over a hundredth of the run."""
+def draw_loss_curve(losses: Tensor, title: str) -> Figure:
+    """The loss of every step (steps,), and its mean over a hundredth of the run."""
+    # The moving mean, drawn at the middle of its window.
     window = max(1, len(losses) // 100)
-    smooth, figure = F.avg_pool1d(losses[None], window, 1)[0], plt.Figure(figsize=(5, 3))
+    smooth = F.avg_pool1d(losses[None], window, 1)[0]
+    centres = torch.arange(len(smooth)) + (window + 1) / 2
+
+    figure = Figure(figsize=(5, 3))
     axes = figure.subplots()
     axes.semilogy(torch.arange(len(losses)) + 1, losses, "#bbbbbb", lw=0.5, label="each step")
-    centres = torch.arange(len(smooth)) + (window + 1) / 2
     axes.semilogy(centres, smooth, "#0072b2", lw=1.2, label=f"mean of {window}")
     axes.set(xlabel="optimizer step", ylabel="mean squared error of v", title=title)
     axes.legend(frameon=False)
-    save_figure(path, figure)
+    return figure
 
 
-def save_circuit(path: Path, settings: Settings) -> None:
-    """Draws the gate's circuit by PennyLane, or of a very large one its first qubits and layers."""
-    n, layers = min(settings.n_qubits, 32), min(settings.n_layers, EXACT_LAYERS)
-    weights = torch.zeros(layers, n, 1 if settings.arm == "published" else 2)
-    qnode = make_qnode(Settings(settings.arm, n_qubits=n, n_layers=layers))
-    figure, axes = qml.draw_mpl(qnode)(torch.zeros(n), weights)
-    axes.set_title(f"{n} of {settings.n_qubits} qubits, {layers} of {settings.n_layers} layers")
-    save_figure(path, figure)
-    plt.close(figure)
+@cache
+def draw_circuit(circuit: Callable, n_qubits: int, n_layers: int, n_weights: int) -> bytes:
+    """A circuit drawn by PennyLane as a PNG; of a very large one the first qubits and layers."""
+    n, layers = min(n_qubits, 32), min(n_layers, 4)
+    operations = [operation for operation, _ in record(circuit, n, layers, n_weights)]
+    tape = qml.tape.QuantumScript(operations, [qml.expval(qml.Z(i)) for i in range(n)])
+    figure, axes = qml.drawer.tape_mpl(tape)
+    axes.set_title(f"{n} of {n_qubits} qubits, {layers} of {n_layers} layers")
+    pyplot.close(figure)
+    return render(figure)
 
 
-# ------------------------------------------------------------------ run folder and checkpoints
+@contextlib.contextmanager
+def decoration(path: Path) -> Iterator[None]:
+    """A picture that cannot be made costs a line, not the run.
+
+    The user's matplotlibrc is not read, so that pictures look the same everywhere.
+    """
+    try:
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            yield
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        print(f"NOTICE: no {path} ({reason})", file=sys.stderr)
+
+
+def draw_pictures(settings: Settings, folder: Path) -> None:
+    """Draws what is missing of the pictures of a finished training: losses, previews, circuit."""
+    path = folder / "loss_curve.png"
+    if not path.exists():
+        with decoration(path):
+            rows = (folder / "loss.csv").read_text().splitlines()[1:]
+            losses = torch.tensor([float(row.split(",")[1]) for row in rows])
+            write_atomic(path, render(draw_loss_curve(losses, settings.name)))
+
+    path = folder / "training_progress.gif"
+    if not path.exists():
+        with decoration(path):
+            previews = {k: preview_path(folder, k) for k in preview_steps(settings)}
+            frames = [
+                (f"step {k}  {settings.name}", load_grid(preview))
+                for k, preview in previews.items()
+                if preview.exists()
+            ]
+            save_gif(path, frames)
+
+    path = folder / "circuit.png"
+    arm = ARMS[settings.arm]
+    if arm.circuit is not None and not path.exists():
+        with decoration(path):
+            sizes = (settings.n_qubits, settings.n_layers, arm.n_weights)
+            write_atomic(path, draw_circuit(arm.circuit, *sizes))
+
+
+# ---------------------------------------------------------------------------------- run folder
+
+
 def run_config(settings: Settings, images: Tensor, counts: dict, device: torch.device) -> dict:
-    """What made a run, for ``config.json``. ``images`` are those trained on, (n, C, H, W) uint8."""
-    weights = list(UNet(images.shape[1], settings).named_parameters())
-    counted = {"model": weights, "gate": [item for item in weights if item[0].startswith("gate.")]}
-    counted["trainable"] = [item for item in weights if item[1].requires_grad]
-    commit = hardware = ""
-    with contextlib.suppress(FileNotFoundError):  # no git on this machine
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-        commit = done.stdout.strip()
-    with contextlib.suppress(OSError):  # Linux tells the model
-        hardware = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].split("\n")[0]
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else hardware
-    digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
+    """What made a run, for ``config.json``.
+
+    images: those trained on, (n, C, H, W) uint8, before any are turned or mirrored.
+    """
+    # How many parameters there are.
+    model = make_unet(images.shape[1], settings)
+    parameters = {
+        "model": list(model.parameters()),
+        "gate": list(model.gate.parameters()) if model.gate is not None else [],
+        "trainable": [p for p in model.parameters() if p.requires_grad],
+    }
+    counted = {name: sum(p.numel() for p in part) for name, part in parameters.items()}
+
+    versions = {module.__name__: module.__version__ for module in (torch, qml, np)}
     config = {
         "condition": settings.condition,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "settings": asdict(settings) | {"label_name": CLASS_NAMES[settings.label]},
-        "images": {"split": "train", **counts, "used": len(images), "sha256": digest},
-        "weights": {"weights_sha256": None},
+        "images": {
+            "split": "train",
+            **counts,
+            "used": len(images),
+            "sha256": hashlib.sha256(images.contiguous().numpy()).hexdigest(),
+        },
+        "weights": {"weights_sha256": None},  # of another run's model (--weights)
+        "circuit": {"operations": circuit_text(settings)},
+        "model_sha256": None,  # of model.pt, once trained
         "n_eval": 0,  # images in samples_final.png, once they are all there
-        "parameters": {k: sum(p.numel() for _, p in part) for k, part in counted.items()},
-        "versions": {"python": sys.version.split()[0]}
-        | {module.__name__: module.__version__ for module in (torch, qml, np)},
-        "git": commit,
-        "device": f"{device}, {hardware or 'unknown'}, {torch.backends.cpu.get_cpu_capability()}",
+        "parameters": counted,
+        "versions": {"python": sys.version.split()[0]} | versions,
+        "git": git_commit(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
     }
-    return json.loads(json.dumps(config))
+    return json.loads(json.dumps(config))  # as it will be read
+
+
+def circuit_text(settings: Settings) -> str | None:
+    """The operations of the run's circuit, for example ``RY(x0) 0; CNOT 0 1``; None: no circuit."""
+    arm = ARMS[settings.arm]
+    if arm.circuit is None:
+        return None
+    sizes = (settings.n_qubits, settings.n_layers, arm.n_weights)
+    return "; ".join(map(str, record(arm.circuit, *sizes)))
+
+
+def git_commit() -> str:
+    """The commit of this script, ``-dirty`` when it was changed since; empty: not known."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    where = Path(__file__).parent
+    try:
+        done = subprocess.run(command, cwd=where, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):  # no git, or one that hangs
+        return ""
+    return done.stdout.strip()
+
+
+def device_name(device: torch.device) -> str:
+    """The device, its model, and the CPU's instruction set."""
+    hardware = "unknown"
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        with contextlib.suppress(OSError):  # Linux tells the model
+            rows = Path("/proc/cpuinfo").read_text().splitlines()
+            models = [row.split(":")[1].strip() for row in rows if row.startswith("model name")]
+            hardware = models[0] if models else hardware
+    return f"{device}, {hardware}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+IDENTITY = ("settings", "images", "weights", "circuit")  # parts of config.json that make a run
+
+
+def run_hash(config: dict) -> str:
+    """A hash of what makes a run, kept in its checkpoint and its final images."""
+    identity = {part: config[part] for part in IDENTITY}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def read_config(path: Path) -> dict:
     """A run's ``config.json``. Raises UserError when it is none, or an older version's."""
     with reading(path, "a run's configuration of this version"):
         config = json.loads(path.read_text())
-        assert all(isinstance(config[part], dict) for part in ("settings", "images", "weights"))
+        if not all(isinstance(config[part], dict) for part in IDENTITY):
+            raise ValueError(f"expected {', '.join(IDENTITY)}")
         return config
 
 
-def differences(path: Path, config: dict, skip: Sequence[str] = ()) -> str:
-    """In what a run's ``config.json`` differs from ``config``, for an error; empty: in nothing."""
-    known, asked = (c["settings"] | c["images"] | c["weights"] for c in (read_config(path), config))
-    return ", ".join(
-        f"{key} {known.get(key)!r} (asked for: {value!r})"
-        for key, value in asked.items()
-        if key not in skip and known.get(key) != value
-    )
+def update_config(folder: Path, **changes: object) -> None:
+    """Changes entries of a run's ``config.json``."""
+    path = folder / "config.json"
+    write_atomic(path, json.dumps(read_config(path) | changes, indent=2))
+
+
+def differences(known: dict, asked: dict, skip: Sequence[str] = ()) -> str:
+    """In what two configurations differ, for an error; empty: in nothing that makes a run."""
+    found = []
+    for part in IDENTITY:
+        for key, value in asked[part].items():
+            if key in skip or known[part].get(key) == value:
+                continue
+            # Of circuits only the first operation that is another.
+            before, now = known[part].get(key), value
+            if key == "operations":
+                before, now = first_difference(before or "", now or "")
+            found.append(f"{key} {before!r} (asked for: {now!r})")
+    return ", ".join(found)
+
+
+def first_difference(one: str, other: str) -> tuple[str, str]:
+    """The first operations in which two circuits differ; empty: it has no more."""
+    pairs = itertools.zip_longest(one.split("; "), other.split("; "), fillvalue="")
+    return next((a, b) for a, b in pairs if a != b)
+
+
+def check_folder(folder: Path, config: dict) -> None:
+    """Raises UserError when a folder is not this run's; one without results can be any run's."""
+    path = folder / "config.json"
+    results = ("checkpoint.pt", "model.pt", "samples_final.png")
+    has_begun = any((folder / name).exists() for name in results)
+    if not path.exists():
+        if folder.exists() and any(name[0] != "." for name in os.listdir(folder)):
+            raise UserError(f"{folder} has no config.json: not a run; use another --save_dir")
+    elif has_begun and (difference := differences(read_config(path), config)):
+        raise UserError(f"{folder} is another run: {difference}; use another --save_dir")
 
 
 @contextlib.contextmanager
 def open_run(folder: Path, config: dict) -> Iterator[None]:
-    """Creates the run folder, or makes sure that it is this very run's and no other process works
-    in it. Raises UserError otherwise, and names the settings that differ."""
-    path = folder / "config.json"
-    if not path.exists() and {f.name[:12] for f in folder.glob("*")} - {".lock", ".config.json"}:
-        raise UserError(f"{folder} has no config.json: not a run; use another --save_dir")
+    """Makes the run folder this run's, and keeps other processes out of it.
+
+    Raises UserError when another process works in it, or when it is another run's.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = filelock.FileLock(folder / ".lock").acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(f"{folder} is in use by another process") from None
+    except (OSError, NotImplementedError) as error:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        found = f"{folder}: no file can be locked there ({error})"
+        raise UserError(f"{found}; use a --save_dir on another disk") from None
     with lock:
-        if not path.exists():
+        check_folder(folder, config)
+
+        # A folder without results becomes this run's, whatever it was before.
+        path = folder / "config.json"
+        if not path.exists() or differences(read_config(path), config):
+            for picture in [*folder.glob("*.png"), *folder.glob("*.gif"), *folder.glob("*/*.png")]:
+                picture.unlink()
             write_atomic(path, json.dumps(config, indent=2))
-        if found := differences(path, config):
-            raise UserError(f"{folder} is another run: {found}; use another --save_dir")
-        for left in [*folder.glob(".*.[0-9]*.tmp"), *folder.glob("samples/.*.[0-9]*.tmp")]:
-            left.unlink()  # by a process that was killed while it wrote
+
+        # What a process left that was killed while it wrote.
+        for unfinished in [*folder.glob(".*.part"), *folder.glob("samples/.*.part")]:
+            unfinished.unlink()
         yield
 
 
 def find_weights(folder: Path, settings: Settings, config: dict) -> dict:
-    """The ``model.pt`` of the ideal run of the same arm, data, class, size and seed in ``folder``,
-    as entries of ``config.json``. Raises UserError: there is none, or it was trained otherwise."""
+    """Entries of ``config.json`` for a run that samples another run's model (--weights).
+
+    This is the ideal run of the same arm, data, class, size and seed in ``folder``. Raises
+    UserError: there is none, or it was trained otherwise.
+    """
+    # The same run under ideal conditions.
     path = folder / replace(settings, **IDEAL, sample_steps=SAMPLE_STEPS).name / "model.pt"
     if not path.is_file():
         raise UserError(f"--weights {folder}: no {path}; train it, or name its folder")
+    if settings.condition == "":
+        raise UserError("--weights: name another condition, for example --shots 1000")
+
+    # It must have been trained as is asked for, and be whole.
+    source = read_config(path.with_name("config.json"))
     skip = (*IDEAL, "sample_steps", "n_frames", "n_samples", "weights_sha256")
-    if found := differences(path.with_name("config.json"), config, skip):
-        raise UserError(f"--weights {folder}: {path} was trained with {found}")
+    if difference := differences(source, config, skip):
+        raise UserError(f"--weights {folder}: {path} was trained with {difference}")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != source["model_sha256"]:
+        raise UserError(f"{path}: damaged, or of another run; remove it and train again")
     return {"weights": {"weights_sha256": digest}, "weights_from": str(path)}
 
 
-# ------------------------------------------------------------------------------------ training
-def training_batch(settings: Settings, images: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One step's x0 (B, C, H, W) float in -1..1, t (B,) int64 and noise like x0, by seed and step.
-    The images are consecutive pieces of one shuffle of the training set after another. The
-    timesteps are stratified, one in each of B equal parts of 0..T, which lowers the variance."""
-    size, n, device = settings.batch_size, len(images), images.device
-    epochs = range(step * size // n, ((step + 1) * size - 1) // n + 1)
-    stream, start = partial(random_stream, settings.seed, "shuffle"), step * size % n
-    order = torch.cat([torch.randperm(n, generator=stream(epoch)) for epoch in epochs])
-    x0 = to_float(images[order[start : start + size].to(device, non_blocking=True)])
-    generator = random_stream(settings.seed, "noise", step, device=device)
-    uniform = torch.rand(size, generator=generator, device=device)
-    t = (torch.arange(size, device=device) + uniform) * (settings.timesteps / size)
-    t = t.long().clamp(max=settings.timesteps - 1)
-    return x0, t, torch.randn(x0.shape, generator=generator, device=device)
+def load_run(folder: Path | str, device: torch.device | str = "cpu") -> tuple[Settings, UNet]:
+    """The settings of a finished run and its model, with averaged weights.
 
+    Raises UserError when the folder holds none, or a file of it is damaged.
+    """
+    folder = Path(folder)
+    config = read_config(folder / "config.json")
+    with reading(folder / "config.json", "a run's configuration of this version"):
+        known = {key: value for key, value in config["settings"].items() if key != "label_name"}
+        settings = Settings(**known)
 
-@torch.no_grad()
-def muon_step(weights: Sequence[Tensor], momenta: Sequence[Tensor], lr: float) -> None:
-    """One step of Muon (Jordan et al. 2024) on convolutions, each weight a matrix, first axis by
-    rest: three steps x <- (3.4445 - 4.7750 x x^T + 2.0315 (x x^T)^2) x bring most singular values
-    of the Nesterov momentum near 1 (Jordan's five: no clear gain); x is multiplied once, last."""
-    for weight, momentum in zip(weights, momenta, strict=True):
-        weight, grad, momentum = (x.permute(0, 2, 3, 1) for x in (weight, weight.grad, momentum))
-        x = grad.lerp(momentum.lerp_(grad, 0.05), 0.95).flatten(1)  # as stored: not a copy
-        scale, wide = max(1, len(x) / x.shape[1]) ** 0.5, len(x) <= x.shape[1]
-        x = (x if wide else x.mT) / (x.norm() + 1e-7)
-        gram, factor, total = x @ x.mT, None, None
-        for k in range(3):
-            gram = factor @ gram @ factor if k else gram
-            factor = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-            factor.diagonal().add_(3.4445)
-            total = factor @ total if k else factor
-        weight.add_((total @ x if wide else x.mT @ total).view_as(weight), alpha=-lr * scale)
-
-
-class Trainer:
-    """A model in training, its average and optimizers; continued from ``checkpoint`` if it exists.
-    images: (n, C, 28, 28) uint8, on its device. Muon trains inner convolutions, Adam the rest."""
-
-    def __init__(self, settings: Settings, images: Tensor, checkpoint: Path):
-        self.settings, self.images, self.checkpoint = settings, images, checkpoint
-        self.done, device, channels = 0, images.device, images.shape[1]  # done: steps
-        self.diffusion = GaussianDiffusion(settings.timesteps, device)
-        self.model, self.average = (UNet(channels, settings).to(device) for _ in range(2))
-        rest = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
-        hidden = [k for k, p in rest.items() if p.ndim == 4 and k[:5] not in ("stem.", "head.")]
-        self.hidden = [rest.pop(name) for name in hidden]
-        self.moments = [torch.zeros_like(p) for p in self.hidden]  # Muon's, and then Adam's
-        self.adam = torch.optim.Adam(rest.values(), settings.lr, (0.9, 0.99), fused=True)
-        for p in rest.values():
-            self.adam.state[p] = {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
-            self.adam.state[p]["step"] = torch.zeros((), device=device)
-            self.moments += self.adam.state[p].values()
-        self.losses = torch.zeros(settings.steps, device=device)
-        if checkpoint.exists():
-            with reading(checkpoint, "a checkpoint of this run; if damaged, remove it"):
-                assert zipfile.ZipFile(checkpoint).testzip() is None, "checksum"
-                state = dict(torch.load(checkpoint, map_location=device, weights_only=True))
-                assert state["name"] == settings.name, f"of {state['name']}"
-                for name in ("model", "average"):
-                    getattr(self, name).load_state_dict(state[name])
-                for own, kept in zip(self.moments, state["moments"], strict=True):
-                    own.copy_(kept.view_as(own))
-                self.done, losses = int(self.moments[-1]), state["losses"]  # Adam counts steps
-                self.losses[: self.done].view_as(losses).copy_(losses)
-                assert all(p.isfinite().all() for p in self.average.parameters()), "not finite"
-
-    def step(self) -> None:
-        """One optimizer step; never makes the host wait for the device."""
-        settings, step, device = self.settings, self.done, self.images.device
-        x0, t, noise = training_batch(settings, self.images, step)
-        if settings.shots:
-            streams = [(settings.seed, "circuit", step, k) for k in range(len(x0))]
-            self.model.gate.generators = [random_stream(*name, device=device) for name in streams]
-        x, v = self.diffusion.q_sample(x0, t, noise)
-        loss = F.mse_loss(self.model(x, t), v)
-        self.model.zero_grad()
-        loss.backward()
-        # Learning rates: warm-up over 100 steps, or a tenth of all, under a straight line to 0
-        warm_up = min(100, max(1, settings.steps // 10))
-        rate = min((step + 1) / warm_up, 1 - step / settings.steps)
-        self.adam.param_groups[0]["lr"] = rate * settings.lr
-        self.adam.step()
-        muon_step(self.hidden, self.moments[: len(self.hidden)], rate * settings.muon_lr)
-        # A decay that grows with the steps (as in TensorFlow) soon forgets the initial weights
-        decay, new = min(settings.ema_decay, (1 + step) / (10 + step)), self.model.parameters()
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), list(new), 1 - decay)
-        self.losses[step] = loss.detach()
-        self.done += 1
-
-    def save(self) -> None:
-        """Writes ``loss.csv`` and the checkpoint. Raises UserError instead, and keeps the last good
-        checkpoint, when a loss or a weight is not finite."""
-        losses = self.losses[: self.done].cpu()
-        finite = losses.isfinite()
-        finite[-1] &= all(p.isfinite().all() for p in self.model.parameters())
-        if not finite.all():
-            found = f"the loss or a weight is not finite at step {finite.int().argmin() + 1}"
-            raise UserError(f"{self.settings.name}: {found}; try a lower --lr, another --save_dir")
-        rows = "".join(f"{k},{loss!r}\n" for k, loss in enumerate(losses.tolist(), 1))
-        write_atomic(self.checkpoint.with_name("loss.csv"), "step,loss\n" + rows)
-        state = {"name": self.settings.name, "model": self.model.state_dict(), "losses": losses}
-        state |= {"average": self.average.state_dict(), "moments": self.moments}
-        write_atomic(self.checkpoint, state)
-
-
-def train(settings: Settings, images: Tensor, folder: Path) -> None:
-    """Trains one model, from its checkpoint if there is one, and writes ``model.pt``. Raises
-    UserError when it diverges, and KeyboardInterrupt, after saving, when Ctrl-C was pressed."""
-    (folder / "samples").mkdir(exist_ok=True)
-    steps, size, n = settings.steps, settings.batch_size, settings.n_frames
-    frames = [math.ceil(steps * k / n) for k in range(1, n + 1)]
-    trainer = Trainer(settings, images, folder / "checkpoint.pt")
-    previews = {k: folder / "samples" / f"step_{k:06d}.png" for k in frames}
-    preview_steps = min(PREVIEW_STEPS, settings.sample_steps, settings.timesteps)
-    interrupted = []  # Ctrl-C only fills it, so that a step is never cut in two
-    handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
-    bar = tqdm(desc=settings.name, total=steps * size, initial=trainer.done * size, unit="img")
-    try:
-        while True:
-            done, path = trainer.done, previews.get(trainer.done)
-            if path and not path.exists():
-                how = "preview", range(settings.n_samples), preview_steps, tqdm(disable=True)
-                new = trainer.diffusion.sample(trainer.average, settings.seed, *how)
-                save_grid(path, to_uint8(new))
-            if interrupted:
-                raise KeyboardInterrupt
-            if done == steps:
-                break
-            trainer.step()
-            bar.update(size)
-            if trainer.done in previews or trainer.done % 100 == 0 or interrupted:
-                trainer.save()
-                bar.set_postfix(step=trainer.done, loss=f"{trainer.losses[done].item():.4f}")
-    finally:
-        bar.close()
-        signal.signal(signal.SIGINT, handler)
-    kept = [(f"{settings.name}  step {k}", load_grid(p)) for k, p in previews.items() if p.exists()]
-    if len(kept) < len(previews):
-        print(f"NOTICE: {len(previews) - len(kept)} lost previews left out", file=sys.stderr)
-    save_gif(folder / "training_progress.gif", kept)
-    save_loss_curve(folder / "loss_curve.png", trainer.losses.cpu(), settings.name)
-    write_atomic(folder / "model.pt", {"name": settings.name} | trainer.average.state_dict())
-
-
-def sample_final(settings: Settings, folder: Path, n_eval: int, device: torch.device) -> None:
-    """Brings ``samples_final.png`` to ``n_eval`` images with the averaged weights in ``model.pt``.
-    Image k has its own random stream, so images that are already there are kept."""
-    path, weights = folder / "samples_final.png", folder / "model.pt"
-    images = [load_grid(path)] if path.exists() else []
-    with reading(weights, "this run's weights"):
-        assert zipfile.ZipFile(weights).testzip() is None, "checksum"
-        state = dict(torch.load(weights, map_location=device, weights_only=True))
-        name, ideal = state["name"], settings.name.removesuffix(f"_{settings.condition}")
-        assert name in (settings.name, ideal), f"of {name}"
-        model = UNet(state["stem.weight"].shape[1] // 4, settings).to(device)
-        model.load_state_dict({key: state[key] for key in state.keys() - {"name"}})
-        assert all(p.isfinite().all() for p in model.parameters()), "not finite"
-        assert all(x.shape[1:] == (model.channels, IMAGE_SIZE, IMAGE_SIZE) for x in images), path
-    size = 64 if device.type == "cpu" else 512  # a GPU takes hardly longer
-    chunks = range(sum(map(len, images)), n_eval, size)
-    steps = min(settings.sample_steps, settings.timesteps)
-    diffusion = GaussianDiffusion(settings.timesteps, device)
-    with tqdm(total=len(chunks) * steps, desc="sampling", disable=not chunks) as bar:
-        for first in chunks:
-            n = min(size, n_eval - first)
-            # The CPU's kernels round differently for few images: a small rest has company.
-            numbers = range(first, first + max(n, 16))
-            new = diffusion.sample(model, settings.seed, "image", numbers, steps, bar)
-            if not new.isfinite().all():
-                raise UserError(f"{weights}: its images are not finite; train with a lower --lr")
-            images.append(to_uint8(new[:n]).cpu())
-            save_grid(path, torch.cat(images))
-    config = read_config(folder / "config.json") | {"n_eval": sum(map(len, images))}
-    write_atomic(folder / "config.json", json.dumps(config, indent=2))
+    path = folder / "model.pt"
+    state = load_tensors(path, "a run's weights; remove it to train again", device)
+    with reading(path, "this run's weights; remove it to train again"):
+        if hashlib.sha256(path.read_bytes()).hexdigest() != config["model_sha256"]:
+            raise ValueError("its checksum is not that in config.json")
+        model = make_unet(state["stem.weight"].shape[1] // 4, settings).to(device)
+        model.load_state_dict(state)
+    return settings, model
 
 
 # -------------------------------------------------------------------------------- command line
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """The command line; most flags are the fields of Settings."""
-    epilog = "arms:\n" + "\n".join(f"  {arm:10} {text}" for arm, text in ARMS.items())
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=epilog, formatter_class=formatter)
+    """The command line; most flags are fields of Settings, and their ranges are checked there."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="arms:\n" + "\n".join(f"  {name:10} {arm.text}" for name, arm in ARMS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.error = lambda message: parser.exit(2, f"error: {' '.join(message.split())}\n")
-    add, arm = parser.add_argument, parser.add_mutually_exclusive_group()
-    for flag, options in DATA_FLAGS.items():
-        add(flag, **options)
+    add_data_flags(parser)
+
+    # What to run.
+    arm = parser.add_mutually_exclusive_group()
     arm.add_argument("--arm", nargs="+", choices=ARMS, metavar="ARM", help="list; see below")
-    text = "shorthand for --arm quantum (True) or --arm classical (False)"
-    arm.add_argument("--use_quantum", nargs="?", const="True", choices=["True", "False"], help=text)
-    count = {"type": between(1, 10**9, "all"), "default": [None], "metavar": "N"}
-    add("--n_train", nargs="+", **count, help="training images a run, list, or all (default: all)")
-    add("--seeds", nargs="+", type=between(0, 2**63 - 1), default=[0], help="list (default: 0)")
+    arm.add_argument(
+        "--use_quantum", nargs="?", const="True", choices=["True", "False"],
+        help="shorthand for --arm quantum (True) or --arm classical (False)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--n_train", nargs="+", type=whole_number_or_all, default=[None], metavar="N",
+        help="training images a run, list, or all (default: all)",
+    )  # fmt: skip
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="list (default: 0)")
+
+    # Training.
     length = parser.add_mutually_exclusive_group()
-    for item in fields(Settings):
-        if item.metadata:
-            where = length if item.name == "steps" else parser
-            flag = where.add_argument(f"--{item.name}", default=item.default, **item.metadata)
-            flag.help += "" if item.default is None else " (default: %(default)s)"
-    length.add_argument("--epochs", type=between(1, 10**6), help="passes over what is trained on")
-    add("--n_eval", type=between(1, 50_000), default=25, help="images drawn finally (default: 25)")
-    add("--weights", type=Path, metavar="FOLDER", help="only sample the models of FOLDER's runs")
-    add("--save_dir", type=Path, default=Path("runs"), help="of the run folders (default: runs)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add_setting(length, "steps", int, "optimizer steps")
+    length.add_argument("--epochs", type=int, help="passes over what is trained on")
+    add_setting(parser, "batch_size", int, "images per step")
+    add_setting(parser, "lr", float, "peak learning rate of Adam")
+    add_setting(parser, "muon_lr", float, "and of Muon, for the inner convolutions")
+    add_setting(parser, "ema_decay", float, "target decay of the weights' moving average")
+    add_setting(parser, "timesteps", int, "noise levels T")
+    add_setting(parser, "n_qubits", int, "qubits, or units of a classical gate")
+    add_setting(parser, "n_layers", int, "circuit layers")
+    add_setting(parser, "n_frames", int, "previews in a run")
+    add_setting(parser, "n_samples", int, "images per preview")
+
+    # Conditions.
+    add_setting(parser, "sample_steps", int, "network evaluations per image, at most")
+    add_setting(parser, "simulator", str, "exact, or the name of a PennyLane device")
+    add_setting(parser, "simulator_options", json.loads, "that device's arguments", "JSON")
+    add_setting(parser, "shots", int, "measurements; by default exact means")
+    noise = "depolarising probability after one-qubit, two-qubit gates"
+    add_setting(parser, "gate_noise", two_numbers, noise, "P1,P2")
+    add_setting(parser, "readout_noise", float, "probability that a bit is flipped", "P")
+
+    # What comes out, and where.
+    parser.add_argument("--n_eval", type=int, default=25, help="final images (default: 25)")
+    parser.add_argument(
+        "--weights", type=Path, metavar="FOLDER", help="only sample the models of FOLDER's runs"
+    )
+    parser.add_argument(
+        "--save_dir", type=Path, default=Path("runs"), help="of the run folders (default: runs)"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
+    )
     return parser
 
 
+def add_setting(
+    parser: argparse.ArgumentParser,
+    name: str,
+    kind: Callable,
+    text: str,
+    metavar: str | None = None,
+) -> None:
+    """A flag for a field of Settings, with its default."""
+    default = getattr(Settings, name)
+    text += "" if default is None else " (default: %(default)s)"
+    parser.add_argument(f"--{name}", type=kind, default=default, help=text, metavar=metavar)
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of the data set."""
+    names = f"list of {', '.join(PATHMNIST_CLASSES)} or 0-8, or all (default: adenocarcinoma)"
+    parser.add_argument(
+        "--labels", dest="classes", nargs="+", choices=[*CLASS_IDS, "all"], metavar="NAME",
+        help=names,
+    )  # fmt: skip
+    parser.add_argument(
+        "--augment", action=argparse.BooleanOptionalAction, default=True,
+        help="train on the eight symmetries of each image (default)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--data", choices=["auto", "pathmnist", "tissue"], default="auto",
+        help="auto (default) takes PathMNIST, or without a network scikit-image's tissue",
+    )  # fmt: skip
+    parser.add_argument(
+        "--data_dir", type=Path, default="data", help="holds pathmnist.npz (default: data)"
+    )
+
+
+def whole_number_or_all(text: str) -> int | None:
+    """An argparse type: a whole number, or None for ``all``."""
+    return None if text == "all" else int(text)
+
+
+def two_numbers(text: str) -> tuple[float, float]:
+    """An argparse type: two numbers with a comma between."""
+    first, second = text.split(",")
+    return float(first), float(second)
+
+
 def this_process(device: str) -> tuple[torch.device, int, int]:
-    """The device, and which process this is, of how many: RANK and WORLD_SIZE, set by torchrun or a
-    job array; LOCAL_RANK gives each a GPU. Raises UserError when there is none, or no such rank."""
-    size, local = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_RANK", "0")
-    rank = os.environ.get("RANK", "0" if size == "1" else "")
-    whole = all(x.isdecimal() and len(x) < 10 for x in (rank, size, local))
-    if not (whole and int(rank) < int(size)):
-        raise UserError(f"RANK={rank} WORLD_SIZE={size} LOCAL_RANK={local}: not whole, or too big")
+    """The device, the number of this process, and how many there are.
+
+    A launcher or job array sets RANK and WORLD_SIZE; LOCAL_RANK gives each process of a machine a
+    GPU of its own. Raises UserError when there is no such device or rank.
+    """
+    # The launcher's numbers.
+    numbers = {}
+    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        text = os.environ.get(name, default)
+        try:
+            numbers[name] = int(text)
+        except ValueError:
+            raise UserError(f"{name}={text[:20]} in the environment: no whole number") from None
+    rank, size, local = numbers.values()
+    if size > 1 and "RANK" not in os.environ:
+        raise UserError(f"WORLD_SIZE={size} without RANK: set RANK to this process's number too")
+    if not 0 <= rank < size or local < 0:
+        raise UserError(f"RANK={rank} WORLD_SIZE={size}: expected a rank of 0 to {size - 1}")
+
+    # The device.
     count = torch.cuda.device_count()
-    device = device.replace("auto", "cuda" if count else "cpu")
+    if device == "auto":
+        device = "cuda" if count else "cpu"
     if device == "cuda" and count:
-        device = f"cuda:{int(local) % count}"
+        device = f"cuda:{local % count}"
     if device not in ("cpu", *(f"cuda:{k}" for k in range(count))):
         expected = f"auto, cpu, cuda or cuda:N; {count} CUDA devices found; use --device cpu"
         raise UserError(f"--device {device}: expected {expected}")
-    return torch.device(device), int(rank), int(size)
+    return torch.device(device), rank, size
+
+
+class DataSet(NamedTuple):
+    """What runs are trained on."""
+
+    source: str
+    images: Tensor  # (N, C, 28, 28) uint8
+    labels: Tensor  # (N,)
+    total: int  # images of all classes
+    augment: Callable[[Tensor], Sequence] | None  # eight of each image (the PathMNIST script)
+
+    def of_classes(self, label_ids: Sequence[int]) -> "DataSet":
+        """The same with images of these classes alone, which takes less memory."""
+        wanted = torch.isin(self.labels, torch.tensor(label_ids))
+        return self._replace(images=self.images[wanted], labels=self.labels[wanted])
+
+    def chosen_images(self, settings: Settings) -> Tensor:
+        """The images of a run's class and size, drawn by its seed."""
+        n_train, seed = settings.n_train, settings.seed
+        return select_images(self.images, self.labels, settings.label, n_train, seed)
+
+    def training_images(self, settings: Settings, device: torch.device) -> Sequence:
+        """What a run is trained on: these, or eight of each."""
+        images = self.chosen_images(settings).to(device)
+        return self.augment(images) if self.augment else images
+
+
+class Run(NamedTuple):
+    """A run that the flags ask for."""
+
+    settings: Settings
+    config: dict
+
+
+def settings_of_flags(args: argparse.Namespace, arm: str, **others: object) -> Settings:
+    """The settings of a run of an arm; a circuit's conditions only where there is a circuit."""
+    not_flags = ("arm", "data", "label", "n_train", "seed")
+    names = [field.name for field in fields(Settings) if field.name not in not_flags]
+    values = {name: getattr(args, name) for name in names} | others
+    settings = Settings(arm, **values)  # checks all flags, those of no use to this arm too
+    return replace(settings, **IDEAL) if ARMS[arm].circuit is None else settings
+
+
+def plan_run(
+    args: argparse.Namespace, data: DataSet, device: torch.device, arm: str, others: dict
+) -> Run:
+    """The settings and the configuration of a run. Raises UserError when it cannot be made.
+
+    others: the settings that are no flags: data, label, n_train and seed.
+    """
+    settings = settings_of_flags(args, arm, **others)
+    images = data.chosen_images(settings)
+    available = int((data.labels == settings.label).sum())
+    counts = {"total": data.total, "available": available}
+    if data.augment:
+        counts["symmetries"] = 8
+
+    # Epochs are passes over what is trained on, symmetries included.
+    if args.epochs is not None:
+        n_images = len(images) * counts.get("symmetries", 1)
+        steps = math.ceil(args.epochs * n_images / settings.batch_size)
+        settings = settings_of_flags(args, arm, **others, steps=steps)
+
+    config = run_config(settings, images, counts, device)
+    if args.weights is not None:
+        config |= find_weights(args.weights, settings, config)
+    check_folder(args.save_dir / settings.name, config)
+    return Run(settings, config)
 
 
 def make_all(args: argparse.Namespace, augment: Callable | None = None) -> None:
-    """Makes every missing run that the flags ask for, or this process's share of them. ``augment``
-    makes eight of each image. Mistakes are found before any work; one run's stops no other."""
+    """Makes every run that the flags ask for and that is not made yet, or this process's share.
+
+    Everything is checked before any folder is made. A run that fails with a UserError, the user's
+    mistake, stops no other; it is raised at the end. augment: see DataSet.
+    """
     device, rank, processes = this_process(args.device)
+    if not 1 <= args.n_eval <= 50_000:
+        raise UserError(f"--n_eval {args.n_eval}: expected 1 to 50000")
+    if args.epochs is not None and args.epochs < 1:
+        raise UserError(f"--epochs {args.epochs}: expected at least 1")
     arms = args.arm or ["quantum" if args.use_quantum == "True" else "classical"]
-    options = {f.name: getattr(args, f.name) for f in fields(Settings) if f.metadata}
-    for settings in [Settings(arm, **options) for arm in arms]:
-        if settings.arm in QUANTUM_ARMS:
-            check_simulation(settings)
+    for arm in dict.fromkeys(arms):
+        check_circuit(settings_of_flags(args, arm))
+
+    # The classes: as asked for, all, or the default.
     source, images, labels = load_images(args.data, args.data_dir)
-    names, runs, failed = args.classes or [DEFAULT_CLASS[source]], [], []
-    ids = labels.unique().tolist() if "all" in names else map(CLASS_IDS.get, names)
-    grid = itertools.product(dict.fromkeys(ids), args.n_train, arms, args.seeds)
-    for label, n_train, arm, seed in itertools.islice(grid, rank, None, processes):
-        chosen = select_images(images, labels, label, n_train, seed)
-        counts = {"total": len(labels), "available": int((labels == label).sum())}
-        if augment:
-            chosen, counts["symmetries"] = augment(chosen), 8
-        if args.epochs:
-            options["steps"] = math.ceil(args.epochs * len(chosen) / args.batch_size)
-        how = options if arm in QUANTUM_ARMS else options | IDEAL
-        settings = Settings(arm, source, label, n_train, seed, **how)
-        config = run_config(settings, chosen, counts, device)
-        if args.weights:
-            config |= find_weights(args.weights, settings, config)
-        with open_run(args.save_dir / settings.name, config):
-            runs.append((settings, config))  # not the images, of which a grid has too many
-    for number, (settings, config) in enumerate(runs, 1):
-        folder = args.save_dir / settings.name
-        print(f"[{number}/{len(runs)}] {settings.name}", flush=True)
+    names = args.classes or [DEFAULT_CLASS[source]]
+    label_ids = labels.unique().tolist() if "all" in names else [CLASS_IDS[name] for name in names]
+    data = DataSet(source, images, labels, len(labels), augment).of_classes(label_ids)
+    del images, labels
+
+    # The grid of runs, dealt out to the processes.
+    grid = [
+        (arm, {"data": data.source, "label": label, "n_train": n_train, "seed": seed})
+        for label in dict.fromkeys(label_ids)
+        for n_train in dict.fromkeys(args.n_train)
+        for arm in dict.fromkeys(arms)
+        for seed in dict.fromkeys(args.seeds)
+    ]
+    if rank >= len(grid):
+        print(f"RANK={rank} of {processes} has nothing to do: {len(grid)} runs in all")
+    share = grid[rank::processes]
+    runs = [plan_run(args, data, device, arm, others) for arm, others in share]
+
+    failures = []
+    for number, run in enumerate(runs, 1):
+        print(f"[{number}/{len(runs)}] {run.settings.name}", flush=True)
         try:
-            with open_run(folder, config):
-                model = folder / "model.pt"
-                if args.weights and not model.exists():
-                    write_atomic(model, Path(config["weights_from"]).read_bytes())
-                if not model.exists():
-                    if settings.arm in QUANTUM_ARMS:
-                        save_circuit(folder / "circuit.png", settings)
-                    which = settings.label, settings.n_train, settings.seed
-                    chosen = select_images(images, labels, *which)
-                    train(settings, (augment(chosen) if augment else chosen).to(device), folder)
-                sample_final(settings, folder, args.n_eval, device)
+            make_run(args, data, device, run)
         except UserError as error:
-            failed.append(str(error))
-    if failed:
-        raise UserError("; ".join(failed))
+            failures.append(str(error))
+    if failures:
+        raise UserError("; ".join(failures))
+
+
+def make_run(args: argparse.Namespace, data: DataSet, device: torch.device, run: Run) -> None:
+    """Makes what is missing of a run: the model, the final images, and then the pictures."""
+    settings, config = run
+    folder = args.save_dir / settings.name
+    model_path = folder / "model.pt"
+    with open_run(folder, config):
+        # The model, trained or another run's.
+        is_trained = read_config(folder / "config.json")["model_sha256"] is not None
+        if not is_trained or not model_path.exists():
+            if args.weights is not None:
+                state = Path(config["weights_from"]).read_bytes()
+            else:
+                images = data.training_images(settings, device)
+                state = train(settings, images, folder, run_hash(config)).state_dict()
+            write_atomic(model_path, state)
+            digest = hashlib.sha256(model_path.read_bytes()).hexdigest()
+            update_config(folder, model_sha256=digest)
+
+        # The images for the metrics, and what is nice to look at.
+        _, model = load_run(folder, device)
+        sample_final(settings, model, folder, args.n_eval, run_hash(config))
+        if args.weights is None:
+            draw_pictures(settings, folder)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -1122,15 +2054,576 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.stderr = sys.stderr or io.StringIO()  # closed: the progress bars need one
     try:
         args = build_parser().parse_args(argv)
-        make_all(args, None if args.augment is False else symmetries)
+        make_all(args, Symmetries if args.augment else None)
     except (UserError, OSError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "allocat" not in str(error):
+        if isinstance(error, RuntimeError) and "allocat" not in str(error):
             raise  # a fault of this script
         print("error:", " ".join(str(error).split()) or "out of memory", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command continues where it stopped", file=sys.stderr)
         sys.exit(130)
+
+
+# --------------------------------------------------- appendix: the exact simulation of circuits
+#
+# A qubit's density matrix is sum_p v_p P_p / 2 over the Pauli matrices P = I, X, Y, Z: four real
+# numbers v, of |0> (1, 0, 0, 1). On them a gate or channel is a real matrix, 4x4 on one qubit and
+# 16x16 on two, whose entries are trigonometric polynomials of the gate's angle.
+#
+# Bonds. A matrix on two neighbours is a sum of r products of matrices on one (its operator-Schmidt
+# decomposition). CNOT = |0><0| x 1 + |1><1| x X has two terms, and since a density matrix is
+# multiplied from both sides, r = 2 * 2 = 4. If the control is only measured afterwards, only I and
+# Z of it count, and r = 2. The index of the sum is a bond between the two qubits; the bonds of
+# several gates together are one bond of dimension 4 * 4 * 2 = 32 for three layers of CNOTs. So a
+# circuit on a chain is exactly a product of small tensors, one a qubit, and nothing is truncated:
+#
+#        left ---- qubit 0 ---- qubit 1 ---- ... ---- qubit n-1 ---- right
+#                     |            |                      |
+#                  I or Z       I or Z                 I or Z
+#
+# <Z_i> reads out Z of qubit i and I of all others. One sweep from the left end and one from the
+# right give the chain on either side of every qubit, with I read out; then
+# <Z_i> = (left of i) (qubit i with Z) (right of i). Gradients are autograd's. Noise is exact too,
+# as channels are matrices like gates.
+#
+# Two halves. What acts on a qubit up to its last input depends on the sample ("before"), all later
+# operations do not ("after"). So a qubit is two tensors, and the second, which is the larger one in
+# most circuits, is computed once for all samples. The bonds between two qubits are always joined in
+# the order of time into one index, the earliest slowest. So it means the same on both sides, also
+# where one qubit has a bond in "before" and its neighbour the same bond in "after": every qubit
+# splits the index by its own sizes.
+#
+# Letters: B samples, S shots, q qubits, F trigonometric functions; of a tensor: l and r bonds to
+# the left and right; o and i Pauli components after (out) and before (in).
+
+MAX_BOND_DIMENSION = 256  # between two neighbours: four layers of CNOTs, with noise
+# At 16 qubits, three layers and a batch of 64. Noise runs on default.mixed alone.
+WAY_OUT = "use --simulator lightning.qubit (2 to 7 seconds a step), with noise default.mixed"
+
+# P_p of one qubit, (4, 2, 2), and P_p x P_q of two, (16, 4, 4).
+PAULI = np.array([[[1, 0], [0, 1]], [[0, 1], [1, 0]], [[0, -1j], [1j, 0]], [[1, 0], [0, -1]]])
+READ_OUT = [0, 3]  # I, for a qubit that is not measured, and Z
+PAULIS = {1: PAULI, 2: np.einsum("pab,qcd->pqacbd", PAULI, PAULI).reshape(16, 4, 4)}
+
+
+class Factor(NamedTuple):
+    """What an operation does to one of its qubits: a matrix for each value of the bonds.
+
+    The matrices are sum_f coefficients[f] feature_f. The features are all products of one of
+    ``n_harmonics`` trigonometric functions of each parameter; without parameters F is 1.
+    """
+
+    coefficients: np.ndarray | Tensor  # (F, l, r, o, i); of a group of qubits (q, F, l, r, o, i)
+    sources: tuple = ()  # a parameter each: ("x", index) of an angle, ("w", index) of a weight
+    n_harmonics: int = 1
+
+
+class Group(NamedTuple):
+    """Qubits whose tensors have the same shapes, which are computed as one batch.
+
+    The index of a Factor's source is here a tensor (q,).
+    """
+
+    qubits: list[int]
+    before: list[Factor]  # |0>, and the operations up to the last that depends on the input
+    after: list[Factor]  # all others; at the end, I and Z are read out
+
+
+def pauli_transfer_matrix(operation: qml.operation.Operator) -> np.ndarray:
+    """A gate or channel as a real matrix on Pauli components, its wires in rising order.
+
+    R_pq = tr(P_p sum_k K_k P_q K_k^+) / d with PennyLane's Kraus operators K. Returns (4, 4) for
+    one qubit, (16, 16) for two.
+    """
+    # A gate is a channel with one Kraus operator.
+    wires = sorted(operation.wires)
+    if isinstance(operation, qml.operation.Channel):
+        kraus = operation.kraus_matrices()
+    else:
+        kraus = [operation.matrix()]
+
+    # The sum over the Kraus operators.
+    paulis = PAULIS[len(wires)]
+    total = np.zeros((len(paulis), len(paulis)))
+    for matrix in kraus:
+        matrix = qml.math.expand_matrix(qml.math.toarray(matrix), operation.wires, wires)
+        moved = matrix.astype(complex) @ paulis @ matrix.conj().T  # (q, d, d)
+        total += np.einsum("pab,qba->pq", paulis, moved).real
+    return total / paulis.shape[1]
+
+
+def harmonics(theta: Tensor) -> Tensor:
+    """1, cos, sin of an angle and cos, sin of its half, of which all gates consist.
+
+    The half angle is that of controlled rotations. (...,) -> (..., 5).
+    """
+    half = theta / 2
+    one = torch.ones_like(theta)
+    return torch.stack([one, theta.cos(), theta.sin(), half.cos(), half.sin()], -1)
+
+
+def fit_harmonics(
+    operation: qml.operation.Operator, variable: Sequence[bool]
+) -> tuple[np.ndarray, int]:
+    """The transfer matrix of an operation as a trigonometric polynomial of its parameters.
+
+    variable: which parameters are no constants. Found by evaluating PennyLane's matrix at as many
+    angles as there are functions, 3 or, with half angles, 5, and tried at other angles. Returns the
+    coefficients, (F, 4, 4) or (F, 16, 16), and the number of functions. Raises UserError when a
+    parameter enters in another way.
+    """
+
+    def matrix_at(angles: Sequence[float]) -> np.ndarray:
+        remaining = iter(angles)
+        parameters = [
+            next(remaining) if is_variable else qml.math.toarray(constant)
+            for constant, is_variable in zip(operation.parameters, variable, strict=True)
+        ]
+        return pauli_transfer_matrix(qml.ops.functions.bind_new_parameters(operation, parameters))
+
+    def features_at(angles: Sequence[float], n: int) -> np.ndarray:
+        features = np.ones(1)
+        for row in harmonics(torch.tensor(angles, dtype=torch.float64)).numpy():
+            features = np.outer(features, row[:n]).ravel()
+        return features
+
+    # As many evenly spaced angles over one period as there are functions fix the coefficients.
+    count = sum(variable)
+    test_angles = [0.3 + 0.9 * k for k in range(count)]
+    for n, period in ((3, 2 * math.pi), (5, 4 * math.pi)):
+        nodes = [period * k / n for k in range(n)]
+        combinations = list(itertools.product(nodes, repeat=count))
+        features = np.array([features_at(angles, n) for angles in combinations])
+        matrices = np.array([matrix_at(angles) for angles in combinations])
+        coefficients = np.tensordot(np.linalg.inv(features), matrices, 1)
+
+        error = np.tensordot(features_at(test_angles, n), coefficients, 1) - matrix_at(test_angles)
+        if abs(error).max() < 1e-10:
+            coefficients[abs(coefficients) < 1e-13] = 0  # rounding
+            return coefficients, n
+    raise UserError(f"{operation.name} is no trigonometric polynomial of its parameters; {WAY_OUT}")
+
+
+def cut(coefficients: np.ndarray, is_last: tuple[bool, bool]) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts two-qubit matrices (F, 16, 16) between the qubits.
+
+    With rows (low o, low i) and columns (F, high o, high i) they are one ordinary matrix M. With an
+    orthonormal basis Q of its columns, M = Q (Q^T M): Q is the low qubit's part, for all angles of
+    the gate, Q^T M the high qubit's, and their common index is the bond. is_last: whether this is
+    the low, the high qubit's last operation: then it is read out, only I and Z are needed of it,
+    and the bond is smaller. Returns the low part (1, 1, r, o, 4), with a bond to the right, and the
+    high part (F, r, 1, o, 4), with a bond to the left.
+    """
+    tensor = coefficients.reshape(-1, 4, 4, 4, 4)  # (F, low o, high o, low i, high i)
+    if is_last[0]:
+        tensor = tensor[:, READ_OUT]
+    if is_last[1]:
+        tensor = tensor[:, :, READ_OUT]
+    n_functions, low_out, high_out = tensor.shape[:3]
+
+    # (low o, low i) by (F, high o, high i).
+    matrix = tensor.transpose(1, 3, 0, 2, 4).reshape(low_out * 4, -1)
+    columns, singular_values, _ = np.linalg.svd(matrix, full_matrices=False)
+    basis = columns[:, singular_values > 1e-10 * singular_values[0]]  # Q: (low o low i, r)
+
+    low = basis.T.reshape(1, 1, -1, low_out, 4)
+    high = (basis.T @ matrix).reshape(-1, n_functions, high_out, 4)  # (r, F, high o, high i)
+    return low, high.transpose(1, 0, 2, 3)[:, :, None]
+
+
+def factors_of_qubits(recorded: Sequence[Recorded], n_qubits: int) -> list[list[Factor]]:
+    """For each qubit its factors in the order of time; the last has I and Z as its rows.
+
+    Raises UserError, with the way out, for what the exact simulation cannot do.
+    """
+    last = {wire: k for k, (operation, _) in enumerate(recorded) for wire in operation.wires}
+    factors = [[] for _ in range(n_qubits)]
+    known = {}  # coefficients and number of functions by kind of operation
+    for k, (operation, sources) in enumerate(recorded):
+        wires = sorted(operation.wires)
+        if not wires:  # a global phase
+            continue
+        is_map = operation.has_matrix or isinstance(operation, qml.operation.Channel)
+        if len(wires) > 2 or not is_map:
+            found = f"{operation.name} on {len(wires)} qubits"
+            raise UserError(f"{found}: the exact simulation knows gates on one or two; {WAY_OUT}")
+        if len(wires) == 2 and wires[1] != wires[0] + 1:
+            found = f"{operation.name} on qubits {wires[0]} and {wires[1]}"
+            raise UserError(f"{found}: the exact simulation knows neighbours only; {WAY_OUT}")
+
+        # One operation of each kind is fitted and cut.
+        variable = tuple(source is not None for source in sources)
+        is_last = tuple(last[wire] == k for wire in wires)
+        values = zip(operation.parameters, variable, strict=True)
+        constants = [0.5 if is_variable else p for p, is_variable in values]
+        kind = qml.ops.functions.bind_new_parameters(operation, constants)
+        kind = kind.map_wires({wire: j for j, wire in enumerate(wires)})
+        key = (kind.hash, variable, is_last)
+        if key not in known:
+            coefficients, n = fit_harmonics(operation, variable)
+            if len(wires) == 2:
+                known[key] = (*cut(coefficients, is_last), n)
+            else:
+                known[key] = (coefficients[:, None, None], n)
+
+        # The parameters go with the high qubit.
+        *low, high, n = known[key]
+        sources = tuple(source for source in sources if source is not None)
+        factors[wires[-1]].append(Factor(high, sources, n))
+        if low:
+            factors[wires[0]].append(Factor(low[0]))
+
+    # Where the last operation was not cut, I and Z are read out by a factor of its own.
+    for own in factors:
+        if not own or own[-1].coefficients.shape[3] == 4:
+            own.append(Factor(np.eye(4)[None, None, None, READ_OUT]))
+    return factors
+
+
+def fuse_constants(factors: Sequence[Factor]) -> list[Factor]:
+    """The same product with constant factors multiplied into their neighbours."""
+    fused = []
+    for factor in factors:
+        if not fused or (fused[-1].sources and factor.sources):
+            fused.append(factor)
+            continue
+
+        # Functions f, g; bonds l, m to the left and r, s to the right; components o <- j <- i.
+        first = fused.pop()
+        product = np.einsum("flrji,gmsoj->fglmrsoi", first.coefficients, factor.coefficients)
+        f, g, bonds_l, bonds_m, bonds_r, bonds_s, o, i = product.shape
+        product = product.reshape(f * g, bonds_l * bonds_m, bonds_r * bonds_s, o, i)
+        varying = first if first.sources else factor
+        fused.append(varying._replace(coefficients=product))
+    return fused
+
+
+def split_at_last_input(factors: Sequence[Factor]) -> tuple[list[Factor], list[Factor]]:
+    """A qubit's factors before and after its last input, of which the first begin with |0>."""
+    inputs = [k for k, f in enumerate(factors) if any(kind == "x" for kind, _ in f.sources)]
+    split = max(inputs, default=-1) + 1
+    zero = Factor(np.array([1.0, 0, 0, 1]).reshape(1, 1, 1, 4, 1))
+    before = fuse_constants([zero, *factors[:split]])
+    after = fuse_constants(factors[split:])
+    if not after:  # the readout's rows are in the first half then
+        after = [Factor(np.eye(2)[None, None, None])]
+    return before, after
+
+
+def pad_ends(halves: list[tuple[list[Factor], list[Factor]]]) -> None:
+    """Makes both ends of the chain as large as their neighbours, to be computed with them.
+
+    The first qubit has no bonds to its left and the last none to its right: one number there, or a
+    longer list that begins with this number and goes on with zeros (see ``end_of_chain``). Nothing
+    is done where a neighbour has another number of factors.
+    """
+    for end, neighbour, axis in ((0, 1, 1), (-1, -2, 2)):  # axis 1: left bonds, 2: right bonds
+        if [*map(len, halves[end])] != [*map(len, halves[neighbour])]:
+            continue
+        for half, like in zip(halves[end], halves[neighbour], strict=True):
+            for k, (factor, other) in enumerate(zip(half, like, strict=True)):
+                width = [(0, 0)] * 5
+                width[axis] = (0, other.coefficients.shape[axis] - 1)
+                half[k] = factor._replace(coefficients=np.pad(factor.coefficients, width))
+
+
+def stack_factors(
+    qubits: Sequence[Sequence[Factor]], dtype: torch.dtype, device: torch.device
+) -> list[Factor]:
+    """The factors of several qubits, of equal shapes, as one list on the device."""
+    stacked = []
+    for same in zip(*qubits, strict=True):
+        coefficients = np.stack([factor.coefficients for factor in same])
+        sources = []
+        for parameter in zip(*(factor.sources for factor in same), strict=True):
+            kind = parameter[0][0]
+            indices = [index for _, index in parameter]
+            sources.append((kind, torch.tensor(indices, device=device)))
+        coefficients = torch.from_numpy(coefficients).to(device, dtype)
+        stacked.append(same[0]._replace(coefficients=coefficients, sources=tuple(sources)))
+    return stacked
+
+
+@cache
+def compile_circuit(
+    circuit: Callable,
+    n_qubits: int,
+    n_layers: int,
+    n_weights: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> list[Group]:
+    """Reads a circuit for the exact simulation: its qubits in groups, with all constants.
+
+    Raises UserError, with the way out, for what the exact simulation cannot do: operations on three
+    qubits or on qubits that are not neighbours, computed parameters, and too large bonds.
+    """
+    # A parameter that a second recording, with other values, does not find again was computed.
+    sizes = (n_qubits, n_layers, n_weights)
+    recorded = record(circuit, *sizes)
+    for one, other in itertools.zip_longest(recorded, record(circuit, *sizes, seed=1)):
+        if str(one) != str(other):
+            found = f"{name_of(circuit)}, {(one or other).operation.name}: a parameter must be an"
+            raise UserError(f"{found} angle or a weight, or a constant, not computed; {WAY_OUT}")
+
+    # The factors, and how large the bonds are together.
+    factors = factors_of_qubits(recorded, n_qubits)
+    for i, own in enumerate(factors):
+        bonds = math.prod(factor.coefficients.shape[2] for factor in own)
+        if bonds > MAX_BOND_DIMENSION:
+            found = f"{name_of(circuit)}: bond dimension {bonds} between qubits {i} and {i + 1}"
+            raise UserError(f"{found}, at most {MAX_BOND_DIMENSION}; fewer layers, or {WAY_OUT}")
+    halves = [split_at_last_input(own) for own in factors]
+
+    if n_qubits > 2:
+        pad_ends(halves)
+
+    # Qubits with factors of the same shapes and kinds of parameters are a group.
+    members = {}
+    for qubit, (before, after) in enumerate(halves):
+        shapes = [
+            (factor.coefficients.shape, tuple(kind for kind, _ in factor.sources))
+            for factor in (*before, *after)
+        ]
+        members.setdefault((len(before), *shapes), []).append(qubit)
+    chain = []
+    for qubits in members.values():
+        before, after = zip(*(halves[qubit] for qubit in qubits), strict=True)
+        before = stack_factors(before, dtype, device)
+        chain.append(Group(qubits, before, stack_factors(after, dtype, device)))
+    return chain
+
+
+def factor_matrices(factor: Factor, features: dict[str, Tensor]) -> Tensor:
+    """The matrices of a factor for all qubits of a group: (q, B, l, r, o, i).
+
+    features: ``harmonics`` of the angles "x" (n, B, 5) and of the weights "w" (L n k, 1, 5), which
+    are the same for all samples.
+    """
+    if not factor.sources:
+        return factor.coefficients  # (q, F, ...), F = 1: the same for all B
+    # The features: products of one function of each parameter.
+    product = None
+    for kind, index in factor.sources:
+        own = features[kind].index_select(0, index)[..., : factor.n_harmonics]  # (q, B, harmonics)
+        if product is None:
+            product = own
+        else:
+            product = (product[..., :, None] * own[..., None, :]).flatten(-2)
+
+    # The sum over the features.
+    matrices = product @ factor.coefficients.flatten(2)  # (q, B, F) by (q, F, l r o i)
+    return matrices.unflatten(-1, factor.coefficients.shape[2:])
+
+
+def multiply_factors(factors: Sequence[Factor], features: dict[str, Tensor]) -> Tensor:
+    """The product of a group's factors: (q, B, o, i, l, r)."""
+    product = factor_matrices(factors[0], features).permute(0, 1, 4, 5, 2, 3)
+    for factor in factors[1:]:
+        new = factor_matrices(factor, features)  # (q, B, m, s, o, j), bonds m and s
+
+        # Sum over the component j in between; bonds are joined in the order of time.
+        product = torch.einsum("qbmsoj,qbjilr->qboilmrs", new, product)
+        product = product.flatten(6, 7).flatten(4, 5)
+    return product
+
+
+def site_tensors(
+    chain: Sequence[Group], angles: Tensor, weights: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """For each qubit its two tensors, before and after its last input.
+
+    Before: (B, i, l, r), the state of every sample. After: (i, l, o r) for all samples, where o is
+    I and Z as read out. The bonds of the second are later in time.
+    """
+    features = {"x": harmonics(angles.T), "w": harmonics(weights.flatten())[:, None]}
+    sites = [None] * angles.shape[1]
+    for group in chain:
+        before = multiply_factors(group.before, features).squeeze(3)  # (q, B, i, l, r)
+        before = before.expand(-1, len(angles), -1, -1, -1)
+        after = multiply_factors(group.after, features).squeeze(1)  # (q, o, i, l, r)
+        after = after.permute(0, 2, 3, 1, 4).flatten(3)  # (q, i, l, o r)
+        pairs = zip(before.unbind(0), after.unbind(0), strict=True)
+        for qubit, pair in zip(group.qubits, pairs, strict=True):
+            sites[qubit] = pair
+    return sites
+
+
+def end_of_chain(bond_dimension: int, like: Tensor) -> Tensor:
+    """The number 1 and, where bonds were padded, zeros: (1, bonds)."""
+    return F.pad(like.new_ones(1, 1), (0, bond_dimension - 1))
+
+
+def step_right(left: Tensor, site: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The chain up to a qubit, from that before it; this qubit is read out as I, and as Z.
+
+    left: (B, S, bonds to the left). Returns two tensors (B, S, bonds to the right).
+    """
+    before, after = site
+    left = left.unflatten(2, (before.shape[2], -1))  # (B, S, l, m): early bonds l, late ones m
+    state = torch.einsum("bhlm,bilr->bhrim", left, before).flatten(3)  # (B, S, r, i m); h is S
+    state = state @ after.flatten(0, 1)  # (B, S, r, o s): early bonds r, late ones s
+    read_i, read_z = state.unflatten(3, (2, -1)).unbind(3)
+    return read_i.flatten(2), read_z.flatten(2)
+
+
+def step_left(right: Tensor, site: tuple[Tensor, Tensor]) -> Tensor:
+    """The chain from a qubit to its end, from that beyond it; all is read out as I.
+
+    right: (B, bonds to the right). Returns (B, bonds to the left).
+    """
+    before, after = site
+    right = right.unflatten(1, (before.shape[3], -1))  # (B, r, s): early bonds r, late ones s
+    read_i = after.flatten(0, 1)[:, : right.shape[2]]  # (i m, s)
+    state = (right @ read_i.mT).unflatten(2, (before.shape[1], -1))  # (B, r, i, m)
+    return torch.einsum("bilr,brim->blm", before, state).flatten(1)
+
+
+def chains_beyond(sites: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """For each qubit the chain to its right, read out as I everywhere: (B, bonds, 1) each."""
+    before, after = sites[-1]
+    last = before.shape[3] * (after.shape[2] // 2)
+    beyond = [end_of_chain(last, before).expand(len(before), -1)]
+    for site in reversed(sites[1:]):
+        beyond.append(step_left(beyond[-1], site))
+    return [right[:, :, None] for right in reversed(beyond)]
+
+
+def exact_means(sites: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """<Z_i> of every qubit: (B, n)."""
+    before, after = sites[0]
+    left = end_of_chain(before.shape[2] * after.shape[1], before).expand(len(before), 1, -1)
+    means = []
+    for site, right in zip(sites, chains_beyond(sites), strict=True):
+        left, read_z = step_right(left, site)
+        means.append(read_z @ right)  # (B, 1, 1)
+    return torch.cat(means, 2).squeeze(1)
+
+
+def sample_outcomes(sites: Sequence[tuple[Tensor, Tensor]], uniform: Tensor) -> Tensor:
+    """Measures all qubits together, from left to right: 1 or -1 of every qubit and shot.
+
+    ``left`` is the chain so far with the projectors (1 + z Z) / 2 of the outcomes z, normalised. So
+    <Z_i>, given these, is known, and the odds of 1 are (1 + <Z_i>) / 2. This is the exact joint
+    distribution, noise included. uniform: (B, S, n) in 0..1. Returns (B, S, n).
+    """
+    before, after = sites[0]
+    left = end_of_chain(before.shape[2] * after.shape[1], before)
+    left = left.expand(*uniform.shape[:2], -1)
+    outcomes = []
+    for i, (site, right) in enumerate(zip(sites, chains_beyond(sites), strict=True)):
+        read_i, read_z = step_right(left, site)
+        mean = read_z @ right  # (B, S, 1)
+        z = torch.where(2 * uniform[:, :, i : i + 1] < 1 + mean, 1.0, -1.0).to(mean)
+        left = (read_i + z * read_z) / (1 + z * mean)
+        outcomes.append(z)
+    return torch.cat(outcomes, 2)
+
+
+def circuit_expectations(
+    angles: Tensor,
+    weights: Tensor,
+    circuit: Callable = quantum_circuit,
+    *,
+    shots: int | None = None,
+    generators: Sequence[torch.Generator] = (),
+) -> Tensor:
+    """A circuit simulated exactly: <Z_i> of every qubit, the mean over all errors.
+
+    angles: (B, n), radians; weights: (L, n, k), radians. With ``shots`` the values are means of so
+    many joint measurements of all qubits, drawn by a generator for each sample; the gradient is
+    still the exact mean's. Returns (B, n) in -1..1, differentiable in both. Raises UserError as
+    ``compile_circuit`` does, and when generators are missing.
+    """
+    n_layers, n_qubits, n_weights = weights.shape
+    sizes = (n_qubits, n_layers, n_weights)
+    chain = compile_circuit(circuit, *sizes, angles.dtype, angles.device)
+    sites = site_tensors(chain, angles, weights)
+    means = exact_means(sites)
+    if shots is None:
+        return means
+
+    # Measurements; their deviation from the mean has no gradient.
+    if len(generators) != len(angles):
+        found = f"{len(generators)} generators for the shots of {len(angles)} samples"
+        raise UserError(f"{found}: expected one for each")
+    with torch.no_grad():
+        uniform = [torch.rand(shots, n_qubits, generator=g, device=g.device) for g in generators]
+        outcomes = sample_outcomes(sites, torch.stack(uniform).to(angles))
+    return outcomes.mean(1) + means - means.detach()
+
+
+def values_and_gradients(compute: Callable, angles: Tensor, weights: Tensor) -> Tensor:
+    """<Z_i> and the gradients of the sum of their squares, as one vector."""
+    values = compute(angles, weights)
+    gradients = torch.autograd.grad(
+        values.square().sum(), (angles, weights), allow_unused=True, materialize_grads=True
+    )
+    return torch.cat([part.detach().flatten() for part in (values, *gradients)])
+
+
+def on_device(circuit: Callable, n_qubits: int, simulator: str, **how: object) -> Callable:
+    """A circuit on a PennyLane device, as ``circuit_expectations`` is called."""
+    qnode = make_qnode(circuit, n_qubits, simulator, **how)
+    return lambda angles, weights: torch.stack(qnode(angles, weights), -1).view_as(angles)
+
+
+def check_circuit(settings: Settings) -> None:
+    """Compares the simulator of a run with PennyLane's own, on the circuit of the run's arm.
+
+    Values and gradients, on at most five qubits and three layers. With shots it is the exact means
+    that are compared; of a PennyLane device also its measured values, within six deviations.
+    Raises UserError when they differ, when the device fails, and for a circuit that the exact
+    simulation cannot do.
+    """
+    arm = ARMS[settings.arm]
+    if arm.circuit is None:
+        return
+    circuit = with_noise(arm.circuit, settings.gate_noise, settings.readout_noise)
+    if settings.simulator == "exact":
+        compile_circuit(circuit, settings.n_qubits, settings.n_layers, arm.n_weights)
+
+    # Random inputs.
+    n_qubits = min(settings.n_qubits, 5)
+    shape = (min(settings.n_layers, 3), n_qubits, arm.n_weights)
+    generator = random_stream(0, "check")
+    angles = torch.randn(2, n_qubits, dtype=torch.float64, generator=generator)
+    weights = torch.randn(shape, dtype=torch.float64, generator=generator)
+    angles.requires_grad_()
+    weights.requires_grad_()
+
+    # PennyLane's own simulator; channels, a circuit's own or --gate_noise's, need density matrices.
+    operations = operations_of(circuit, angles, weights)
+    has_channels = any(isinstance(one, qml.operation.Channel) for one in operations)
+    try:
+        own = on_device(circuit, n_qubits, "default.mixed" if has_channels else "default.qubit")
+        reference = values_and_gradients(own, angles, weights)
+    except Exception as error:  # a circuit is the user's own code
+        reason = " ".join(str(error).split())
+        raise UserError(f"{name_of(circuit)} does not run in PennyLane: {reason}") from error
+
+    if settings.simulator == "exact":
+        exact = partial(circuit_expectations, circuit=circuit)
+        error = (values_and_gradients(exact, angles, weights) - reference).abs().max()
+        if not error < 1e-5:  # PennyLane's channels are float32
+            found = f"--arm {settings.arm}: the exact simulation differs by {error:.1e}"
+            raise UserError(f"{found} from PennyLane's; use --simulator lightning.qubit")
+        return
+
+    name, options, shots = settings.simulator, settings.simulator_options, settings.shots
+    try:
+        device = on_device(circuit, n_qubits, name, options=options, shots=shots)
+        if shots is None:
+            error = (values_and_gradients(device, angles, weights) - reference).abs().max()
+        else:
+            values = device(angles, weights).flatten()
+            error = (values - reference[: len(values)]).abs().max()
+    except Exception as error:  # a plugin may raise anything; the reason is shown
+        raise UserError(f"--simulator {name} does not run the circuit: {error}") from None
+    if not error < (1e-5 if shots is None else 6 / math.sqrt(shots)):  # some use float32
+        found = f"--simulator {name} differs from PennyLane's own by {error:.1e}"
+        raise UserError(f"{found}: if it samples, give --shots or its state-vector option")
 
 
 if __name__ == "__main__":

@@ -12,26 +12,37 @@ import quantum_diffusion_mnist as mnist
 import quantum_diffusion_pathmnist as pathmnist
 
 EMBEDDED = {
-    mnist: ("--data", "digits", "--digits", "3"),
-    pathmnist: ("--data", "tissue", "--no-augment"),
+    mnist: ["--data", "digits", "--digits", "3"],
+    pathmnist: ["--data", "tissue", "--no-augment"],
 }
 
 
 @pytest.fixture(params=EMBEDDED, ids=lambda module: module.__name__.rsplit("_")[-1])
 def script(request):
-    """A training script. Only for what differs between the two: test_shared_definitions.py keeps
-    the rest identical, and it is tested on the first."""
+    """A training script, for what differs between the two.
+
+    test_shared_definitions.py keeps the rest identical, and it is tested on the first.
+    """
     return request.param
 
 
 def tiny(save_dir, *more, script=mnist) -> list[str]:
     """The command line of a run on embedded data that takes a second."""
     return [
-        *(*EMBEDDED[script], "--save_dir", str(save_dir), "--device", "cpu"),
-        *("--steps", "6", "--n_train", "8", "--batch_size", "4", "--timesteps", "8"),
-        *("--n_frames", "3", "--n_samples", "2", "--n_eval", "4"),
-        *("--n_qubits", "3", "--n_layers", "2", *map(str, more)),
-    ]
+        *EMBEDDED[script],
+        "--save_dir", str(save_dir),
+        "--device", "cpu",
+        "--steps", "6",
+        "--n_train", "8",
+        "--batch_size", "4",
+        "--timesteps", "8",
+        "--n_frames", "3",
+        "--n_samples", "2",
+        "--n_eval", "4",
+        "--n_qubits", "3",
+        "--n_layers", "2",
+        *map(str, more),
+    ]  # fmt: skip
 
 
 def only(folder):
@@ -40,12 +51,13 @@ def only(folder):
     return found
 
 
-def circuit(batch: int, n: int, layers: int, arm: str = "quantum") -> list[torch.Tensor]:
-    """Random angles (batch, n) and weights of a circuit, float64, with gradients."""
-    generator = torch.Generator().manual_seed(n * 10 + layers)
-    how = {"dtype": torch.float64, "generator": generator}
-    weights = 6 * torch.rand(layers, n, 1 if arm == "published" else 2, **how)
-    return [(3 * torch.randn(batch, n, **how)).requires_grad_(), weights.requires_grad_()]
+def circuit_inputs(batch: int, n_qubits: int, n_layers: int, n_weights: int = 2):
+    """Random angles (batch, n) and weights (layers, n, k) of a circuit, float64, with gradients."""
+    generator = torch.Generator().manual_seed(n_qubits * 10 + n_layers)
+    kind = {"dtype": torch.float64, "generator": generator}
+    angles = 3 * torch.randn(batch, n_qubits, **kind)
+    weights = 6 * torch.rand(n_layers, n_qubits, n_weights, **kind)
+    return angles.requires_grad_(), weights.requires_grad_()
 
 
 def leave_zero(model: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
@@ -99,9 +111,8 @@ def fails(capsys):
         with pytest.raises(SystemExit) as exit_:
             module.main([str(word) for word in argv])
         lines = re.split(r"[\r\n]+", capsys.readouterr().err.strip())
-        lines = [
-            line for line in lines if line.strip() and not re.search(r"\d/\d+\S* \[", line)
-        ]  # bars
+        expected = r"\d/\d+\S* \[|^downloading "  # progress bars, and what is downloaded
+        lines = [line for line in lines if line.strip() and not re.search(expected, line)]
         assert exit_.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
         return lines[0]
 
@@ -119,8 +130,9 @@ def no_network(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def one_process(monkeypatch):
-    """No launcher's variables from outside."""
+def same_start(monkeypatch):
+    """Every test has torch's seed 0 and no launcher's variables from outside."""
+    torch.manual_seed(0)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "argv", ["pytest"])

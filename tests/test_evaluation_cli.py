@@ -46,6 +46,7 @@ def make_run(root, images, *, training=None, symmetries=None, **settings):
 
     training: the images that it was trained on (default: those that its settings select).
     """
+    arm = settings.pop("arm", "classical")  # may be one that the training script does not know
     settings = mnist.Settings(**{"data": "digits", "label": 3} | settings)
     if training is None:
         training = select_images(*TRAIN, settings.label, settings.n_train, settings.seed)
@@ -53,13 +54,14 @@ def make_run(root, images, *, training=None, symmetries=None, **settings):
     if symmetries is not None:
         trained_on["symmetries"] = symmetries
 
-    folder = root / settings.name
+    folder = root / settings.name.replace("classical", arm, 1)
     folder.mkdir(parents=True)
     config = {
-        "settings": asdict(settings),
+        "settings": asdict(settings) | {"arm": arm},
         "condition": settings.condition,
         "images": trained_on,
         "weights": {},
+        "circuit": {},
         "n_eval": len(images),
     }
     (folder / "config.json").write_text(json.dumps(config))
@@ -324,13 +326,13 @@ NOT_MEASURED = dict.fromkeys([*evaluation.METRICS, "kid_standard_error"])
 def fake(arm, label, seed, fid, *, n_train=None, condition="", sample_steps=50):
     """One run's metrics.json; but for FID nothing could be measured."""
     settings = mnist.Settings(
-        arm=arm, data="digits", label=label, n_train=n_train, seed=seed, sample_steps=sample_steps
+        data="digits", label=label, n_train=n_train, seed=seed, sample_steps=sample_steps
     )
     floor = {"fid": label / 2 + 0.5, "n": 100, "from": "test split"}
     return {
         "run": "run",
         "condition": condition,
-        "settings": asdict(settings),
+        "settings": asdict(settings) | {"arm": arm},
         "note": "",
         "features": "none",
         "reference": "class",
@@ -796,7 +798,7 @@ def test_pathmnist(data, label, tmp_path, evaluate, pathmnist_file, monkeypatch)
     settings = {"label": label, "data": data}
     plain = make_run(tmp_path / "a", real[:5], training=real, **settings)
     turned_images = real[:6].rot90(1, (2, 3))
-    turned = make_run(tmp_path / "b", turned_images, training=eight, symmetries=8, **settings)
+    turned = make_run(tmp_path / "b", turned_images, training=real, symmetries=8, **settings)
 
     for run, n_training in ((plain, len(real)), (turned, len(eight))):
         (result,) = evaluate(run, script=cal_fid_ssim_medmnist)

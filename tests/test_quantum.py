@@ -1,57 +1,117 @@
-"""The exact simulation, the circuit and the gates."""
+"""The circuits, their exact simulation, its check, and PennyLane's devices."""
 
-import math
-
+import numpy as np
 import pennylane as qml
 import pytest
 import torch
-from conftest import circuit, leave_zero, tiny
+from conftest import circuit_inputs, tiny
 
 import quantum_diffusion_mnist as qd
 
 NOISE = {"gate_noise": (0.07, 0.2), "readout_noise": 0.0625}
+CIRCUITS = {name: arm for name, arm in qd.ARMS.items() if arm.circuit and arm.trained}
+NOT_A_CHAIN = ("ring", "strong")
+CHAINS = {name: arm for name, arm in CIRCUITS.items() if name not in NOT_A_CHAIN}
 
 
-def value_and_gradients(values, *inputs):
+@pytest.fixture
+def fresh_chains():
+    """No simulation is kept from before the test, nor after it."""
+    qd.compile_circuit.cache_clear()
+    yield
+    qd.compile_circuit.cache_clear()
+
+
+def with_gradients(values, *inputs):
+    """The values, and the gradients of a random combination of them."""
     probe = torch.randn(values.shape, generator=torch.Generator().manual_seed(0)).to(values)
-    return values, *torch.autograd.grad((values * probe).sum(), inputs)
+    gradients = torch.autograd.grad(
+        (values * probe).sum(), inputs, allow_unused=True, materialize_grads=True
+    )
+    return values, *gradients
 
 
-@pytest.mark.parametrize("noise", [{}, NOISE, {"gate_noise": (1.0, 0.0)}], ids=str)
-@pytest.mark.parametrize("arm", ["quantum", "published", "product"])
-def test_exact_simulation_equals_pennylane(arm, noise):
-    # Noise: the exact mean over all errors, from the density matrix, whose channels are float32.
-    device, bound = ("default.mixed", 1e-6) if noise else ("default.qubit", 1e-10)
-    for n, layers in (
-        [(1, 1), (1, 3), (5, 2), (3, 4)] if noise else [(1, 1), (2, 1), (6, 3), (3, 4)]
-    ):
-        settings = qd.Settings(arm, n_qubits=n, n_layers=layers, simulator=device, **noise)
-        inputs = circuit(3, n, layers, arm)
-        ours = value_and_gradients(qd.circuit_expectations(*inputs, settings), *inputs)
-        theirs = torch.stack(qd.make_qnode(settings)(*inputs), -1)
-        for a, b in zip(ours, value_and_gradients(theirs, *inputs), strict=True):
-            assert a.shape == b.shape and (a - b).abs().max() < bound, (n, layers)
+def on_device(circuit, angles, weights, simulator="default.qubit"):
+    """<Z_i> by a PennyLane device: (B, n)."""
+    qnode = qd.make_qnode(circuit, angles.shape[1], simulator)
+    return torch.stack(qnode(angles, weights), -1)
+
+
+def assert_equals_pennylane(circuit, inputs, simulator="default.qubit"):
+    """Values and gradients of the exact simulation are those of a PennyLane device."""
+    ours = with_gradients(qd.circuit_expectations(*inputs, circuit), *inputs)
+    theirs = with_gradients(on_device(circuit, *inputs, simulator), *inputs)
+
+    # default.mixed has matrices in single precision.
+    bound = 1e-6 if simulator == "default.mixed" else 1e-10
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape
+        assert (a - b).abs().max() < bound
+
+
+# -------------------------------------------------------------------------- every arm's circuit
+
+
+@pytest.mark.parametrize("n_qubits, n_layers", [(1, 1), (2, 1), (5, 2), (4, 3)])
+@pytest.mark.parametrize("name", CHAINS)
+def test_circuit_equals_default_qubit(name, n_qubits, n_layers):
+    arm = CHAINS[name]
+    inputs = circuit_inputs(3, n_qubits, n_layers, arm.n_weights)
+    assert_equals_pennylane(arm.circuit, inputs)
+
+
+@pytest.mark.parametrize("n_qubits, n_layers", [(1, 1), (2, 1), (4, 2)])
+@pytest.mark.parametrize("name", CHAINS)
+def test_circuit_with_noise_equals_default_mixed(name, n_qubits, n_layers):
+    arm = CHAINS[name]
+    circuit = qd.with_noise(arm.circuit, **NOISE)
+    inputs = circuit_inputs(2, n_qubits, n_layers, arm.n_weights)
+    assert_equals_pennylane(circuit, inputs, "default.mixed")
+    ideal = qd.circuit_expectations(*inputs, arm.circuit)
+    assert (qd.circuit_expectations(*inputs, circuit) - ideal).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", NOT_A_CHAIN)
+def test_circuits_that_are_no_chain_run_on_lightning(name):
+    arm = CIRCUITS[name]
+    inputs = circuit_inputs(2, 4, 2, arm.n_weights)
+    ours = with_gradients(on_device(arm.circuit, *inputs, "lightning.qubit"), *inputs)
+    theirs = with_gradients(on_device(arm.circuit, *inputs), *inputs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).abs().max() < 1e-6
+    assert theirs[2].abs().max() > 1e-2
+
+
+def test_two_qubits_of_the_other_circuits_are_a_chain():
+    for name in NOT_A_CHAIN:
+        arm = CIRCUITS[name]
+        assert_equals_pennylane(arm.circuit, circuit_inputs(3, 2, 2, arm.n_weights))
 
 
 def test_published_circuit_is_a_product_of_cosines_whatever_its_weights():
     # Three CNOT chains on basis states: prefix sums modulo 2, three times. <Z_i> is the product of
     # cos(x_j) over the j that occur an odd number of times in bit i.
-    angles, weights = circuit(4, 7, 3, "published")
+    angles, weights = circuit_inputs(4, 7, 3, 1)
     chain = torch.ones(7, 7, dtype=torch.float64).tril()
     odd = torch.linalg.matrix_power(chain, 3).remainder(2).bool()
     products = torch.stack([angles.cos()[:, row].prod(dim=1) for row in odd], 1)
+
     for w in (weights, torch.zeros_like(weights)):
-        exact = qd.circuit_expectations(angles, w, qd.Settings("published"))
+        exact = qd.circuit_expectations(angles, w, qd.published_circuit)
         assert torch.allclose(exact, products, atol=1e-12, rtol=0)
+    exact, _, gradient = with_gradients(
+        qd.circuit_expectations(angles, weights, qd.published_circuit), angles, weights
+    )
+    assert gradient.abs().max() < 1e-12
 
 
-def test_trainable_circuit_has_gradients_and_float32_is_enough():
-    angles, weights = circuit(16, 16, 3)
-    settings = qd.Settings("quantum")
-    values = qd.circuit_expectations(angles, weights, settings)
-    gradient = torch.autograd.grad((values[:, :4] - 0.5).square().sum(), weights)[0]
+def test_trained_circuit_has_gradients_and_float32_is_enough():
+    angles, weights = circuit_inputs(16, 16, 3)
+    values = qd.circuit_expectations(angles, weights)
+    (gradient,) = torch.autograd.grad((values[:, :4] - 0.5).square().sum(), weights)
     assert (gradient.abs().amax(dim=1) > 1e-4).all()  # in every layer, RZ and RY alike
-    single = qd.circuit_expectations(angles.float(), weights.float(), settings)
+
+    single = qd.circuit_expectations(angles.float(), weights.float())
     assert single.dtype == torch.float32
     assert torch.allclose(single.double(), values, atol=2e-5, rtol=0)
 
@@ -59,95 +119,459 @@ def test_trainable_circuit_has_gradients_and_float32_is_enough():
 def test_a_hundred_qubits_look_like_fewer_from_the_left():
     # <Z_i> depends on all qubits to the left, and on L - 1 to the right (by the CNOTs' back-action
     # on the control), so a chain cut after qubit 7 is right up to qubit 5 and wrong from qubit 6.
-    angles, weights = circuit(2, 100, 3)
-    wide = qd.circuit_expectations(angles, weights, qd.Settings("quantum"))
-    narrow = qd.circuit_expectations(angles[:1, :8], weights[:, :8], qd.Settings("quantum"))
+    angles, weights = circuit_inputs(2, 100, 3)
+    wide = qd.circuit_expectations(angles, weights)
+    narrow = qd.circuit_expectations(angles[:1, :8], weights[:, :8])
     assert wide.abs().max() <= 1 + 1e-12
     assert torch.allclose(wide[:1, :6], narrow[:, :6], atol=1e-12, rtol=0)
     assert (wide[:1, 6:8] - narrow[:, 6:]).abs().min() > 1e-6
 
 
-@pytest.mark.parametrize("simulator", ["lightning.qubit", "reference.qubit"])
-def test_a_pennylane_device_gives_the_same_layer(simulator):
-    settings = [qd.Settings("quantum", n_qubits=4, simulator=s) for s in ("exact", simulator)]
-    layers = [leave_zero(qd.UNet(1, how).gate).double() for how in settings]
-    features = torch.randn(3, 128, dtype=torch.float64)
-    gates = [layer(features) for layer in layers]
-    for gate in gates:
-        gate.square().sum().backward()
-    assert torch.allclose(*gates, atol=1e-6)
-    for a, b in zip(*(layer.parameters() for layer in layers), strict=True):
-        assert torch.allclose(a.grad, b.grad, atol=1e-6)
-    with torch.no_grad():  # the inference circuit, without a gradient method
-        assert torch.allclose(layers[1](features), gates[0], atol=1e-6)
+def test_brickwork_is_no_staircase():
+    inputs = circuit_inputs(2, 6, 2)
+
+    def staircase(angles, weights):
+        qd.encode(angles)
+        for layer in weights:
+            for i in range(6):
+                qml.RY(layer[i, 0], wires=i)
+                qml.RZ(layer[i, 1], wires=i)
+            for i in range(5):
+                qml.CNOT([i, i + 1])
+
+    assert_equals_pennylane(qd.brickwork_circuit, inputs)
+    brickwork = qd.circuit_expectations(*inputs, qd.brickwork_circuit)
+    assert (brickwork - qd.circuit_expectations(*inputs, staircase)).abs().max() > 0.1
 
 
-def test_self_check_catches_an_edited_circuit(monkeypatch, tmp_path, fails):
-    for arm in qd.QUANTUM_ARMS:
-        qd.check_simulation(qd.Settings(arm))
-        qd.check_simulation(qd.Settings(arm, **NOISE))
-        qd.check_simulation(qd.Settings(arm, readout_noise=0.1))
-    original = qd.quantum_circuit
+# ------------------------------------------------------------------- any circuit along the chain
 
-    def edited(*args):
-        original(*args)
-        qml.RX(0.1, wires=0)
+GATES = {  # name: qubits, parameters
+    "RX": (1, 1),
+    "RY": (1, 1),
+    "RZ": (1, 1),
+    "Rot": (1, 3),
+    "Hadamard": (1, 0),
+    "S": (1, 0),
+    "CNOT": (2, 0),
+    "CZ": (2, 0),
+    "CRX": (2, 1),
+    "CRZ": (2, 1),
+    "IsingXX": (2, 1),
+    "IsingZZ": (2, 1),
+}
+CHANNELS = ("DepolarizingChannel", "AmplitudeDamping", "BitFlip", "PhaseDamping")
+N_RANDOM = 4  # qubits of a random circuit
+BONDS_RANDOM = 3  # two-qubit gates between two neighbours, 4 bonds each
 
-    monkeypatch.setattr(qd, "quantum_circuit", edited)
-    message = fails(qd, tiny(tmp_path / "runs", "--use_quantum"))
-    assert "differs from quantum_circuit on default.mixed" in message
+
+def random_circuit(seed: int, has_channels: bool):
+    """A circuit of 24 random operations on N_RANDOM qubits with two weights each, in one layer."""
+    rng = np.random.default_rng(seed)
+    pairs = [0] * (N_RANDOM - 1)  # gates so far between qubits i and i + 1
+    operations = []  # name, wires, where each parameter comes from
+    while len(operations) < 24:
+        if has_channels and rng.random() < 0.2:
+            operations.append((rng.choice(CHANNELS), [rng.integers(N_RANDOM)], [("constant", 0.1)]))
+            continue
+
+        name = rng.choice([*GATES])
+        n_wires, n_parameters = GATES[name]
+        first = rng.integers(N_RANDOM - n_wires + 1)
+        wires = list(range(first, first + n_wires))
+        if n_wires == 2:
+            if pairs[first] == BONDS_RANDOM:
+                continue
+            pairs[first] += 1
+            if rng.random() < 0.5:
+                wires.reverse()
+
+        # PennyLane's Rot takes no mixture of tensors and numbers.
+        kinds = rng.choice(["angle", "weight", "constant"], n_parameters)
+        if name == "Rot" and "constant" in kinds:
+            kinds = ["constant"] * 3
+        draw = {
+            "angle": lambda: rng.integers(N_RANDOM),
+            "weight": lambda: tuple(rng.integers((N_RANDOM, 2))),
+            "constant": lambda: rng.uniform(0, 6),
+        }
+        operations.append((name, wires, [(kind, draw[kind]()) for kind in kinds]))
+
+    def circuit(angles, weights):
+        look_up = {
+            "angle": lambda i: angles[..., i],
+            "weight": lambda place: weights[0, place[0], place[1]],
+            "constant": float,
+        }
+        qd.encode(angles)  # qubits left in |0> give PennyLane's default.mixed gradients of nan
+        for name, wires, sources in operations:
+            parameters = [look_up[kind](number) for kind, number in sources]
+            getattr(qml, name)(*parameters, wires=[int(wire) for wire in wires])
+
+    return circuit
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_chains_equal_pennylane(seed):
+    inputs = circuit_inputs(2, N_RANDOM, 1)
+    assert_equals_pennylane(random_circuit(seed, False), inputs)
+    assert_equals_pennylane(random_circuit(seed, True), inputs, "default.mixed")
+
+
+def test_random_chains_have_every_gate_and_channel():
+    names = set()
+    for seed in range(10):
+        circuit = random_circuit(seed, True)
+        names |= {gate.name for gate, _ in qd.record(circuit, N_RANDOM, 1, 2)}
+    assert names == {*GATES, *CHANNELS}
+
+
+def observable_of(circuit, inputs, observable):
+    """<O_i> of every qubit by default.qubit: (B, n)."""
+    n = inputs[0].shape[1]
+
+    @qml.qnode(qml.device("default.qubit", wires=n), interface="torch")
+    def expectations(angles, weights):
+        circuit(angles, weights)
+        return [qml.expval(observable(i)) for i in range(n)]
+
+    return torch.stack(expectations(*inputs), -1)
+
+
+def test_x_is_read_out_by_hadamards_at_the_end():
+    inputs = circuit_inputs(2, 5, 2)
+
+    def circuit(angles, weights):
+        qd.quantum_circuit(angles, weights)
+        for i in range(5):
+            qml.Hadamard(i)
+
+    ours = with_gradients(qd.circuit_expectations(*inputs, circuit), *inputs)
+    theirs = with_gradients(observable_of(qd.quantum_circuit, inputs, qml.X), *inputs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).abs().max() < 1e-10
+
+
+def test_zz_of_neighbours_is_read_out_by_a_chain_from_the_end():
+    inputs = circuit_inputs(2, 5, 2)
+
+    def circuit(angles, weights):
+        qd.quantum_circuit(angles, weights)
+        for i in reversed(range(4)):
+            qml.CNOT([i, i + 1])
+
+    def observable(i):
+        return qml.Z(i - 1) @ qml.Z(i) if i else qml.Z(0)
+
+    ours = with_gradients(qd.circuit_expectations(*inputs, circuit), *inputs)
+    theirs = with_gradients(observable_of(qd.quantum_circuit, inputs, observable), *inputs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).abs().max() < 1e-10
+
+
+def embedding_template(angles, weights):
+    qml.AngleEmbedding(angles, wires=range(3), rotation="X")
+    qml.CNOT([1, 0])
+    qml.RY(weights[0, 1, 0], wires=0)
+
+
+def entangling_template(angles, weights):
+    qd.encode(angles)
+    qml.BasicEntanglerLayers(weights[:, :2, 0], wires=[1, 2])
+
+
+def constant_matrices(angles, weights):
+    unitary = qml.matrix(qml.Rot(0.3, 0.5, 0.7, 0) @ qml.RX(0.2, 1))
+    qd.encode(angles)
+    qml.QubitUnitary(unitary, wires=[2, 1])
+    qml.adjoint(qml.S(1))
+    qml.QubitUnitary(qml.matrix(qml.RX(0.4, 0)), wires=0)
+
+
+def many_parameters(angles, weights):
+    qd.encode(angles)
+    qml.CRot(weights[0, 0, 0], angles[..., 1], weights[0, 0, 1], wires=[1, 0])
+    qml.IsingXY(weights[0, 1, 0], wires=[1, 2])
+    qml.adjoint(qml.RX(weights[0, 2, 0], wires=1))
+    qml.PhaseShift(weights[0, 2, 1], wires=2)
+
+
+@pytest.mark.parametrize(
+    "circuit", [embedding_template, entangling_template, constant_matrices, many_parameters]
+)
+def test_other_operations_of_pennylane(circuit):
+    assert_equals_pennylane(circuit, circuit_inputs(3, 3, 1))
+
+
+def test_constants_may_be_tensors():
+    def circuit(angles, weights):
+        qd.encode(angles)
+        qml.Rot(weights[0, 0, 0], torch.tensor(0.3, dtype=torch.float64), weights[0, 1, 0], wires=1)
+
+    assert_equals_pennylane(circuit, circuit_inputs(3, 2, 1))
+
+
+# ------------------------------------------------------- what the exact simulation does not know
+
+
+def on_three_qubits(angles, weights):
+    qd.encode(angles)
+    qml.Toffoli([0, 1, 2])
+
+
+def at_a_distance(angles, weights):
+    qd.encode(angles)
+    qml.CRX(weights[0, 0, 0], wires=[3, 1])
+
+
+def of_twice_an_angle(angles, weights):
+    for i in range(4):
+        qml.RY(2 * angles[..., i], wires=i)
+
+
+def of_a_product_of_weights(angles, weights):
+    qd.encode(angles)
+    qml.RX(weights[0, 0, 0] * weights[0, 1, 0], wires=0)
+
+
+def of_a_shape_by_value(angles, weights):
+    qd.encode(angles)
+    for _ in range(int(1000 * weights[0, 0, 0])):
+        qml.X(0)
+
+
+def as_the_ring(angles, weights):
+    qd.ring_circuit(angles, weights)
+
+
+@pytest.mark.parametrize(
+    "circuit, reason",
+    [
+        (on_three_qubits, "Toffoli on 3 qubits"),
+        (at_a_distance, "CRX on qubits 1 and 3: the exact simulation knows neighbours only"),
+        (as_the_ring, "CNOT on qubits 0 and 3"),
+        (of_twice_an_angle, "a parameter must be an angle or a weight"),
+        (of_a_product_of_weights, "a parameter must be an angle or a weight"),
+        (of_a_shape_by_value, "a parameter must be an angle or a weight"),
+    ],
+)
+def test_refusals_name_the_way_out(circuit, reason):
+    inputs = circuit_inputs(1, 4, 1)
+    for refused in (
+        lambda: qd.circuit_expectations(*inputs, circuit),
+        lambda: qd.QuantumGate(8, circuit, 4, 1, 2),
+        lambda: qd.QuantumGate(8, circuit, 4, 1, 2, shots=10),
+    ):
+        with pytest.raises(qd.UserError) as error:
+            refused()
+        message = str(error.value)
+        assert reason in message
+        assert "--simulator lightning.qubit" in message
+        assert "\n" not in message
+
+    # And there it runs.
+    gate = qd.QuantumGate(8, circuit, 4, 1, 2, simulator="lightning.qubit")
+    assert gate.expectations(inputs[0].detach()).shape == (1, 4)
+
+
+@pytest.mark.parametrize("wire", [5, "a"])
+def test_a_wire_that_there_is_not_is_an_error(wire):
+    def circuit(angles, weights):
+        qd.encode(angles)
+        qml.RY(angles[..., 0], wires=wire)
+
+    with pytest.raises(qd.UserError, match=f"wire.*{wire}"):
+        qd.circuit_expectations(*circuit_inputs(1, 3, 1), circuit)
+
+
+def test_four_layers_of_cnots_run_and_five_are_refused():
+    assert_equals_pennylane(qd.quantum_circuit, circuit_inputs(1, 3, 4))
+    with pytest.raises(qd.UserError, match="at most 256; fewer layers, or use --simulator light"):
+        qd.circuit_expectations(*circuit_inputs(1, 3, 5))
+    qd.circuit_expectations(*circuit_inputs(1, 3, 20), qd.product_circuit)  # no bonds
+
+
+def test_more_weights_than_there_are_is_an_error_on_every_simulator():
+    for simulator in ("exact", "default.qubit"):
+        with pytest.raises(qd.UserError, match="ising_circuit fails for 3 qubits: index 2 is out"):
+            qd.QuantumGate(8, qd.ising_circuit, 3, 1, 2, simulator=simulator)
+
+
+# ------------------------------------------------------------------------------------- its check
+
+
+def scaled_low_part(original):
+    """``cut``, with a hundredth too much in the low qubit's part."""
+
+    def broken(coefficients, is_last):
+        low, high = original(coefficients, is_last)
+        return 1.01 * low, high
+
+    return broken
+
+
+def transposed_matrix(original):
+    """``pauli_transfer_matrix`` of the inverse gate."""
+    return lambda operation: original(operation).T
+
+
+def with_exchanged_weights(original):
+    """``record``, that takes the first weight for the second."""
+
+    def broken(*sizes, **options):
+        exchanged = {("w", 0): ("w", 1), ("w", 1): ("w", 0)}
+        return [
+            one._replace(sources=tuple(exchanged.get(source, source) for source in one.sources))
+            for one in original(*sizes, **options)
+        ]
+
+    return broken
+
+
+def paler_readout(original):
+    """``step_right``, where Z is read out a hundredth too small."""
+
+    def broken(left, site):
+        read_i, read_z = original(left, site)
+        return read_i, 0.99 * read_z
+
+    return broken
+
+
+BREAKS = {
+    "cut": scaled_low_part,
+    "pauli_transfer_matrix": transposed_matrix,
+    "record": with_exchanged_weights,
+    "step_right": paler_readout,
+}
+
+
+@pytest.mark.parametrize("shots", [None, 10])
+@pytest.mark.parametrize("name", BREAKS)
+def test_check_finds_a_wrong_simulation(name, shots, monkeypatch, fresh_chains):
+    monkeypatch.setattr(qd, name, BREAKS[name](getattr(qd, name)))
+    with pytest.raises(qd.UserError, match="--arm quantum: the exact simulation differs"):
+        qd.check_circuit(qd.Settings("quantum", shots=shots))
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_check_lets_right_simulations_pass(name):
+    qd.check_circuit(qd.Settings(name))
+    qd.check_circuit(qd.Settings(name, shots=10, **NOISE))
+
+
+def test_check_takes_circuits_with_channels_of_their_own(monkeypatch):
+    def damped(angles, weights):
+        qd.encode(angles)
+        qml.AmplitudeDamping(0.1, wires=0)
+
+    monkeypatch.setitem(qd.ARMS, "damped", qd.Arm("a damped circuit", damped, 1))
+    qd.check_circuit(qd.Settings("damped"))
+
+
+def test_check_compares_noise_too(monkeypatch, fresh_chains):
+    # As if the exact simulation took depolarising for bit flips.
+    original = qd.pauli_transfer_matrix
+
+    def broken(operation):
+        if operation.name == "DepolarizingChannel":
+            operation = qml.BitFlip(operation.parameters[0], wires=operation.wires)
+        return original(operation)
+
+    monkeypatch.setattr(qd, "pauli_transfer_matrix", broken)
+    qd.check_circuit(qd.Settings("quantum"))
+    with pytest.raises(qd.UserError, match="exact simulation differs"):
+        qd.check_circuit(qd.Settings("quantum", gate_noise=(0.05, 0.0)))
+
+
+def test_check_runs_before_a_folder_is_made(tmp_path, fails, monkeypatch, fresh_chains):
+    monkeypatch.setattr(qd, "cut", scaled_low_part(qd.cut))
+    message = fails(qd, tiny(tmp_path / "runs", "--arm", "classical", "cz"))
+    assert "--arm cz: the exact simulation differs by" in message
     assert not (tmp_path / "runs").exists()
 
 
-def test_all_arms_start_as_the_same_model_with_equal_counts():
-    outputs, counts = [], {}
-    x, t = torch.randn(2, 1, 28, 28), torch.tensor([3, 700])
-    for arm in qd.ARMS:
-        unet = qd.UNet(1, qd.Settings(arm))
-        counts[arm] = sum(p.numel() for p in unet.parameters() if p.requires_grad)
-        torch.nn.init.constant_(unet.head.weight, 0.1)
-        outputs.append(unet(x, t))
-    assert all(torch.equal(out, outputs[0]) for out in outputs)
-    gate = {arm: count - counts["classical"] for arm, count in counts.items()}
-    assert gate["matched"] == gate["quantum"] == gate["product"] == 16 * 129 + 128 * 17 + 2 * 3 * 16
-    assert gate["quantum"] - gate["frozen"] == 2 * 3 * 16
-    assert gate["quantum"] - gate["published"] == 3 * 16
-    assert not torch.equal(qd.UNet(1, qd.Settings(seed=1)).stem.weight, unet.stem.weight)
+def test_check_lets_right_devices_pass():
+    qd.check_circuit(qd.Settings("strong", n_qubits=4, simulator="lightning.qubit"))
+    qd.check_circuit(qd.Settings("quantum", n_qubits=4, simulator="default.qubit", shots=200))
 
 
-@pytest.mark.parametrize("arm", ["matched", *qd.QUANTUM_ARMS])
-def test_gate_trains_from_encoder_to_output(arm):
-    unet = leave_zero(qd.UNet(1, qd.Settings(arm, n_qubits=6, n_layers=2)), 0.3)
-    out = unet(torch.randn(4, 1, 28, 28), torch.tensor([0, 300, 600, 999]))
-    (100 * out.square().mean()).backward()
-    gate = {name: p.grad for name, p in unet.gate.named_parameters()}
-    if arm == "frozen":
-        assert gate["weights"] is None
-    else:
-        assert (gate["weights"].abs().max() > 1e-3) == (arm != "published")
-        assert arm != "published" or gate["weights"].abs().max() < 1e-5
-    for name in ("project_in.weight", "project_in.bias", "project_out.weight"):
-        assert gate[name].abs().max() > 1e-3
+def test_check_finds_a_device_that_samples_unasked(monkeypatch):
+    settings = qd.Settings("quantum", n_qubits=3, n_layers=1, simulator="reference.qubit")
+    original = qd.make_qnode
+
+    def with_shots(circuit, n_qubits, simulator, options=None, shots=None):
+        unasked = 100 if simulator == "reference.qubit" else None
+        return original(circuit, n_qubits, simulator, options, shots or unasked)
+
+    qd.check_circuit(settings)
+    monkeypatch.setattr(qd, "make_qnode", with_shots)
+    with pytest.raises(qd.UserError, match="reference.qubit differs .* give --shots"):
+        qd.check_circuit(settings)
 
 
-def test_gate_multiplies_the_channels_by_hand():
-    unet, seen = leave_zero(qd.UNet(1, qd.Settings("matched")), 0.3), {}
-    unet.attention.register_forward_hook(lambda _, inputs, out: seen.update(features=out))
-    unet.merge7.register_forward_pre_hook(lambda _, inputs: seen.update(merged=inputs[0]))
-    unet.gate.register_forward_pre_hook(lambda _, inputs: seen.setdefault("in", inputs[0]))
-    unet(torch.randn(2, 1, 28, 28), torch.tensor([3, 700]))
-    gate = unet.gate(seen["features"].mean((2, 3)))[..., None, None]
-    assert gate.abs().max() > 0.1 and seen["in"].requires_grad  # the encoder learns by it
-    assert torch.allclose(seen["merged"][:, :128], seen["features"] * (1 + gate), atol=1e-5)
+# ------------------------------------------------------------------------- noise, own circuits
 
 
-def test_matched_gate_by_hand():
-    gate = qd.QuantumAttention(2, qd.Settings("matched", n_qubits=2, n_layers=2))
-    with torch.no_grad():
-        gate.weights.copy_(torch.tensor([[[1.0, 0.5], [2.0, 0.0]], [[3.0, 0.1], [1.0, 1.0]]]))
-        gate.project_in.weight.copy_(torch.eye(2))
-        gate.project_in.bias.zero_()
-        gate.project_out.weight.copy_(torch.eye(2))
-    first = math.cos(3 * math.cos(0.7 + 0.5) + 0.1)
-    second = math.cos(math.cos(2 * -0.2) + 1)
-    assert gate(torch.tensor([[0.7, -0.2]]))[0].tolist() == pytest.approx([first, second], abs=1e-6)
+def names_and_wires(circuit, n_qubits, n_layers, n_weights):
+    """The recorded operations as text, without their parameters."""
+    recorded = qd.record(circuit, n_qubits, n_layers, n_weights)
+    return [(gate.name, *gate.wires) for gate, _ in recorded]
+
+
+def test_noise_stands_behind_every_gate():
+    def two_gates(angles, weights):
+        qml.RY(angles[..., 0], wires=0)
+        qml.CNOT([1, 0])
+
+    noisy = qd.with_noise(two_gates, (0.1, 0.2), 0.3)
+    assert [str(operation) for operation in qd.record(noisy, 2, 1, 1)] == [
+        "RY(x0) 0",
+        "DepolarizingChannel(0.1) 0",
+        "CNOT 1 0",
+        "DepolarizingChannel(0.2) 1",
+        "DepolarizingChannel(0.2) 0",
+        "BitFlip(0.3) 0",
+        "BitFlip(0.3) 1",
+    ]
+    assert qd.with_noise(two_gates) is two_gates
+
+
+def test_noise_stands_behind_the_gates_inside_templates():
+    noisy = qd.with_noise(qd.strong_circuit, (0.1, 0.2), 0.3)
+    names = [name for name, *_ in names_and_wires(noisy, 3, 2, 3)]
+    one_qubit_gates = 3 + 2 * 3  # the encoding and Rot
+    two_qubit_gates = 2 * 3
+    assert names.count("Rot") == 6
+    assert names.count("CNOT") == two_qubit_gates
+    assert names.count("DepolarizingChannel") == one_qubit_gates + 2 * two_qubit_gates
+    assert names[-3:] == ["BitFlip"] * 3
+    assert names.count("BitFlip") == 3
+
+
+def test_no_noise_behind_channels_nor_of_probability_zero():
+    def damped(angles, weights):
+        qml.RY(angles[..., 0], wires=0)
+        qml.AmplitudeDamping(0.2, wires=0)
+        qml.CNOT([0, 1])
+
+    assert names_and_wires(qd.with_noise(damped, (0.1, 0.0)), 2, 1, 1) == [
+        ("RY", 0),
+        ("DepolarizingChannel", 0),
+        ("AmplitudeDamping", 0),
+        ("CNOT", 0, 1),
+    ]
+
+
+def test_noise_behind_three_qubits_is_refused():
+    noisy = qd.with_noise(on_three_qubits, (0.1, 0.1))
+    with pytest.raises(qd.UserError, match="Toffoli acts on 3 qubits, and --gate_noise knows"):
+        qd.record(noisy, 3, 1, 1)
+
+
+def test_the_record_tells_angles_weights_and_constants_apart():
+    def circuit(angles, weights):
+        qml.RX(angles[..., 2], wires=0)
+        qml.Rot(weights[1, 2, 0], 0.25, weights[0, 0, 1], wires=1)
+
+    assert [str(x) for x in qd.record(circuit, 3, 2, 2)] == ["RX(x2) 0", "Rot(w10, 0.25, w1) 1"]

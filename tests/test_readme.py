@@ -52,9 +52,7 @@ def test_tables_are_the_csvs(study):
     assert cells == CELLS[study]
 
 
-def test_readme_is_short_and_repeats_the_tables():
-    text = README.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 230 and len(text.encode()) <= 16 * 1024
+def test_readme_repeats_the_tables():
     full = {study: table(RESULTS, study) for study in ("scaling", "four_arms", "seeds")}
     for row in table(README, "summary"):
         size = (re.search(r"([\d,]+) images", row["data"]) or [None, None])[1]
