@@ -2301,6 +2301,11 @@ def split_at_last_input(factors: Sequence[Factor]) -> tuple[list[Factor], list[F
     after = fuse_constants(factors[split:])
     if not after:  # the readout's rows are in the first half then
         after = [Factor(np.eye(2)[None, None, None])]
+
+    # Components in between that are always zero are left out, as Y of RY(x)|0>.
+    is_used = before[-1].coefficients.any(axis=(0, 1, 2, 4))
+    before[-1] = before[-1]._replace(coefficients=before[-1].coefficients[:, :, :, is_used])
+    after[0] = after[0]._replace(coefficients=after[0].coefficients[..., is_used])
     return before, after
 
 
@@ -2451,14 +2456,14 @@ def end_of_chain(bond_dimension: int, like: Tensor) -> Tensor:
 def step_right(left: Tensor, site: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The chain up to a qubit, from that before it; this qubit is read out as I, and as Z.
 
-    left: (B, S, bonds to the left). Returns two tensors (B, S, bonds to the right).
+    left: (B, bonds to the left). Returns two tensors (B, bonds to the right).
     """
     before, after = site
-    left = left.unflatten(2, (before.shape[2], -1))  # (B, S, l, m): early bonds l, late ones m
-    state = torch.einsum("bhlm,bilr->bhrim", left, before).flatten(3)  # (B, S, r, i m); h is S
-    state = state @ after.flatten(0, 1)  # (B, S, r, o s): early bonds r, late ones s
-    read_i, read_z = state.unflatten(3, (2, -1)).unbind(3)
-    return read_i.flatten(2), read_z.flatten(2)
+    left = left.unflatten(1, (before.shape[2], -1))  # (B, l, m): early bonds l, late ones m
+    state = torch.einsum("blm,bilr->brim", left, before).flatten(2)  # (B, r, i m)
+    state = state @ after.flatten(0, 1)  # (B, r, o s): early bonds r, late ones s
+    read_i, read_z = state.unflatten(2, (2, -1)).unbind(2)
+    return read_i.flatten(1), read_z.flatten(1)
 
 
 def step_left(right: Tensor, site: tuple[Tensor, Tensor]) -> Tensor:
@@ -2474,24 +2479,24 @@ def step_left(right: Tensor, site: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def chains_beyond(sites: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """For each qubit the chain to its right, read out as I everywhere: (B, bonds, 1) each."""
+    """For each qubit the chain to its right, read out as I everywhere: (B, bonds) each."""
     before, after = sites[-1]
     last = before.shape[3] * (after.shape[2] // 2)
     beyond = [end_of_chain(last, before).expand(len(before), -1)]
     for site in reversed(sites[1:]):
         beyond.append(step_left(beyond[-1], site))
-    return [right[:, :, None] for right in reversed(beyond)]
+    return beyond[::-1]
 
 
 def exact_means(sites: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """<Z_i> of every qubit: (B, n)."""
     before, after = sites[0]
-    left = end_of_chain(before.shape[2] * after.shape[1], before).expand(len(before), 1, -1)
+    left = end_of_chain(before.shape[2] * after.shape[1], before).expand(len(before), -1)
     means = []
     for site, right in zip(sites, chains_beyond(sites), strict=True):
         left, read_z = step_right(left, site)
-        means.append(read_z @ right)  # (B, 1, 1)
-    return torch.cat(means, 2).squeeze(1)
+        means.append((read_z * right).sum(1))
+    return torch.stack(means, 1)
 
 
 def sample_outcomes(sites: Sequence[tuple[Tensor, Tensor]], uniform: Tensor) -> Tensor:
@@ -2503,11 +2508,18 @@ def sample_outcomes(sites: Sequence[tuple[Tensor, Tensor]], uniform: Tensor) -> 
     """
     before, after = sites[0]
     left = end_of_chain(before.shape[2] * after.shape[1], before)
-    left = left.expand(*uniform.shape[:2], -1)
+    left = left.expand(*uniform.shape[:2], -1)  # (B, S, bonds)
     outcomes = []
     for i, (site, right) in enumerate(zip(sites, chains_beyond(sites), strict=True)):
-        read_i, read_z = step_right(left, site)
-        mean = read_z @ right  # (B, S, 1)
+        # Both halves of the qubit as one matrix, since it serves all shots of a sample.
+        before, after = site
+        after = after.unflatten(2, (2, -1))  # (i, m, o, s)
+        matrix = torch.einsum("bilr,imos->blmors", before, after)
+        matrix = matrix.flatten(3).flatten(1, 2)  # (B, l m, o r s)
+
+        # The outcome, and the chain with its projector.
+        read_i, read_z = (left @ matrix).chunk(2, dim=2)  # (B, S, r s)
+        mean = read_z @ right[:, :, None]  # (B, S, 1)
         z = torch.where(2 * uniform[:, :, i : i + 1] < 1 + mean, 1.0, -1.0).to(mean)
         left = (read_i + z * read_z) / (1 + z * mean)
         outcomes.append(z)

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import only, tiny
 from scipy import stats
+
+import quantum_diffusion_mnist as qd
 
 ROOT = Path(__file__).parent.parent
 README, RESULTS = PAGES = ROOT / "README.md", ROOT / "result_gif" / "README.md"
@@ -73,9 +76,56 @@ def test_links_exist(page):
 
 def test_costs_are_those_of_the_benchmark():
     measured = pd.read_csv(ROOT / "result_gif/results/cost.csv", index_col="what")["value"]
-    text = README.read_text(encoding="utf-8").split("<!-- table: cost -->")[1].split("\n\n")[0]
-    shown = [line.split("|")[-2].strip() for line in text.splitlines()[3:]]
-    names = ("training step quantum / classical", "training step matched / classical")
-    names += ("layer lightning.qubit / exact", "layer default.qubit / exact")
-    values = [float(measured[name]) for name in names]
-    assert shown == [f"{value:.3f}" if value < 10 else f"{value:,.0f}" for value in values]
+    rows = table(README, "cost")
+    assert [row["--arm"] for row in rows] == [arm for arm in qd.ARMS if arm != "classical"]
+    for row in rows:
+        arm = row["--arm"]
+        columns = {
+            "training step / classical": (f"training step {arm} / classical", "{:.2f}"),
+            "circuit, exact, ms": (f"circuit {arm}, exact", "{:.1f}"),
+            "circuit, lightning.qubit, s": (f"circuit {arm}, lightning.qubit", "{:.1f}"),
+        }
+        for heading, (name, form) in columns.items():
+            is_measured = name in measured.index
+            expected = form.format(float(measured[name])) if is_measured else "–"
+            assert row[heading] == expected, (arm, heading)
+
+
+# ------------------------------------------------------------------------ what README promises
+
+
+def python_blocks():
+    """The Python of README, block by block."""
+    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_weights_of_the_arms_are_counted():
+    rows = table(README, "arms")
+    assert [row["--arm"] for row in rows] == list(qd.ARMS)
+    for row in rows:
+        gate = qd.make_gate(128, qd.Settings(row["--arm"], simulator="lightning.qubit"))
+        trained = [p for p in gate.parameters() if p.requires_grad] if gate is not None else []
+        count = int(row["weights"].split(",")[0] + row["weights"].partition(",")[2][:3])
+        assert sum(p.numel() for p in trained) == count, row
+
+
+def test_the_circuit_of_the_page_runs_exactly(monkeypatch):
+    names = dict(vars(qd))
+    exec(python_blocks()[0], names)
+    entry = re.search(r"`\"xy\": (Arm\(.*?\)),`", README.read_text(encoding="utf-8"))[1]
+    monkeypatch.setitem(qd.ARMS, "xy", eval(entry, names))
+    qd.check_circuit(qd.Settings("xy"))  # against PennyLane
+
+
+def test_the_notebook_of_the_page_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    qd.main(tiny("runs", "--use_quantum", "--timesteps", "60"))
+    only(tmp_path / "runs").rename(tmp_path / "runs" / "quantum_mnist3_nall_seed0")
+    capsys.readouterr()
+
+    names = {}
+    exec(python_blocks()[1], names)
+    assert len(capsys.readouterr().out.splitlines()) == len(
+        qd.GaussianDiffusion(60).sampling_levels(50)
+    )
+    assert names["images"].shape == names["without"].shape == (16, 1, 28, 28)
