@@ -715,6 +715,8 @@ class QuantumGate(nn.Module):
 
     def forward(self, features: Tensor, generators: Sequence[torch.Generator] = ()) -> Tensor:
         """features (B, C) -> g (B, C); generators: of the shots, one for each sample."""
+        if features.ndim != 2:
+            raise UserError(f"features of shape {tuple(features.shape)}: expected (B, C)")
         angles = self.project_in(features)
         single = torch.promote_types(angles.dtype, torch.float32)  # at least: half is too coarse
         values = self.expectations(angles.to(single), generators)
@@ -867,8 +869,10 @@ class UNet(nn.Module):
         """Predicts v, shaped like x.
 
         x: (B, channels, H, W), H and W multiples of 4; t: (B,) int64; generators: of the
-        circuit's shots, one for each sample.
+        circuit's shots, one for each sample. Raises UserError for a single image without B.
         """
+        if x.ndim != 4:
+            raise UserError(f"x of shape {tuple(x.shape)}: expected (B, {self.channels}, H, W)")
         embedding = self.embed(timestep_embedding(t, 64).to(x.dtype))  # (B, 128)
 
         # Encoder.
@@ -953,7 +957,10 @@ def download(data_dir: Path, name: str, fetch: Callable[[Path], object]) -> str 
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
         data_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=data_dir) as aside:
-            fetch(Path(aside))
+            try:
+                fetch(Path(aside))
+            except Exception as error:  # its text may say where to put a copy
+                raise OSError(str(error).replace(aside, str(data_dir))) from error
             path.parent.mkdir(parents=True, exist_ok=True)
             (Path(aside) / name).rename(path)
     except Exception as error:  # of the network, of what it answers, of the disk
@@ -2055,10 +2062,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         args = build_parser().parse_args(argv)
         make_all(args, Symmetries if args.augment else None)
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
+    except (UserError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocat" not in str(error):
             raise  # a fault of this script
-        print("error:", " ".join(str(error).split()) or "out of memory", file=sys.stderr)
+        print("error: out of memory; try a smaller --batch_size, or fewer --shots", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command continues where it stopped", file=sys.stderr)
@@ -2548,6 +2558,9 @@ def circuit_expectations(
     still the exact mean's. Returns (B, n) in -1..1, differentiable in both. Raises UserError as
     ``compile_circuit`` does, and when generators are missing.
     """
+    if weights.ndim != 3 or angles.ndim != 2 or angles.shape[1] != weights.shape[1]:
+        found = f"angles {tuple(angles.shape)}, weights {tuple(weights.shape)}"
+        raise UserError(f"{found}: expected (B, n) and (L, n, k)")
     n_layers, n_qubits, n_weights = weights.shape
     sizes = (n_qubits, n_layers, n_weights)
     chain = compile_circuit(circuit, *sizes, angles.dtype, angles.device)

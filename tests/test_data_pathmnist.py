@@ -119,3 +119,10 @@ def test_symmetries_are_the_same_when_they_are_made_as_drawn():
     lazy = path.Symmetries(images)
     assert lazy.shape == (24, 3, 28, 28)
     assert torch.equal(lazy[index], path.symmetries(images)[index])
+
+
+def test_a_failed_download_says_where_to_put_a_copy(tmp_path, no_network, fails):
+    """MedMNIST names the folder into which it downloads, which is gone by then."""
+    message = fails(path, ["--data", "pathmnist", "--data_dir", tmp_path / "data"])
+    assert f"root folder: {tmp_path / 'data'};" in message
+    assert f"copy it to {tmp_path / 'data'}, or use --data tissue" in message

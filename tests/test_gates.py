@@ -277,3 +277,17 @@ def test_a_quantum_gate_with_shots_in_half_precision():
     values = gate(torch.randn(2, 8).bfloat16(), streams)
     assert values.dtype == torch.bfloat16
     assert values.shape == (2, 8)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: qd.QuantumGate(8, n_qubits=3)(torch.zeros(8)),
+        lambda: qd.circuit_expectations(torch.zeros(3), torch.zeros(1, 3, 2)),
+        lambda: qd.circuit_expectations(torch.zeros(2, 4), torch.zeros(1, 3, 2)),
+        lambda: unet_of("classical")(torch.zeros(1, 28, 28), torch.tensor([3])),
+    ],
+)
+def test_a_single_sample_without_its_axis_is_an_error(call):
+    with pytest.raises(qd.UserError, match=r"expected \(B, "):
+        call()

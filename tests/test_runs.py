@@ -421,6 +421,26 @@ def test_what_was_removed_is_made_again(name, run, tmp_path):
     assert after == before
 
 
+def test_a_folder_that_becomes_another_runs_loses_its_pictures(tmp_path):
+    qd.main(tiny(tmp_path, "--use_quantum"))
+    run = only(tmp_path)
+    before = contents(run)
+    for result in ("checkpoint.pt", "model.pt", "samples_final.png"):
+        (run / result).unlink()
+    qd.main(tiny(tmp_path, "--use_quantum", "--n_layers", "1", "--steps", "4"))
+
+    # All is of the new run, nothing of the old one is left.
+    after = contents(run)
+    assert config_of(run)["settings"]["n_layers"] == 1
+    for name in ("circuit.png", "loss_curve.png", "training_progress.gif", "loss.csv"):
+        assert after[name] != before[name], name
+    assert {path.name for path in (run / "samples").iterdir()} == {
+        "step_000002.png",
+        "step_000003.png",
+        "step_000004.png",
+    }
+
+
 def test_weights_of_one_run_are_sampled_under_other_conditions(finished, run, tmp_path, fails):
     argv = ["--use_quantum", "--lr", "0.05", "--weights", finished]
     source = only(finished)
