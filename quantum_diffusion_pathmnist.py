@@ -29,7 +29,8 @@ from functools import cache, partial, wraps
 from pathlib import Path
 from typing import NamedTuple
 
-# OpenMP's threads spin while they wait: on a busy machine a step is up to thirteen times slower.
+# While they wait, OpenMP's threads spin, which slows a step on a busy machine up to thirteenfold:
+# let them spin briefly.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch loads OpenMP
 
@@ -93,7 +94,7 @@ RANGES = {  # lowest and highest value of each setting that is a number
     "shots": (1, 10**5),
     "readout_noise": (0.0, 1.0),
 }
-MOST_IMAGES = 2 * 10**8  # in all steps: the order in which they are drawn is in memory
+MOST_IMAGES = 2 * 10**8  # steps * batch_size: the order of all draws is kept in memory
 DEVICE_QUBITS = {"default.mixed": 10, "other": 24}  # what fits into memory
 
 
@@ -157,7 +158,7 @@ class Settings:
             product = f"--steps {self.steps} of --batch_size {self.batch_size}"
             raise UserError(f"{product}: expected at most {MOST_IMAGES:,} images in all")
 
-        # Combinations; the default of sample_steps is cut to T instead.
+        # Combinations. sample_steps may not exceed T; its default is cut to T in sampling.
         if self.sample_steps > self.timesteps and self.sample_steps != SAMPLE_STEPS:
             expected = f"expected at most --timesteps {self.timesteps}"
             raise UserError(f"--sample_steps {self.sample_steps}: {expected}")
@@ -173,7 +174,7 @@ class Settings:
 
     @property
     def condition(self) -> str:
-        """What is not as usual in a run, for example ``shots1000_gate0.001-0.01``; else empty."""
+        """The conditions that differ from their defaults, for the name: ``shots1000_steps10``."""
         words = []
         if self.simulator != "exact":
             words.append(self.simulator)
@@ -195,7 +196,8 @@ class Settings:
         return f"{name}_{self.condition}" if self.condition else name
 
 
-# A circuit's conditions at their ideal values. A gate without a circuit has no others.
+# The conditions of a circuit, at their ideal values. A gate without a circuit always has these;
+# sample_steps, the remaining condition, is every arm's.
 IDEAL = {
     "simulator": Settings.simulator,
     "simulator_options": Settings.simulator_options,
@@ -260,8 +262,9 @@ class GaussianDiffusion:
     def sampling_levels(self, steps: int) -> Tensor:
         """The timesteps that the sampler visits, from T - 1 down: at most ``steps``, int64.
 
-        T - 1 first; then, from lambda = log(alpha / sigma) = -6 up to that of t = 0, evenly in
-        asinh(lambda): densest at medium noise, where an image is decided. No timestep comes twice.
+        Their log-SNRs lambda = log(alpha / sigma) run from -6 to that of t = 0 in equal steps of
+        asinh(lambda). So they lie densest around lambda = 0, where an image is decided. The first
+        is then replaced by T - 1, pure noise. Equal timesteps are visited once.
         """
         wanted = torch.linspace(math.asinh(-6), self.log_snr[0].asinh(), steps).sinh()
 
@@ -319,17 +322,18 @@ class GaussianDiffusion:
 # A circuit is a function of PennyLane operations on the wires 0 .. n-1:
 #   angles   (n,) or (B, n), radians: the gate's input; index it as angles[..., i]
 #   weights  (layers, n, weights per qubit and layer), radians, trained
-# Whatever runs it, <Z_i> of every qubit is measured at its end. The arm's name, the number of
-# weights, the picture, the exact simulation and its check all follow from the function.
+# Whatever runs it, <Z_i> of every qubit is measured at its end. An entry in ARMS gives its name and
+# its number of weights; picture, noise, exact simulation and its check follow from the function.
 #
 # For a trained gate on two qubits see ising_circuit.
 #
-# The exact simulation (see the appendix) takes gates and channels on one qubit or two neighbours
+# The exact simulation (see the appendix) takes gates and channels on one qubit or two neighbours,
 # whose parameters are an angle, a weight or a constant as it is (not -w, not 2 * x). Its cost grows
-# with the bond dimension between neighbours, at most 256. Every CNOT, CZ, CRX, IsingXX, YY or ZZ
-# between two qubits multiplies it by 4, IsingXY, SWAP, or XX and YY together by 16; by half of that
-# at a circuit's end, where the gate commutes with the Z that is measured. So CNOTs fit four layers,
-# IsingXY two (--n_layers 2). All else runs on a PennyLane device: --simulator lightning.qubit.
+# with the bond dimension between neighbours, at most 256, to which every gate between two qubits
+# contributes a factor: 4 for CNOT, CZ, CRX, IsingXX, IsingYY, IsingZZ; 16 for IsingXY and SWAP. The
+# last gate on a qubit often costs less (a last CNOT 2, a last IsingXY 8). So four layers of CNOTs
+# fit, two of IsingXY (--n_layers 2). All else runs on a PennyLane device: --simulator
+# lightning.qubit.
 
 
 def encode(angles: Tensor) -> None:
@@ -452,7 +456,7 @@ class Arm(NamedTuple):
 ARMS = {
     "classical": Arm("no gate: the paper's classical model"),
     "matched": Arm("a classical gate with as many weights as quantum: the fair control"),
-    "se": Arm("ReLU: squeeze-and-excitation as everybody uses it"),
+    "se": Arm("ReLU: squeeze-and-excitation, which everybody uses"),
     "quantum": Arm("RY(x), then layers of RZ, RY and a CNOT chain", quantum_circuit, 2),
     "published": Arm("the circuit as printed, RZ alone: a fixed function", published_circuit, 1),
     "product": Arm("quantum without CNOTs: does entanglement matter?", product_circuit, 2),
@@ -527,14 +531,14 @@ def with_noise(
             qml.apply(operation)
             if isinstance(operation, qml.operation.Channel):
                 continue
-            if len(operation.wires) > 2:
+            if len(operation.wires) > 2 and any(gate_noise):
                 found = f"{operation.name} acts on {len(operation.wires)} qubits"
                 raise UserError(f"{found}, and --gate_noise knows gates on one or two")
 
             # The gate's noise.
-            probability = gate_noise[len(operation.wires) - 1]
-            if probability > 0:
-                for wire in operation.wires:
+            probability = gate_noise[0] if len(operation.wires) == 1 else gate_noise[1]
+            for wire in operation.wires:
+                if probability > 0:
                     qml.DepolarizingChannel(probability, wires=wire)
 
         # The readout's noise.
@@ -565,7 +569,7 @@ class Recorded(NamedTuple):
 def record(
     circuit: Callable, n_qubits: int, n_layers: int, n_weights: int, seed: int = 0
 ) -> list[Recorded]:
-    """Runs a circuit once on random numbers; a parameter equal to one is that angle or weight.
+    """Runs a circuit once on random numbers, to see which angle or weight each parameter is.
 
     For example RZ(layer[3, 0]) is recorded with 0.7312, which is the placeholder of weight 6, so
     its source is ("w", 6). A parameter that is no placeholder is a constant, or was computed.
@@ -674,7 +678,8 @@ class QuantumGate(nn.Module):
         self.simulator = simulator
         self.simulator_options = simulator_options or {}
         if simulator == "exact":
-            compile_circuit(self.circuit, n_qubits, n_layers, n_weights)
+            how = (self.weights.dtype, self.weights.device)
+            compile_circuit(self.circuit, n_qubits, n_layers, n_weights, *how)
         else:
             operations_of(self.circuit, torch.zeros(1, n_qubits), weights)
             self.takes_seed = takes_seed(simulator)
@@ -718,7 +723,7 @@ class QuantumGate(nn.Module):
         if features.ndim != 2:
             raise UserError(f"features of shape {tuple(features.shape)}: expected (B, C)")
         angles = self.project_in(features)
-        single = torch.promote_types(angles.dtype, torch.float32)  # at least: half is too coarse
+        single = torch.promote_types(angles.dtype, torch.float32)  # half is too coarse for angles
         values = self.expectations(angles.to(single), generators)
         return self.project_out(values.to(angles.dtype))
 
@@ -737,7 +742,8 @@ class ClassicalGate(nn.Module):
 
     matched: each unit applies z <- cos(a z + b) once per layer, with weights (a, b) of its own: as
     many as ``quantum_circuit`` has, in the same range -1..1, not mixing the units. Otherwise ReLU,
-    which is squeeze-and-excitation (Hu et al. 2018, arXiv 1709.01507).
+    as in squeeze-and-excitation (Hu et al. 2018, arXiv 1709.01507), whose sigmoid at the end is
+    1 + g here.
     """
 
     def __init__(self, channels: int, n_units: int = 16, n_layers: int = 3, matched: bool = True):
@@ -1091,13 +1097,13 @@ def to_uint8(images: Tensor) -> Tensor:
 def orthogonalize(matrix: Tensor) -> Tensor:
     """Brings most singular values of a matrix (m, n) near 1, by Newton-Schulz (Jordan et al. 2024).
 
-    Three steps X <- p(G) X with G = X X^T and p(G) = a + b G + c G^2; Jordan's five had no clear
-    gain. As p(G) commutes with G, the steps can be done on G alone, which is smaller than X:
-    G <- p(G) G p(G). X is multiplied once, at the end.
+    Three steps X <- p(X X^T) X with p(G) = a + b G + c G^2; Jordan's five had no clear gain. A step
+    turns G = X X^T into p(G) G p(G), so the steps need G alone, which is smaller than X; the
+    polynomials are collected in ``product``, and X is multiplied once, at the end.
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's
 
-    # Lying, so that X X^T is the smaller product, and with singular values up to 1.
+    # Wide, so that X X^T is the smaller of the two products; scaled to singular values up to 1.
     is_tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.mT if is_tall else matrix  # (k, l), k <= l
     x = x / (x.norm() + 1e-7)
@@ -1154,7 +1160,10 @@ def make_optimizers(model: UNet, settings: Settings) -> tuple[torch.optim.Optimi
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
-    """The share of the peak rate: a warm-up over 100 steps, under a straight line to zero."""
+    """The share of the peak rate: a warm-up, under a straight line to zero.
+
+    The warm-up takes 100 steps, or a tenth of them.
+    """
     warm_up = min(100, max(1, steps // 10))
     return min((step + 1) / warm_up, 1 - step / steps)
 
@@ -1198,12 +1207,13 @@ def shot_generators(
     return [random_stream(settings.seed, *name, device=device) for name in names]
 
 
-def train(settings: Settings, images: Sequence, folder: Path, run_hash: str) -> UNet:
+def train(settings: Settings, images: Sequence, folder: Path, run_id: str) -> UNet:
     """Trains one model, from its checkpoint in the run folder if there is one.
 
-    images: (n, C, 28, 28) uint8 on the device, a tensor or what is indexed like one. Writes
-    previews, ``loss.csv`` and checkpoints, and returns the model with averaged weights. Raises
-    UserError when it diverges.
+    images: (n, C, 28, 28) uint8 on the device, with .device, .shape and [indices] as of a tensor.
+    run_id: the ``run_hash`` of its configuration, kept in the checkpoint so that no other run
+    resumes it. Writes previews, ``loss.csv`` and checkpoints, and returns the model with averaged
+    weights. Raises UserError when it diverges.
     """
     device = images.device
     channels = images.shape[1]
@@ -1216,7 +1226,7 @@ def train(settings: Settings, images: Sequence, folder: Path, run_hash: str) -> 
 
     # A killed run goes on where its checkpoint was written.
     state = {"model": model, "average": average, "adam": adam, "muon": muon}
-    first = load_checkpoint(folder / "checkpoint.pt", run_hash, state, losses)
+    first = load_checkpoint(folder / "checkpoint.pt", run_id, state, losses)
     previews = preview_steps(settings)
 
     bar = tqdm(range(first, settings.steps), settings.name, settings.steps, initial=first)
@@ -1252,7 +1262,7 @@ def train(settings: Settings, images: Sequence, folder: Path, run_hash: str) -> 
             check_finite(settings, model, losses[:done])
             if done in previews:
                 save_preview(folder, settings, average, done)
-            save_checkpoint(folder, run_hash, state, losses[:done])
+            save_checkpoint(folder, run_id, state, losses[:done])
             bar.set_postfix(loss=f"{losses[step].item():.4f}")
     return average
 
@@ -1265,20 +1275,20 @@ def check_finite(settings: Settings, model: UNet, losses: Tensor) -> None:
     if not finite.all():
         step = int(finite.int().argmin()) + 1
         found = f"{settings.name}: the loss or a weight is not finite at step {step}"
-        raise UserError(f"{found}; try a lower --lr, another --save_dir")
+        raise UserError(f"{found}; try a lower --lr or --muon_lr")
 
 
-def save_checkpoint(folder: Path, run_hash: str, state: dict, losses: Tensor) -> None:
+def save_checkpoint(folder: Path, run_id: str, state: dict, losses: Tensor) -> None:
     """Writes ``loss.csv``, and ``checkpoint.pt``: what ``load_checkpoint`` reads."""
     losses = losses.cpu()
     rows = [f"{step},{loss!r}\n" for step, loss in enumerate(losses.tolist(), 1)]
     write_atomic(folder / "loss.csv", "step,loss\n" + "".join(rows))
     contents = {name: part.state_dict() for name, part in state.items()}
-    contents |= {"run": run_hash, "step": len(losses), "losses": losses}
+    contents |= {"run": run_id, "step": len(losses), "losses": losses}
     write_atomic(folder / "checkpoint.pt", contents)
 
 
-def load_checkpoint(path: Path, run_hash: str, state: dict, losses: Tensor) -> int:
+def load_checkpoint(path: Path, run_id: str, state: dict, losses: Tensor) -> int:
     """Restores the parts of ``state`` and the losses. Returns the number of steps done; 0: no file.
 
     Raises UserError when the file is damaged or another run's.
@@ -1287,7 +1297,7 @@ def load_checkpoint(path: Path, run_hash: str, state: dict, losses: Tensor) -> i
         return 0
     device = losses.device
     contents = load_tensors(path, "a checkpoint; remove it to train from the start", device)
-    if contents.get("run") != run_hash:
+    if contents.get("run") != run_id:
         raise UserError(f"{path}: of a run with other settings; remove it to train from the start")
     with reading(path, "a checkpoint of this version; remove it to train from the start"):
         for name, part in state.items():
@@ -1309,9 +1319,9 @@ def sample_images(
 ) -> Tensor:
     """Draws the images ``numbers`` of a series, (n, C, 28, 28) uint8 on the CPU.
 
-    Image k of a series, ``preview`` or ``image``, has random streams of its own and does not depend
-    on those it is drawn with. bar: shows every network evaluation. Raises UserError when an image
-    is not a number.
+    Image k of a series, ``preview`` or ``image``, has random streams of its own and, but for
+    rounding, does not depend on those it is drawn with. bar: shows every network evaluation.
+    Raises UserError when an image is not a number.
     """
     device = next(model.parameters()).device
     diffusion = GaussianDiffusion(settings.timesteps, device)
@@ -1320,7 +1330,7 @@ def sample_images(
     generators = shot_generators(settings, [(series, k, "shots") for k in numbers], device)
 
     def draw_noise(_: Tensor | None = None) -> Tensor:
-        """Noise of every image's own stream: (n, C, 28, 28)."""
+        """Noise of every image's own stream, (n, C, 28, 28); the sampler's image is not needed."""
         return torch.stack([torch.randn(shape, generator=s, device=device) for s in streams])
 
     def predict_v(x: Tensor, t: Tensor) -> Tensor:
@@ -1331,7 +1341,9 @@ def sample_images(
 
     images = diffusion.sample(predict_v, draw_noise(), min(steps, settings.timesteps), draw_noise)
     if images.isnan().any():
-        raise UserError(f"{settings.name}: its images are not numbers; train with a lower --lr")
+        raise UserError(
+            f"{settings.name}: its images are not numbers; train with a lower --lr or --muon_lr"
+        )
     return to_uint8(images).cpu()
 
 
@@ -1355,7 +1367,7 @@ def save_preview(folder: Path, settings: Settings, model: UNet, step: int) -> No
     save_grid(preview_path(folder, step), images)
 
 
-def sample_final(settings: Settings, model: UNet, folder: Path, n_eval: int, run_hash: str) -> None:
+def sample_final(settings: Settings, model: UNet, folder: Path, n_eval: int, run_id: str) -> None:
     """Brings ``samples_final.png`` to ``n_eval`` images; those already there are kept.
 
     Raises UserError when the file is damaged or another run's.
@@ -1364,7 +1376,7 @@ def sample_final(settings: Settings, model: UNet, folder: Path, n_eval: int, run
     images = torch.empty(0, model.channels, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
     if path.exists():
         images = load_grid(path)
-        if grid_description(path).get("run") != run_hash:
+        if grid_description(path).get("run") != run_id:
             raise UserError(f"{path}: of a run with other settings; remove it to draw it again")
 
     # A GPU takes hardly longer for more images at once.
@@ -1379,7 +1391,7 @@ def sample_final(settings: Settings, model: UNet, folder: Path, n_eval: int, run
             numbers = range(first, first + max(n, 16))
             new = sample_images(settings, model, "image", numbers, steps, bar)
             images = torch.cat([images, new[:n]])
-            save_grid(path, images, run=run_hash)
+            save_grid(path, images, run=run_id)
     if read_config(folder / "config.json")["n_eval"] != len(images):
         update_config(folder, n_eval=len(images))
 
@@ -1644,7 +1656,8 @@ def device_name(device: torch.device) -> str:
     return f"{device}, {hardware}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-IDENTITY = ("settings", "images", "weights", "circuit")  # parts of config.json that make a run
+# The parts of config.json that, if they differ, make it another run.
+IDENTITY = ("settings", "images", "weights", "circuit")
 
 
 def run_hash(config: dict) -> str:
@@ -1690,7 +1703,11 @@ def first_difference(one: str, other: str) -> tuple[str, str]:
 
 
 def check_folder(folder: Path, config: dict) -> None:
-    """Raises UserError when a folder is not this run's; one without results can be any run's."""
+    """Raises UserError when a folder must not be used for this run.
+
+    It must not when it has results (checkpoint, model, final images) of another run, or files but
+    no config.json. A folder whose run had no results yet may be taken over: see ``open_run``.
+    """
     path = folder / "config.json"
     results = ("checkpoint.pt", "model.pt", "samples_final.png")
     has_begun = any((folder / name).exists() for name in results)
@@ -1720,7 +1737,7 @@ def open_run(folder: Path, config: dict) -> Iterator[None]:
     with lock:
         check_folder(folder, config)
 
-        # A folder without results becomes this run's, whatever it was before.
+        # Taken over from a run without results: its pictures go, its configuration is replaced.
         path = folder / "config.json"
         if not path.exists() or differences(read_config(path), config):
             for picture in [*folder.glob("*.png"), *folder.glob("*.gif"), *folder.glob("*/*.png")]:
@@ -1736,17 +1753,15 @@ def open_run(folder: Path, config: dict) -> Iterator[None]:
 def find_weights(folder: Path, settings: Settings, config: dict) -> dict:
     """Entries of ``config.json`` for a run that samples another run's model (--weights).
 
-    This is the ideal run of the same arm, data, class, size and seed in ``folder``. Raises
+    The model is that of the run with the same name but no condition, in ``folder``. Raises
     UserError: there is none, or it was trained otherwise.
     """
     # The same run under ideal conditions.
     path = folder / replace(settings, **IDEAL, sample_steps=SAMPLE_STEPS).name / "model.pt"
     if not path.is_file():
         raise UserError(f"--weights {folder}: no {path}; train it, or name its folder")
-    if settings.condition == "":
-        raise UserError("--weights: name another condition, for example --shots 1000")
-
-    # It must have been trained as is asked for, and be whole.
+    # It must have been trained with the same settings. The conditions and the previews may differ;
+    # weights_sha256 is only known below.
     source = read_config(path.with_name("config.json"))
     skip = (*IDEAL, "sample_steps", "n_frames", "n_samples", "weights_sha256")
     if difference := differences(source, config, skip):
@@ -1850,7 +1865,7 @@ def add_setting(
 ) -> None:
     """A flag for a field of Settings, with its default."""
     default = getattr(Settings, name)
-    text += "" if default is None else " (default: %(default)s)"
+    text += " (default: %(default)s)" if isinstance(default, (int, float, str)) else ""
     parser.add_argument(f"--{name}", type=kind, default=default, help=text, metavar=metavar)
 
 
@@ -1920,7 +1935,7 @@ def this_process(device: str) -> tuple[torch.device, int, int]:
 class DataSet(NamedTuple):
     """What runs are trained on."""
 
-    source: str
+    source: str  # which was in fact loaded, for example "mnist" or "digits"
     images: Tensor  # (N, C, 28, 28) uint8
     labels: Tensor  # (N,)
     total: int  # images of all classes
@@ -1979,9 +1994,12 @@ def plan_run(
         settings = settings_of_flags(args, arm, **others, steps=steps)
 
     config = run_config(settings, images, counts, device)
+    folder = args.save_dir / settings.name
     if args.weights is not None:
-        config |= find_weights(args.weights, settings, config)
-    check_folder(args.save_dir / settings.name, config)
+        weights = find_weights(args.weights, settings, config)
+        is_source = folder.resolve() == Path(weights["weights_from"]).parent.resolve()
+        config |= {} if is_source else weights
+    check_folder(folder, config)
     return Run(settings, config)
 
 
@@ -2039,8 +2057,9 @@ def make_run(args: argparse.Namespace, data: DataSet, device: torch.device, run:
     with open_run(folder, config):
         # The model, trained or another run's.
         is_trained = read_config(folder / "config.json")["model_sha256"] is not None
+        is_trained_here = config["weights"]["weights_sha256"] is None
         if not is_trained or not model_path.exists():
-            if args.weights is not None:
+            if not is_trained_here:
                 state = Path(config["weights_from"]).read_bytes()
             else:
                 images = data.training_images(settings, device)
@@ -2052,7 +2071,7 @@ def make_run(args: argparse.Namespace, data: DataSet, device: torch.device, run:
         # The images for the metrics, and what is nice to look at.
         _, model = load_run(folder, device)
         sample_final(settings, model, folder, args.n_eval, run_hash(config))
-        if args.weights is None:
+        if is_trained_here:
             draw_pictures(settings, folder)
 
 
@@ -2085,7 +2104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 # decomposition). CNOT = |0><0| x 1 + |1><1| x X has two terms, and since a density matrix is
 # multiplied from both sides, r = 2 * 2 = 4. If the control is only measured afterwards, only I and
 # Z of it count, and r = 2. The index of the sum is a bond between the two qubits; the bonds of
-# several gates together are one bond of dimension 4 * 4 * 2 = 32 for three layers of CNOTs. So a
+# several gates together are one bond, of dimension 4 * 4 * 2 = 32 for three layers of CNOTs (with
+# noise behind the last ones 4 * 4 * 4). So a
 # circuit on a chain is exactly a product of small tensors, one a qubit, and nothing is truncated:
 #
 #        left ---- qubit 0 ---- qubit 1 ---- ... ---- qubit n-1 ---- right
@@ -2099,29 +2119,32 @@ def main(argv: Sequence[str] | None = None) -> None:
 #
 # Two halves. What acts on a qubit up to its last input depends on the sample ("before"), all later
 # operations do not ("after"). So a qubit is two tensors, and the second, which is the larger one in
-# most circuits, is computed once for all samples. The bonds between two qubits are always joined in
-# the order of time into one index, the earliest slowest. So it means the same on both sides, also
-# where one qubit has a bond in "before" and its neighbour the same bond in "after": every qubit
-# splits the index by its own sizes.
+# most circuits (their input comes first), is computed once for all samples.
+#
+# The bonds between two qubits are joined into one index in the order of time, the earliest slowest.
+# Both qubits meet the same bonds in the same order, so the index means the same to both, although
+# each splits it where its own "after" begins: of bonds a, b, c qubit 0 may have (a | b c) and
+# qubit 1 (a b | c). unflatten(1, (early, -1)) is that split.
 #
 # Letters: B samples, S shots, q qubits, F trigonometric functions; of a tensor: l and r bonds to
 # the left and right; o and i Pauli components after (out) and before (in).
 
 MAX_BOND_DIMENSION = 256  # between two neighbours: four layers of CNOTs, with noise
-# At 16 qubits, three layers and a batch of 64. Noise runs on default.mixed alone.
-WAY_OUT = "use --simulator lightning.qubit (2 to 7 seconds a step), with noise default.mixed"
+# The seconds are those of 16 qubits, three layers and a batch of 64.
+WAY_OUT = "use --simulator lightning.qubit (2 to 7 seconds a step; with noise default.mixed)"
 
 # P_p of one qubit, (4, 2, 2), and P_p x P_q of two, (16, 4, 4).
 PAULI = np.array([[[1, 0], [0, 1]], [[0, 1], [1, 0]], [[0, -1j], [1j, 0]], [[1, 0], [0, -1]]])
-READ_OUT = [0, 3]  # I, for a qubit that is not measured, and Z
 PAULIS = {1: PAULI, 2: np.einsum("pab,qcd->pqacbd", PAULI, PAULI).reshape(16, 4, 4)}
+READ_OUT = [0, 3]  # I, for a qubit that is not measured, and Z
 
 
 class Factor(NamedTuple):
     """What an operation does to one of its qubits: a matrix for each value of the bonds.
 
-    The matrices are sum_f coefficients[f] feature_f. The features are all products of one of
-    ``n_harmonics`` trigonometric functions of each parameter; without parameters F is 1.
+    The matrix is sum_f features[f] * coefficients[f]. Of one parameter the features are the first
+    ``n_harmonics`` of 1, cos, sin, cos of the half, sin of the half (``harmonics``); of several,
+    all products of one from each, F = n_harmonics ** len(sources). Of none F is 1: a constant.
     """
 
     coefficients: np.ndarray | Tensor  # (F, l, r, o, i); of a group of qubits (q, F, l, r, o, i)
@@ -2216,14 +2239,16 @@ def fit_harmonics(
 
 
 def cut(coefficients: np.ndarray, is_last: tuple[bool, bool]) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts two-qubit matrices (F, 16, 16) between the qubits.
+    """Cuts two-qubit matrices (F, 16, 16) into a part for each qubit, joined by a bond.
 
-    With rows (low o, low i) and columns (F, high o, high i) they are one ordinary matrix M. With an
-    orthonormal basis Q of its columns, M = Q (Q^T M): Q is the low qubit's part, for all angles of
-    the gate, Q^T M the high qubit's, and their common index is the bond. is_last: whether this is
-    the low, the high qubit's last operation: then it is read out, only I and Z are needed of it,
-    and the bond is smaller. Returns the low part (1, 1, r, o, 4), with a bond to the right, and the
-    high part (F, r, 1, o, 4), with a bond to the left.
+    Written with rows (low o, low i) and columns (F, high o, high i) they are one matrix M of rank
+    r. Let the r columns of Q be an orthonormal basis of M's column space (from an SVD). Then
+    M = Q (Q^T M): Q is the low qubit's part and does not depend on the gate's angle, Q^T M is the
+    high qubit's and does; the index between them, of r values, is the bond.
+
+    is_last: whether this is the low, the high qubit's last operation. Then only the rows I and Z of
+    that qubit are ever read, and r may be smaller. Returns the low part (1, 1, r, o, 4) and the
+    high part (F, r, 1, o, 4); o is 2 where it is the last operation, else 4.
     """
     tensor = coefficients.reshape(-1, 4, 4, 4, 4)  # (F, low o, high o, low i, high i)
     if is_last[0]:
@@ -2277,7 +2302,7 @@ def factors_of_qubits(recorded: Sequence[Recorded], n_qubits: int) -> list[list[
             else:
                 known[key] = (coefficients[:, None, None], n)
 
-        # The parameters go with the high qubit.
+        # The parameters go with the high qubit's part, by the choice that ``cut`` made.
         *low, high, n = known[key]
         sources = tuple(source for source in sources if source is not None)
         factors[wires[-1]].append(Factor(high, sources, n))
@@ -2293,6 +2318,7 @@ def factors_of_qubits(recorded: Sequence[Recorded], n_qubits: int) -> list[list[
 
 def fuse_constants(factors: Sequence[Factor]) -> list[Factor]:
     """The same product with constant factors multiplied into their neighbours."""
+    # Two factors with parameters each stay apart; any other pair becomes one.
     fused = []
     for factor in factors:
         if not fused or (fused[-1].sources and factor.sources):
@@ -2327,11 +2353,11 @@ def split_at_last_input(factors: Sequence[Factor]) -> tuple[list[Factor], list[F
 
 
 def pad_ends(halves: list[tuple[list[Factor], list[Factor]]]) -> None:
-    """Makes both ends of the chain as large as their neighbours, to be computed with them.
+    """Pads the outer bonds of the two end qubits with zeros to the size of their neighbours' bonds.
 
-    The first qubit has no bonds to its left and the last none to its right: one number there, or a
-    longer list that begins with this number and goes on with zeros (see ``end_of_chain``). Nothing
-    is done where a neighbour has another number of factors.
+    Then an end qubit has the shapes of the inner ones and is computed with them in one batch: a
+    fifth of the time. The zeros change nothing: the chain begins and ends with (1, 0, 0, ...), see
+    ``end_of_chain``. An end whose factors are not as many as its neighbour's stays as it is.
     """
     for end, neighbour, axis in ((0, 1, 1), (-1, -2, 2)):  # axis 1: left bonds, 2: right bonds
         if [*map(len, halves[end])] != [*map(len, halves[neighbour])]:
@@ -2347,6 +2373,8 @@ def stack_factors(
     qubits: Sequence[Sequence[Factor]], dtype: torch.dtype, device: torch.device
 ) -> list[Factor]:
     """The factors of several qubits, of equal shapes, as one list on the device."""
+    # The k-th factor of every qubit: coefficients gain the axis q in front, and each source's index
+    # becomes a tensor (q,).
     stacked = []
     for same in zip(*qubits, strict=True):
         coefficients = np.stack([factor.coefficients for factor in same])
@@ -2391,10 +2419,11 @@ def compile_circuit(
             raise UserError(f"{found}, at most {MAX_BOND_DIMENSION}; fewer layers, or {WAY_OUT}")
     halves = [split_at_last_input(own) for own in factors]
 
-    if n_qubits > 2:
+    if n_qubits > 2:  # of two qubits both are ends
         pad_ends(halves)
 
-    # Qubits with factors of the same shapes and kinds of parameters are a group.
+    # Qubits whose factors agree in number, in shapes and in the kinds of their parameters ("x" or
+    # "w") are a group: one batch.
     members = {}
     for qubit, (before, after) in enumerate(halves):
         shapes = [
@@ -2404,9 +2433,10 @@ def compile_circuit(
         members.setdefault((len(before), *shapes), []).append(qubit)
     chain = []
     for qubits in members.values():
-        before, after = zip(*(halves[qubit] for qubit in qubits), strict=True)
-        before = stack_factors(before, dtype, device)
-        chain.append(Group(qubits, before, stack_factors(after, dtype, device)))
+        befores, afters = zip(*(halves[qubit] for qubit in qubits), strict=True)
+        before = stack_factors(befores, dtype, device)
+        after = stack_factors(afters, dtype, device)
+        chain.append(Group(qubits, before, after))
     return chain
 
 
@@ -2417,7 +2447,7 @@ def factor_matrices(factor: Factor, features: dict[str, Tensor]) -> Tensor:
     are the same for all samples.
     """
     if not factor.sources:
-        return factor.coefficients  # (q, F, ...), F = 1: the same for all B
+        return factor.coefficients  # (q, 1, l, r, o, i): F = 1 stands where B does
     # The features: products of one function of each parameter.
     product = None
     for kind, index in factor.sources:
@@ -2438,7 +2468,7 @@ def multiply_factors(factors: Sequence[Factor], features: dict[str, Tensor]) -> 
     for factor in factors[1:]:
         new = factor_matrices(factor, features)  # (q, B, m, s, o, j), bonds m and s
 
-        # Sum over the component j in between; bonds are joined in the order of time.
+        # Sum over the component j in between (einsum broadcasts a b of 1). Bonds: earlier slowest.
         product = torch.einsum("qbmsoj,qbjilr->qboilmrs", new, product)
         product = product.flatten(6, 7).flatten(4, 5)
     return product
@@ -2449,16 +2479,17 @@ def site_tensors(
 ) -> list[tuple[Tensor, Tensor]]:
     """For each qubit its two tensors, before and after its last input.
 
-    Before: (B, i, l, r), the state of every sample. After: (i, l, o r) for all samples, where o is
-    I and Z as read out. The bonds of the second are later in time.
+    Before: (B, i, l, r), the state of every sample; i is the component between the halves, the
+    output of this half and the input of the next. After: (i, m, o s), the same for all samples; o
+    is I or Z as read out. Early bonds are l and r, late ones m and s, to the left and the right.
     """
     features = {"x": harmonics(angles.T), "w": harmonics(weights.flatten())[:, None]}
     sites = [None] * angles.shape[1]
     for group in chain:
         before = multiply_factors(group.before, features).squeeze(3)  # (q, B, i, l, r)
         before = before.expand(-1, len(angles), -1, -1, -1)
-        after = multiply_factors(group.after, features).squeeze(1)  # (q, o, i, l, r)
-        after = after.permute(0, 2, 3, 1, 4).flatten(3)  # (q, i, l, o r)
+        after = multiply_factors(group.after, features).squeeze(1)  # (q, o, i, m, s)
+        after = after.permute(0, 2, 3, 1, 4).flatten(3)  # (q, i, m, o s)
         pairs = zip(before.unbind(0), after.unbind(0), strict=True)
         for qubit, pair in zip(group.qubits, pairs, strict=True):
             sites[qubit] = pair
@@ -2519,9 +2550,10 @@ def exact_means(sites: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 def sample_outcomes(sites: Sequence[tuple[Tensor, Tensor]], uniform: Tensor) -> Tensor:
     """Measures all qubits together, from left to right: 1 or -1 of every qubit and shot.
 
-    ``left`` is the chain so far with the projectors (1 + z Z) / 2 of the outcomes z, normalised. So
-    <Z_i>, given these, is known, and the odds of 1 are (1 + <Z_i>) / 2. This is the exact joint
-    distribution, noise included. uniform: (B, S, n) in 0..1. Returns (B, S, n).
+    ``left`` is the chain up to a qubit, where every earlier qubit has been read out by the
+    projector (I + z Z) / 2 of its outcome z, divided by the probability of these outcomes. With it,
+    ``mean`` is <Z_i> conditional on them, and z_i is 1 with probability (1 + mean) / 2. So the
+    joint distribution is exact, noise included. uniform: (B, S, n) in 0..1. Returns (B, S, n).
     """
     before, after = sites[0]
     left = end_of_chain(before.shape[2] * after.shape[1], before)
@@ -2633,7 +2665,7 @@ def check_circuit(settings: Settings) -> None:
         error = (values_and_gradients(exact, angles, weights) - reference).abs().max()
         if not error < 1e-5:  # PennyLane's channels are float32
             found = f"--arm {settings.arm}: the exact simulation differs by {error:.1e}"
-            raise UserError(f"{found} from PennyLane's; use --simulator lightning.qubit")
+            raise UserError(f"{found} from PennyLane's; {WAY_OUT}")
         return
 
     name, options, shots = settings.simulator, settings.simulator_options, settings.shots

@@ -526,7 +526,7 @@ def test_a_diverged_run_does_not_lock_out_a_lower_rate(tmp_path, fails, monkeypa
     with monkeypatch.context() as patch:
         diverge_at(1, patch)
         message = fails(qd, tiny(tmp_path, "--lr", "0.5"))
-    assert "not finite at step 2; try a lower --lr, another --save_dir" in message
+    assert "not finite at step 2; try a lower --lr or --muon_lr" in message
     qd.main(tiny(tmp_path, "--lr", "0.01"))
     assert config_of(only(tmp_path))["settings"]["lr"] == 0.01
     assert len(grid_of(only(tmp_path))) == 4
