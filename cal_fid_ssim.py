@@ -163,11 +163,11 @@ def frechet_infinity(features: np.ndarray, reference: np.ndarray, seed: int) -> 
     """FID extrapolated to infinitely many generated images (Chong & Forsyth 2020, section 4).
 
     The bias of FID is linear in 1/n: a line through FID_INFINITY_SIZES subsets of n/4 to n images
-    is read off at 1/n = 0. features (n, d), reference (m, d). Below n = 2 d the expansion does not
-    hold: NaN.
+    is read off at 1/n = 0. features (n, d), reference (m, d). NaN below n = 8 d: a subset of fewer
+    than 2 d images bends the line, since its covariance is nearly or really without full rank.
     """
     n, d = features.shape
-    if n < 2 * d:
+    if n < 8 * d:
         return math.nan
 
     # FID of random subsets of rising size.
@@ -392,16 +392,18 @@ def in_batches(
 ) -> Tensor:
     """What ``compute`` makes of images (N, ...), a batch at a time: (N, ...) on the CPU.
 
-    With a progress bar of that name. All batches go into one tensor: a list of small results that
-    lie between large intermediate ones would keep two gigabytes from being used again.
+    ``name`` is that of a progress bar (None: no bar). All batches go into one tensor: a list of
+    small results that lie between large intermediate ones would keep two gigabytes from being used
+    again.
     """
-    starts = range(0, len(images), batch)
-    result = None
+    # The first batch tells shape and type, even when there are no images.
+    first = compute(images[:batch])
+    result = torch.empty((len(images), *first.shape[1:]), dtype=first.dtype)
+    result[:batch] = first
+
+    starts = range(batch, len(images), batch)
     for start in tqdm(starts, name, delay=2, leave=False, disable=name is None):
-        part = compute(images[start : start + batch])
-        if result is None:
-            result = torch.empty((len(images), *part.shape[1:]), dtype=part.dtype)
-        result[start : start + batch] = part
+        result[start : start + batch] = compute(images[start : start + batch])
     return result
 
 
@@ -788,7 +790,9 @@ class Evaluator:
         self.classifier = None
         self.classifier_record = None
         if options.features == "classifier" or len(self.train.labels.unique()) > 1:
-            tested_on = {self.held_out_name: self.held_out, "test": self.load_split("test")}
+            tested_on = {self.held_out_name: self.held_out}
+            if "test" not in tested_on:
+                tested_on["test"] = self.load_split("test")
             self.classifier, self.classifier_record = load_classifier(
                 source, self.folder, self.train, tested_on, options.seed
             )
@@ -1013,12 +1017,15 @@ class Evaluator:
         return notes
 
 
-def training_key(run: Run) -> tuple[int, float, int, str]:
+def training_key(run: Run) -> tuple[int, float, int, bool, str]:
     """Equal for runs that were trained on the same images in the same order; can be sorted."""
     n_train = run.settings["n_train"]
     size = math.inf if n_train is None else n_train
+
+    # The checksum is that of the images before their symmetries.
+    augmented = "symmetries" in run.trained_on
     checksum = str(run.trained_on.get("sha256"))
-    return run.settings["label"], size, run.settings["seed"], checksum
+    return run.settings["label"], size, run.settings["seed"], augmented, checksum
 
 
 def copy_statistics(
@@ -1108,19 +1115,28 @@ def order_of_arms(arm_and_name: tuple[str, str]) -> tuple[int, str]:
     return place, name
 
 
-def shared_classes(frame: pd.DataFrame) -> pd.DataFrame:
-    """The runs of those classes that every arm and seed has at a training-set size, and floors.
+def shared_classes(frame: pd.DataFrame, within: list[str], series: list[str]) -> pd.DataFrame:
+    """The rows of those classes that all series have, where rows are alike in ``within``.
 
-    The floors are rows of their own below, named FLOOR and of one seed.
+    Rows that are alike in ``within`` and ``series`` are a series: the classes of one seed. A mean
+    over classes can be compared with another only when both are over the same classes.
     """
-    # How many series (arms with a seed) there are at each size, and how many have each class.
-    series = frame.groupby(["name", "seed"], observed=True).ngroup()  # the number of its series
-    needed = series.groupby(frame["n_train"]).transform("nunique")
-    present = series.groupby([frame["n_train"], frame["label"]]).transform("nunique")
-    runs = frame[present == needed]
+    kept = []
+    for _, rows in frame.groupby(within, observed=True):
+        classes = rows.groupby(series, observed=True)["label"].agg(set)  # by series
+        kept.append(rows[rows["label"].isin(set.intersection(*classes))])
+    return pd.concat(kept).sort_index()
 
+
+def comparable_runs(frame: pd.DataFrame) -> pd.DataFrame:
+    """The runs of those classes that every arm and seed has at a training-set size."""
+    return shared_classes(frame, within=["n_train"], series=["name", "seed"])
+
+
+def with_floors(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs, and below them their floors as rows of one seed that are named FLOOR."""
     floors = runs.assign(
-        name=pd.Categorical([FLOOR] * len(runs), dtype=frame["name"].dtype),
+        name=pd.Categorical([FLOOR] * len(runs), dtype=runs["name"].dtype),
         seed=0,
         **{key: runs[f"floor_{key}"] for key in METRICS},
     )
@@ -1133,7 +1149,7 @@ def pair_differences(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     ``baseline`` is an arm; its name with the condition is in ``name_base``. Two runs of a pair are
     of equal class, size and seed, and differ in the arm (BASELINES alone), the circuit's condition
     (shots, noise) or the sampler's: ``matched steps2`` is the baseline of ``quantum steps2`` and
-    of ``quantum shots10_steps2``.
+    of ``quantum shots10_steps2``. All pairs are there, also those of a class that other seeds lack.
     """
     of_baseline = frame[frame["arm"] == baseline]
     ideal = of_baseline[of_baseline["condition"] == of_baseline["sampler_condition"]]
@@ -1155,17 +1171,21 @@ def pair_differences(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     return pairs.assign(**{key: pairs[key] - pairs[f"{key}_base"] for key in METRICS})
 
 
-def over_seeds(frame: pd.DataFrame, skipna: bool = False) -> pd.DataFrame:
+def comparable_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
+    """The pairs of those classes that every seed has, for each arm and training-set size."""
+    if len(pairs) == 0:
+        return pairs
+    return shared_classes(pairs, within=["n_train", "name"], series=["seed"])
+
+
+def class_means(frame: pd.DataFrame) -> pd.DataFrame:
     """Means over the classes: index n_train, name, seed, columns METRICS.
 
-    NaN when one class is NaN or, with ``skipna``, when all are.
+    NaN when one class is NaN, so that all means are over the same classes.
     """
     groups = frame.groupby(["n_train", "name", "seed"], observed=True)[[*METRICS]]
-    means = groups.mean()  # leaves NaN out
-    if skipna:
-        return means
     complete = groups.count().eq(groups.size(), axis=0)
-    return means[complete]
+    return groups.mean()[complete]
 
 
 def interval(values: pd.Series) -> tuple[float, float]:
@@ -1187,11 +1207,6 @@ class Difference(NamedTuple):
     half: float  # of the 95 % interval; NaN: one seed
 
     @property
-    def has_interval(self) -> bool:
-        """Not for one seed, nor where the seeds differ by nothing at all."""
-        return self.half > 0 or self.leaves_zero_out
-
-    @property
     def leaves_zero_out(self) -> bool:
         """Whether zero is outside of the interval."""
         return abs(self.mean) > self.half
@@ -1204,21 +1219,21 @@ class Difference(NamedTuple):
         return "yes" if self.leaves_zero_out else "no"
 
 
-def paired_differences(frame: pd.DataFrame, baseline: str) -> list[Difference]:
-    """Every arm minus the arm ``baseline``, in every metric that was measured.
+def paired_differences(pairs: pd.DataFrame) -> list[Difference]:
+    """The mean difference and its interval, of every arm in every metric that was measured.
 
-    The classes' differences are averaged for each seed; the interval is over seeds.
+    ``pairs`` are comparable. Classes are averaged for each seed; the interval is over seeds. A
+    seed with a class that could not be measured is left out.
     """
-    pairs = pair_differences(frame, baseline)
-    means = over_seeds(pairs, skipna=True)
+    means = class_means(pairs)
 
     differences = []
     for (name, n_train), group in pairs.groupby(["name", "n_train"], observed=True):
         (baseline_name,) = group["name_base"].unique()
         for metric in METRICS:
-            if group[metric].isna().all():
+            by_seed = means.loc[(n_train, name), metric].dropna()
+            if len(by_seed) == 0:
                 continue  # it was not measured
-            by_seed = means.loc[(n_train, name), metric]
             mean, half = interval(by_seed)
             differences.append(
                 Difference(
@@ -1226,8 +1241,8 @@ def paired_differences(frame: pd.DataFrame, baseline: str) -> list[Difference]:
                     baseline=baseline_name,
                     n_train=n_train,
                     metric=metric,
-                    pairs=group[metric].count(),
-                    seeds=by_seed.count(),
+                    pairs=group["seed"].isin(by_seed.index).sum(),
+                    seeds=len(by_seed),
                     mean=mean,
                     half=half,
                 )
@@ -1296,8 +1311,8 @@ def metric_cells(run: dict[str, Any], prefix: str) -> list[str]:
 
 def arm_table(frame: pd.DataFrame) -> str:
     """Per training-set size and arm: mean over seeds and 95 % interval; then the floor."""
-    frame = shared_classes(frame)
-    means = over_seeds(frame)
+    frame = with_floors(comparable_runs(frame))
+    means = class_means(frame)
     keys = [key for key in METRICS if frame[key].notna().any()]
 
     rows = []
@@ -1329,7 +1344,7 @@ def difference_table(differences: Sequence[Difference]) -> str:
         metric = METRICS[item.metric]
         signed = metric.form.replace("{:", "{:+")  # "+0.12"
         limits = "–"
-        if item.has_interval:
+        if item.seeds > 1:
             low = show(item.mean - item.half, signed)
             high = show(item.mean + item.half, signed)
             limits = f"[{low}, {high}]" + (" *" if item.leaves_zero_out else "")
@@ -1342,6 +1357,13 @@ def difference_table(differences: Sequence[Difference]) -> str:
     return table(header, rows)
 
 
+FLOOR_TEXT = (
+    "A floor is the mean over draws of as many held-out images as were generated, and the ± of its "
+    "KID is that of one draw. Its SSIM nearest, distance ratio, near copies and label accuracy are "
+    "of all held-out images: the ratio is 1 and near copies are about 0.01 by construction."
+)
+
+
 def comparison_text(frame: pd.DataFrame) -> str:
     """The Markdown report on several runs."""
     features = ", ".join(sorted(set(frame["features"])))
@@ -1350,22 +1372,35 @@ def comparison_text(frame: pd.DataFrame) -> str:
         f"Features: {features}. Real images: {frame['data'][0]}, "
         f"reference {frame['reference'][0]}. Mean over seeds ± half of the 95 % interval "
         f"(Student's t). {FLOOR}: held-out images, as many as generated.",
+        FLOOR_TEXT,
         f"Budget: {budget_text(frame)}.",
         notes_text(frame),
         arm_table(frame),
+        left_out_text(len(frame) - len(comparable_runs(frame)), len(frame), "runs"),
     ]
 
     # All arms against the two controls, then every arm's conditions against the arm itself.
     others = [arm for arm in ARMS if arm not in BASELINES]
     for baseline in (*BASELINES, *others):
-        differences = paired_differences(frame, baseline)
-        if differences:
+        all_pairs = pair_differences(frame, baseline)
+        pairs = comparable_pairs(all_pairs)
+        differences = paired_differences(pairs)
+        if len(all_pairs) > 0:
             paragraphs.append(f"## Paired differences against {baseline}")
             paragraphs.append(difference_table(differences))
+            paragraphs.append(left_out_text(len(all_pairs) - len(pairs), len(all_pairs), "pairs"))
             paragraphs.append(chance_text(differences))
 
     paragraphs += ["## Runs", result_table(frame)]
     return "\n\n".join(text for text in paragraphs if text) + "\n"
+
+
+def left_out_text(left_out: int, of: int, what: str) -> str:
+    """How many runs or pairs the table above leaves out, and why; empty when it has all."""
+    if left_out == 0:
+        return ""
+    need = {"runs": "every arm and seed of that size", "pairs": "every seed of that difference"}
+    return f"{left_out} of {of} {what} are left out: {need[what]} must have the class."
 
 
 def budget_text(frame: pd.DataFrame) -> str:
@@ -1389,7 +1424,7 @@ def notes_text(frame: pd.DataFrame) -> str:
 
 def chance_text(differences: Sequence[Difference]) -> str:
     """How many intervals leave zero out, and how many would by chance; empty without intervals."""
-    intervals = [item for item in differences if item.has_interval]
+    intervals = [item for item in differences if item.seeds > 1]
     if not intervals:
         return ""
     outside = sum(item.leaves_zero_out for item in intervals)
@@ -1430,12 +1465,12 @@ def draw_panels(frame: pd.DataFrame, against_size: bool) -> Figure:
     axis = size_axis(frame, len(names), against_size)
 
     # What is drawn: every arm's means and, below them, the differences where there are pairs.
-    means = over_seeds(shared_classes(frame))
+    means = class_means(with_floors(comparable_runs(frame)))
     below = None
     heights = [2]
-    pairs = pair_differences(frame, BASELINES[0])
+    pairs = comparable_pairs(pair_differences(frame, BASELINES[0]))
     if len(pairs) > 0:
-        below = over_seeds(pairs, skipna=True)
+        below = class_means(pairs)
         heights = [2, 1]
 
     # Four panels in a row.

@@ -475,7 +475,9 @@ def exit_codes(*mistakes: type[Exception]) -> Iterator[None]:
 
     try:
         yield
-    except (UserError, OSError, MemoryError, *mistakes) as error:
+    except (UserError, OSError, MemoryError, RuntimeError, *mistakes) as error:
+        if isinstance(error, RuntimeError) and "allocat" not in str(error):
+            raise  # a fault of this program; torch says "allocate" when memory is not enough
         print("error:", one_line(error) or "out of memory", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

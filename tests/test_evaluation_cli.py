@@ -372,6 +372,11 @@ def test_means_use_the_classes_that_all_runs_have():
     assert f"Budget: steps {mnist.Settings().steps}" in text
     assert "steps 50, images 100.\n" in text
 
+    # Class 5 of matched: the table says why it is not there.
+    assert (
+        "\n1 of 7 runs are left out: every arm and seed of that size must have the class.\n" in text
+    )
+
     runs += [fake("classical", 3, 0, 1, sample_steps=1000)]
     text = evaluation.comparison_text(frame_of(runs))
     assert "**sample_steps 50 / 1000 (not the same in all runs)**, images 100." in text
@@ -421,9 +426,35 @@ def test_intervals_are_students_t_over_the_seeds_of_pairs(by_class_and_seed, pai
     assert float(row["mean"]) == pytest.approx(mean, rel=5e-3)
 
     limits = [float(number) for number in re.findall(r"[-+][\d.]+", row["95 % interval"])]
-    expected = [mean - half, mean + half] if half > 0 else []
+    expected = [mean - half, mean + half] if len(values) > 1 else []
     assert limits == pytest.approx(expected, rel=5e-3)
     assert row["95 % interval"].endswith("*") == (abs(mean) > half)
+
+
+def test_paired_differences_use_the_classes_that_all_seeds_have():
+    """A seed with one class does not weigh as much as one with three, over other classes."""
+    differences = {  # by class and seed
+        (1, 0): 1, (3, 0): 10, (5, 0): 100,
+        (1, 1): 2, (3, 1): 20, (5, 1): 200,
+        (1, 2): 3,
+    }  # fmt: skip
+    runs = []
+    for (label, seed), difference in differences.items():
+        runs.append(fake("matched", label, seed, 0))
+        runs.append(fake("quantum", label, seed, difference))
+    row = difference_rows(runs)["quantum − matched"]
+    half = stats.t.ppf(0.975, 2) * stats.sem([1, 2, 3])
+    assert row["mean"] == "+2"
+    assert (row["pairs"], row["seeds"]) == ("3", "3")
+    assert row["95 % interval"] == f"[{2 - half:+.3g}, {2 + half:+.3g}]"
+
+    frame = frame_of(runs)
+    text = evaluation.comparison_text(frame)
+    assert (
+        "\n4 of 7 pairs are left out: every seed of that difference must have the class.\n" in text
+    )
+    _above, below = evaluation.draw_panels(frame, against_size=False).axes
+    assert below.containers[0].lines[0].get_ydata() == pytest.approx([2])
 
 
 def test_an_arm_under_a_condition_is_compared_with_its_ideal_twin():
@@ -621,6 +652,20 @@ def test_data_dir_that_cannot_be_written(tmp_path, capsys, monkeypatch):
     assert (run / "metrics.json").exists()
 
 
+def test_too_little_memory_is_a_line(tmp_path, fails, monkeypatch):
+    """torch's own words; another RuntimeError is a fault, with its traceback."""
+    words = "DefaultCPUAllocator: can't allocate memory:\nyou tried to allocate 7 bytes"
+
+    def fail(*_):
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(evaluation, "read_run", fail)
+    assert "can't allocate memory" in fails(evaluation, [tmp_path])
+    words = "shapes do not match"
+    with pytest.raises(RuntimeError, match="shapes"):
+        evaluation.main([str(tmp_path)])
+
+
 def test_ctrl_c(tmp_path, capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -811,6 +856,42 @@ def test_pathmnist(data, label, tmp_path, evaluate, pathmnist_file, monkeypatch)
         assert measured["near_copies"] == 1
         assert measured["distance_ratio"] == 0
         assert (measured["label_accuracy"] is None) == (data == "tissue")
+
+
+@pytest.mark.parametrize("first_is_augmented", [False, True])
+def test_augmented_runs_share_no_training_set_with_others(
+    first_is_augmented, tmp_path, evaluate, pathmnist_file, monkeypatch
+):
+    """Of one class, size and seed: the checksum is the same, what was trained on is not."""
+    monkeypatch.setattr(evaluation, "CLASSIFIER_STEPS", 40)
+    _, images, labels = pathmnist.load_images("pathmnist", evaluate.data_dir)
+    real = pathmnist.select_images(images, labels, 8, None, 0)
+    turned = real[:6].rot90(1, (2, 3))
+    settings = {"training": real, "label": 8, "data": "pathmnist"}
+    plain = make_run(tmp_path, turned, arm="classical", **settings)
+    augmented = make_run(tmp_path, turned, arm="matched", symmetries=8, **settings)
+
+    runs = [augmented, plain] if first_is_augmented else [plain, augmented]
+    results = evaluate(*runs, script=cal_fid_ssim_medmnist)
+    by_name = {result["run"]: result for result in results}
+    assert by_name[plain.name]["n_training"] == len(real)
+    assert by_name[augmented.name]["n_training"] == 8 * len(real)
+    assert by_name[plain.name]["metrics"]["distance_ratio"] > 0
+    assert by_name[augmented.name]["metrics"]["distance_ratio"] == 0
+
+
+def test_each_split_is_read_once(tmp_path, evaluate, monkeypatch):
+    """The test split of MNIST is held out and tests the classifier."""
+    read = []
+    load_images = mnist.load_images
+
+    def spy(data, data_dir, split="train"):
+        read.append(split)
+        return load_images(data, data_dir, split)
+
+    monkeypatch.setattr(mnist, "load_images", spy)
+    evaluate(make_run(tmp_path, THREES[:5]))
+    assert read == ["train", "test"]
 
 
 def test_held_out_tissue_is_the_validation_split(tmp_path, evaluate, pathmnist_file, capsys):
