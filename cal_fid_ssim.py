@@ -10,19 +10,20 @@ images (the floor).
 
 The file in its order: the metrics, which know arrays and images only; the networks that make
 features of images; a run and the real images beside it; tables; figures; the published procedure;
-the command line. cal_fid_ssim_medmnist.py does the same for PathMNIST, debug_img.py shows how a
-picture is split.
+the command line. cal_fid_ssim_medmnist.py does the same for PathMNIST. debug_img.py splits
+pictures, and holds what all three command lines share: printing, errors, writing files.
 """
 
 import argparse
 import contextlib
 import copy
+import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import socket
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ from debug_img import (
     split_grid,
     write_atomic,
 )
-from quantum_diffusion_mnist import ARMS, TILE_PADDING, UserError, reading, to_float
+from quantum_diffusion_mnist import ARMS, TILE_PADDING, UserError, load_tensors, reading, to_float
 
 # How the metrics are taken.
 FID_WARNING_BELOW = 1000  # images
@@ -101,14 +102,11 @@ BASELINES = ("matched", "classical")  # arms that all others are compared with
 DECIDING_SEEDS = 5  # fewer decide nothing
 CLOSEST_PAIRS = 10  # of a run, in its closest_pairs.png
 
-# Figures: a colour an arm (Okabe & Ito), a marker a condition of it. Arms without a colour of
-# their own take the colours in turn, with markers that are not full.
+# Figures: a colour an arm (Okabe & Ito), a marker a condition of it.
 OVERVIEW_COLUMNS = 12  # images in a row of overview.png
-FIGURE_METRICS = [
-    *("fid", "kid", "precision", "recall"),
-    *("ssim_diversity", "label_accuracy", "distance_ratio", "near_copies"),
-]
-ARM_COLOURS = {
+FIGURE_METRICS = ["fid", "kid", "precision", "recall"]
+FIGURE_METRICS += ["ssim_diversity", "label_accuracy", "distance_ratio", "near_copies"]
+ARM_COLOURS = {  # other arms take these in turn, with other markers
     "classical": "#000000",
     "matched": "#E69F00",
     "quantum": "#0072B2",
@@ -117,8 +115,7 @@ ARM_COLOURS = {
     "frozen": "#CC79A7",
     "se": "#56B4E9",
 }
-MARKERS = "os^Dvp"
-OTHER_FILLS = ("none", "left", "top")  # of matplotlib's fillstyle
+MARKERS = "os^DvpP*X"
 
 
 def random_stream(seed: int, *name: object) -> torch.Generator:
@@ -136,10 +133,9 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
         |mean_a - mean_b|^2 + tr A + tr B - 2 tr (A B)^(1/2)        A, B the covariances, n - 1
 
-    With A = X.T X and B = Y.T Y the last trace is the sum of the singular values of X Y.T: no
-    matrix root, which loses half the digits or turns complex when a covariance has not full rank
-    (n <= d, dead features), and no epsilon on the diagonal. Both are of 2 or more images. Raises
-    UserError for features that are not finite.
+    tr (A B)^(1/2) is the sum of the singular values of X Y.T, where A = X.T X and B = Y.T Y. Taking
+    it so works for covariances of any rank; scipy's sqrtm does not. Both sets have 2 or more
+    images. Raises UserError for features that are not finite.
     """
     means = []
     roots = []  # X and Y, (at most d, d)
@@ -149,7 +145,8 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
         mean = features.mean(axis=0, dtype=np.float64)
         centred = (features - mean) / np.sqrt(len(features) - 1)  # centred.T centred = covariance
         means.append(mean)
-        roots.append(np.linalg.qr(centred, mode="r"))  # the same product, fewer rows
+        # R of QR: R.T R = centred.T centred, with at most d rows.
+        roots.append(np.linalg.qr(centred, mode="r"))
 
     # The three terms of the formula.
     x, y = roots
@@ -187,9 +184,8 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     """KID: unbiased squared MMD with the kernel (x.y / d + 1)^3, and its standard error.
 
     Bińkowski et al. 2018, section 4, over all pairs instead of random blocks; a (n, d), b (m, d).
-    The standard error is the two-sample jackknife's: each image is left out once, which the
-    kernel's row sums tell without another kernel. NaN for fewer than 3 images. It is conservative
-    near zero, where the estimator is degenerate.
+    The standard error is the two-sample jackknife's, which leaves out each image once; NaN for
+    fewer than 3 images. It is conservative near zero, where the estimator is degenerate.
     """
     n = len(a)
     m = len(b)
@@ -207,7 +203,8 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     if min(n, m) < 3:
         return distance, math.nan
 
-    # Without image i of a its pairs are missing, within a on both sides of the diagonal.
+    # Leaving image i of a out removes row i and column i of the kernel: 2 * within_a[i] from aa,
+    # across_a[i] from ab.
     without_a = unbiased_mmd(aa - 2 * within_a, bb, ab - across_a, n - 1, m)  # (n,)
     without_b = unbiased_mmd(aa, bb - 2 * within_b, ab - across_b, n, m - 1)  # (m,)
     variance = (n - 1) * without_a.var() + (m - 1) * without_b.var()
@@ -240,8 +237,8 @@ def precision_recall(real: np.ndarray, generated: np.ndarray, k: int) -> tuple[f
     """Improved precision and recall (Kynkäänniemi et al. 2019, section 3), each in [0, 1].
 
     Precision: share of generated features inside a ball around some real feature that reaches to
-    its k-th nearest other real feature; recall: the two sets exchanged. On the ball is inside.
-    Both (n, d) and (m, d), and should be of one size. NaN with k or fewer images.
+    its k-th nearest other real feature; recall: the two sets exchanged. A point on a ball's surface
+    is inside. real (n, d), generated (m, d); n and m should be equal. NaN with k or fewer images.
     """
     if min(len(real), len(generated)) <= k:
         return math.nan, math.nan
@@ -269,9 +266,9 @@ def share_in_balls(points: Tensor, centres: Tensor, k: int) -> float:
 
 
 def exact_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Distances of rows (n, d) and (m, d): (n, m). Zero for equal rows, as collapsed samples need.
+    """Distances of rows (n, d) and (m, d): (n, m). Exactly zero for equal rows.
 
-    By default torch takes |x|^2 + |y|^2 - 2 x.y, which is not.
+    torch's default, |x|^2 + |y|^2 - 2 x.y, gives small distances that are not zero.
     """
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
@@ -279,7 +276,7 @@ def exact_distance(x: Tensor, y: Tensor) -> Tensor:
 def ssim(a: Tensor, b: Tensor) -> float:
     """Mean SSIM (Wang et al. 2004) of image i of ``a`` against image i of ``b``; 1 for equal ones.
 
-    Images (N, C, H, W) uint8; of the longer set as many as the shorter has. scikit-image's
+    Images (N, C, H, W) uint8; the longer set is cut to the length of the shorter. scikit-image's
     defaults: a uniform 7x7 window, so that 22x22 of 28x28 pixels count (the 11x11 Gaussian window
     leaves 18x18); colour: the mean over the channels.
     """
@@ -293,12 +290,12 @@ def ssim(a: Tensor, b: Tensor) -> float:
 
 def ssim_of_each(a: Tensor, b: Tensor) -> np.ndarray:
     """SSIM of image i of ``a`` against image i of ``b``, both (N, C, H, W) uint8: (N,)."""
-    # One call for all images, one above the other (N C H, W). The rim of three pixels that mixes
-    # neighbours is the one that SSIM leaves out anyway.
+    # One call for all images, stacked into one tall picture. Windows across the border of two
+    # images mix them, but only within three pixels of it, and SSIM leaves those out anyway.
     width = a.shape[-1]
     _mean, values = structural_similarity(
         a.reshape(-1, width).numpy(), b.reshape(-1, width).numpy(), data_range=255, full=True
-    )
+    )  # values: (N C H, W)
     values = values.reshape(a.shape)[..., 3:-3, 3:-3]  # (N, C, H - 6, W - 6)
     return values.mean(axis=(1, 2, 3))
 
@@ -306,7 +303,7 @@ def ssim_of_each(a: Tensor, b: Tensor) -> np.ndarray:
 def ssim_diversity(images: Tensor, seed: int) -> float:
     """Mean SSIM over pairs of the images (N, C, H, W) uint8: 1 means that all are the same.
 
-    All pairs up to SSIM_PAIRS, beyond that so many random ones.
+    Over all pairs, or over SSIM_PAIRS random ones when there are more.
     """
     n = len(images)
     if n * (n - 1) // 2 <= SSIM_PAIRS:
@@ -321,7 +318,7 @@ def ssim_diversity(images: Tensor, seed: int) -> float:
 
 
 def pixels(images: Tensor) -> Tensor:
-    """Images as they are: what of digits is compared in the search for copies."""
+    """The images as they are. Of digits the search for copies compares these."""
     return images
 
 
@@ -330,18 +327,18 @@ def nearest_images(
 ) -> tuple[np.ndarray, np.ndarray]:
     """For each image its nearest training image: (distance, index), each (N,).
 
-    Images (N, C, H, W) and (M, C, H, W) uint8, of which ``compared`` makes whole numbers. The
+    Images (N, C, H, W) and (M, C, H, W) uint8. ``compared`` makes whole numbers of them, and the
     distance is the root mean square difference of these over 255: for pixels black to white is 1.
     Integers below 2^53 are exact in float64, so a copy has distance 0 exactly.
     """
-    a = rows_of(images, compared)  # (N, d)
+    a = compared(images).flatten(1).double()  # (N, d)
     a_squared = a.square().sum(dim=1, keepdim=True)  # (N, 1)
 
     # The nearest so far; the training images in pieces, as a whole class may be 100,000.
     smallest = torch.full((len(a),), math.inf, dtype=torch.float64)
     index = torch.zeros(len(a), dtype=torch.int64)
     for start in range(0, len(training), CHUNK):
-        b = rows_of(training[start : start + CHUNK], compared)  # (chunk, d)
+        b = compared(training[start : start + CHUNK]).flatten(1).double()  # (chunk, d)
         squared = a_squared + b.square().sum(dim=1) - 2 * (a @ b.T)  # |x - y|^2, (N, chunk)
         nearest = squared.min(dim=1)
         is_nearer = nearest.values < smallest
@@ -352,15 +349,10 @@ def nearest_images(
     return distance.numpy(), index.numpy()
 
 
-def rows_of(images: Tensor, compared: Callable[[Tensor], Tensor]) -> Tensor:
-    """What of images (N, C, H, W) uint8 is compared, a row an image: (N, d) float64."""
-    return in_batches(lambda part: compared(part).flatten(1).double(), images, CHUNK)
-
-
 # -------------------------------------------------------------- networks: from images to features
 @dataclass(frozen=True)
 class Extractor:
-    """A network with what it needs of an image; features depend on nothing else."""
+    """A network and how images are prepared for it. Features depend on nothing else."""
 
     name: str
     preprocessing: str  # in words, for the record
@@ -408,15 +400,14 @@ def in_batches(
 
 
 def cached_features(extractor: Extractor, images: Tensor, folder: Path) -> np.ndarray:
-    """Features from ``folder`` where they were made of the same images and weights before."""
+    """Features (N, d); read from ``folder`` when the same images and weights made them before."""
     record = {"images": content_hash(images), "made_by": f"{extractor.preprocessing} {extractor}"}
     name = hashlib.sha256(repr(record).encode()).hexdigest()[:24]
 
-    def make() -> dict[str, Any]:
-        return {"record": record, "state": torch.from_numpy(extractor.features(images))}
+    def make() -> Tensor:
+        return torch.from_numpy(extractor.features(images))
 
-    kept = cached(folder / f"features_{name}.pt", record, make)
-    return kept["state"].numpy()
+    return cached(folder / f"features_{name}.pt", record, make).numpy()
 
 
 def content_hash(*tensors: Tensor) -> str:
@@ -429,40 +420,33 @@ def content_hash(*tensors: Tensor) -> str:
     return digest.hexdigest()
 
 
-def cached(path: Path, record: dict[str, Any], make: Callable[[], dict]) -> dict[str, Any]:
-    """What ``make`` returns, {"record": ..., "state": tensors}, or the same from ``path``.
+def cached(path: Path, record: dict[str, Any], make: Callable[[], Any]) -> Any:
+    """What ``make`` returns (tensors, numbers), or the same from ``path``.
 
-    A file is taken when it is whole and was made from ``record``. One that cannot be read or
-    written (a folder of another user's) costs a line, not the evaluation.
+    ``record`` says what it is made from, and a file with another record is not taken. A file that
+    cannot be read or written (another user's folder) costs a line, not the evaluation.
     """
+    wanted = "from the same images and settings"
     try:
         if path.exists():
-            with reading(path, "from the same images and settings"):
-                return load_cached(path, record)
+            content = load_tensors(path, wanted)
+            with reading(path, wanted):
+                if content["record"] != record:
+                    raise ValueError("another record")
+                return content["state"]
     except (UserError, OSError) as error:
         note(f"{error}: made again")
 
     # Made, and kept where that is possible.
-    made = make()
+    state = make()
     buffer = io.BytesIO()
-    torch.save(made, buffer)
+    torch.save({"record": record, "state": state}, buffer)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, buffer.getvalue())
     except OSError as error:
         note(f"{path} not kept ({error.strerror}): --data_dir is not writable")
-    return made
-
-
-def load_cached(path: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """The content of a file of ``cached``; raises ValueError when damaged or of another record."""
-    if zipfile.ZipFile(path).testzip() is not None:
-        raise ValueError("checksum")
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    for key, value in record.items():
-        if content["record"].get(key) != value:
-            raise ValueError(f"another {key}")
-    return content
+    return state
 
 
 def inception_extractor(weights: Path | None, device: torch.device | str) -> Extractor:
@@ -588,7 +572,8 @@ def train_classifier(images: Tensor, labels: Tensor, seed: int) -> nn.Sequential
 def scale_features(classifier: nn.Sequential, images: Tensor) -> None:
     """Bring the features' root mean square over the images to 1, which KID's kernel expects.
 
-    ReLU hands a factor on, so the last layer takes it back and the classes stay the same.
+    Dividing the layer before the ReLU and multiplying the one after it by the same number changes
+    no output.
     """
     before_features = classifier[-3]  # Linear, before the ReLU
     after_features = classifier[-1]  # Linear, to the classes
@@ -653,12 +638,12 @@ def load_classifier(
             f"{name}_accuracy": accuracy(trained, split.images, split.labels)
             for name, split in tested_on.items()
         }
-        return {"record": record | accuracies, "state": trained.state_dict()}
+        return {"weights": trained.state_dict(), "accuracies": accuracies}
 
     kept = cached(folder / f"classifier_{source}_seed{seed}.pt", record, make)
     model = build_classifier(train.images.shape[1], int(train.labels.max()) + 1, seed)
-    model.load_state_dict(kept["state"])
-    return model.eval(), kept["record"]
+    model.load_state_dict(kept["weights"])
+    return model.eval(), record | kept["accuracies"]
 
 
 # ----------------------------------------------------------- a run, and real images beside it
@@ -667,7 +652,7 @@ class DataSet:
     """What differs between the MNIST and the PathMNIST command line."""
 
     module: Any  # the training script
-    sources: dict[str, str]  # of images, as in a run's settings: the split that is held out
+    sources: dict[str, str]  # data source, as in a run's settings: the split that is held out
     withdrawn: dict[str, tuple[float, float]]  # the paper's FID and paired SSIM, by arm
     features: dict[str, Callable[[Tensor], Extractor]]  # --features of its own; the first: default
     # What of the images (N, C, H, W) uint8 is compared in the search for copies: whole numbers.
@@ -749,12 +734,12 @@ class Sample(NamedTuple):
 
 
 class TrainingSet(NamedTuple):
-    """The images that runs were trained on, and new ones beside them."""
+    """The images that runs were trained on, and held-out images of the same class."""
 
     images: Tensor  # (M, C, H, W) uint8
-    held_out: Tensor  # new images of the same class, (n, C, H, W) uint8
-    usual: np.ndarray  # (n,): how far these are from the training image nearest to them
-    usual_nearest: np.ndarray  # (n,): its number
+    held_out: Tensor  # (n, C, H, W) uint8
+    held_out_distance: np.ndarray  # (n,): of each held-out image to its nearest training image
+    held_out_nearest: np.ndarray  # (n,): the number of that training image
 
 
 class ClosestPairs(NamedTuple):
@@ -774,19 +759,19 @@ class Evaluator:
         self.source = source
         self.options = options
         self.folder = options.data_dir / "evaluation"  # of the classifier and features
-        self.real_samples: dict[int | str, tuple[Sample, Sample]] = {}  # by reference_class
-        self.floors: dict[tuple[int | str, int], dict[str, Any]] = {}  # by that and n
-        self.last_training_set: TrainingSet | None = None
-        self.training_set_key: tuple | None = None
 
-        # Held-out images are as new to a model as its own, and of the training images'
-        # distribution: PathMNIST's test split, of another clinic, is not.
+        # Several runs ask for the same; it is measured once.
+        self.real = functools.cache(self.measure_real)
+        self.floor = functools.cache(self.measure_floor)
+
+        # Held-out images are new to the models and have the training images' distribution.
+        # PathMNIST's test split comes from another clinic, so its val split is held out.
         self.held_out_name = dataset.sources[source]
         self.train = self.load_split("train")
         self.held_out = self.load_split(self.held_out_name)
 
-        # The classifier tells labels; a data set of one class has none. Where its features are
-        # asked for all the same, loading it says so.
+        # The classifier judges labels. One class trains no classifier; where its features are asked
+        # for all the same, load_classifier raises the error.
         self.classifier = None
         self.classifier_record = None
         if options.features == "classifier" or len(self.train.labels.unique()) > 1:
@@ -823,28 +808,19 @@ class Evaluator:
             return Sample(images, np.empty((len(images), 0)))
         return Sample(images, self.extractor.features(images))
 
-    def reference_class(self, label: int) -> int | str:
-        """What a run of this class is compared with: its class, or "all"."""
-        return label if self.options.reference == "class" else "all"
-
-    def real(self, label: int) -> tuple[Sample, Sample]:
+    def measure_real(self, which: int | str) -> tuple[Sample, Sample]:
         """Reference images (training split) and held-out images, with features.
 
-        Of the class or of all classes, at most ``--n_real`` of each.
+        ``which`` is a class or "all". At most ``--n_real`` of each.
         """
-        key = self.reference_class(label)
-        if key not in self.real_samples:
-            reference = self.real_sample(self.train, key)
-            held_out = self.real_sample(self.held_out, key)
-            self.real_samples[key] = (reference, held_out)
-        return self.real_samples[key]
+        return self.real_sample(self.train, which), self.real_sample(self.held_out, which)
 
-    def real_sample(self, split: Split, key: int | str) -> Sample:
+    def real_sample(self, split: Split, which: int | str) -> Sample:
         """At most ``--n_real`` images of a class or of "all", in the split's order."""
-        images = split.images if key == "all" else split.of_class(key)
+        images = split.images if which == "all" else split.of_class(which)
         if len(images) <= NEIGHBOURS:
             raise UserError(
-                f"{self.source}, class {key}: {len(images)} real images in "
+                f"{self.source}, class {which}: {len(images)} real images in "
                 f"{self.options.data_dir}, expected more than {NEIGHBOURS}"
             )
 
@@ -879,36 +855,30 @@ class Evaluator:
         metrics["recall"] = recall
         return metrics
 
-    def floor(self, label: int, n: int) -> dict[str, Any]:
-        """What n real images score: the mean over draws of held-out images.
+    def measure_floor(self, which: int | str, n: int) -> dict[str, Any]:
+        """What n real images of a class or of "all" score: the mean over draws.
 
-        Where there are fewer than n of these, half of the training split (or n) is set aside and
-        compared with the rest.
+        Held-out images are drawn. Where there are fewer than n of these, n training images are set
+        aside (at most half of them) and compared with the rest.
         """
-        key = (self.reference_class(label), n)
-        if key not in self.floors:
-            self.floors[key] = self.measure_floor(label, n)
-        return self.floors[key]
+        reference, held_out = self.real(which)
+        if n <= len(held_out.images):
+            pool = held_out
+            size = n
+            origin = f"{self.held_out_name} split"
+        else:
+            pool = reference
+            size = min(n, len(reference.images) // 2)
+            origin = "training split, set aside"
 
-    def measure_floor(self, label: int, n: int) -> dict[str, Any]:
-        """``floor``, measured anew."""
-        reference, held_out = self.real(label)
-        enough = n <= len(held_out.images)
-        pool = held_out if enough else reference
-        size = n if enough else min(n, len(reference.images) // 2)
-
-        # Random draws as if generated; what is drawn from the reference is no reference then.
+        # Random draws are compared as if they were generated.
         draws = []
         for draw in range(FLOOR_DRAWS if size <= FID_WARNING_BELOW else 1):
             order = torch.randperm(len(pool.images), generator=self.stream("floor", draw))
-            rest = reference if enough else reference.take(order[size:])
+            rest = reference.take(order[size:]) if pool is reference else reference
             draws.append(self.compare(pool.take(order[:size]), rest))
 
-        floor = {
-            "n": size,
-            "draws": len(draws),
-            "from": f"{self.held_out_name} split" if enough else "training split, set aside",
-        }
+        floor = {"n": size, "draws": len(draws), "from": origin}
         for key in draws[0]:  # the metrics
             floor[key] = float(np.mean([metrics[key] for metrics in draws]))
         return floor
@@ -928,30 +898,38 @@ class Evaluator:
         return module.symmetries(images) if "symmetries" in run.trained_on else images
 
     def training_set(self, run: Run) -> TrainingSet:
-        """A run's training images and how near held-out images are to them.
+        """A run's training images and how near held-out images are to them."""
+        images = self.training_images(run)
+        held_out = self.held_out.of_class(run.settings["label"])
+        if len(held_out) == 0:
+            raise UserError(f"{run.folder}: no {self.held_out_name} images of its class")
+        distance, nearest = nearest_images(held_out, images, self.dataset.compared)
+        return TrainingSet(images, held_out, distance, nearest)
 
-        The last one is kept: a whole class with its symmetries takes long and much memory.
+    def measure_all(
+        self, runs: Sequence[Run]
+    ) -> Iterator[tuple[Run, dict[str, Any], ClosestPairs]]:
+        """Measure runs one by one; those of one training set follow each other and share it.
+
+        Yields each run with what ``measure`` returns.
         """
-        key = training_key(run)
-        if key != self.training_set_key:
-            self.training_set_key = None
-            self.last_training_set = None  # before the next is made
-            images = self.training_images(run)
-            held_out = self.held_out.of_class(run.settings["label"])
-            if len(held_out) == 0:
-                raise UserError(f"{run.folder}: no {self.held_out_name} images of its class")
-            usual, nearest = nearest_images(held_out, images, self.dataset.compared)
-            self.last_training_set = TrainingSet(images, held_out, usual, nearest)
-            self.training_set_key = key
-        return self.last_training_set
+        by_training_set = itertools.groupby(sorted(runs, key=training_key), key=training_key)
+        for _, group in by_training_set:
+            alike = list(group)
+            training = self.training_set(alike[0])
+            for run in alike:
+                result, pairs = self.measure(run, training)
+                yield run, result, pairs
+            del training  # before the next is made: with symmetries it takes much memory
 
-    def measure(self, run: Run) -> tuple[dict[str, Any], ClosestPairs]:
+    def measure(self, run: Run, training: TrainingSet) -> tuple[dict[str, Any], ClosestPairs]:
         """All figures of a run as they go into ``metrics.json``, and its closest pairs.
 
-        Raises UserError when the images or the training images do not fit.
+        Raises UserError when the images have another shape than the real ones.
         """
         label = run.settings["label"]
-        reference, _ = self.real(label)
+        which = label if self.options.reference == "class" else "all"
+        reference, _ = self.real(which)
         shape = tuple(run.images.shape[1:])
         expected = tuple(reference.images.shape[1:])
         if shape != expected:
@@ -960,26 +938,30 @@ class Evaluator:
                 "(channels, height, width)"
             )
 
-        # What the images are, beside what as many real ones are.
+        # The generated images against the reference, and as many real ones against it.
         metrics = self.compare(self.sample(run.images), reference)
-        floor = dict(self.floor(label, len(run.images)))  # its own, for what follows
+        floor = dict(self.floor(which, len(run.images)))  # a copy: other runs share the cached one
 
-        # Copies: the training image nearest to each image, and to each held-out one.
-        training, held_out, usual, usual_nearest = self.training_set(run)
-        distance, nearest = nearest_images(run.images, training, self.dataset.compared)  # (N,)
-        metrics |= copy_statistics(run.images, distance, training[nearest], usual)
-        floor |= copy_statistics(held_out, usual, training[usual_nearest], usual)
+        # Copies: the training image nearest to each generated and to each held-out image.
+        held_out_distance = training.held_out_distance
+        held_out_nearest = training.images[training.held_out_nearest]
+        distance, index = nearest_images(run.images, training.images, self.dataset.compared)
+        nearest = training.images[index]
+        metrics |= copy_statistics(run.images, distance, nearest, held_out_distance)
+        floor |= copy_statistics(
+            training.held_out, held_out_distance, held_out_nearest, held_out_distance
+        )
 
         # Labels: the share that the classifier takes for the run's class.
         if self.classifier is not None:
             metrics["label_accuracy"] = accuracy(self.classifier, run.images, label)
-            floor["label_accuracy"] = accuracy(self.classifier, held_out, label)
+            floor["label_accuracy"] = accuracy(self.classifier, training.held_out, label)
 
-        threshold = near_copy_threshold(usual)
+        threshold = near_copy_threshold(held_out_distance)
         closest = np.argsort(distance, kind="stable")[:CLOSEST_PAIRS]
         pairs = ClosestPairs(
             generated=run.images[closest],
-            training=training[nearest[closest]],
+            training=nearest[closest],
             distance=distance[closest],
             threshold=threshold,
         )
@@ -990,8 +972,8 @@ class Evaluator:
             "reference": self.options.reference,
             "n_generated": len(run.images),
             "n_real": len(reference.images),
-            "n_training": len(training),
-            "n_held_out": len(held_out),
+            "n_training": len(training.images),
+            "n_held_out": len(training.held_out),
             "features": str(self.extractor or "none"),
             "preprocessing": self.extractor and self.extractor.preprocessing,
             "classifier": self.classifier_record,
@@ -1029,29 +1011,29 @@ def training_key(run: Run) -> tuple[int, float, int, bool, str]:
 
 
 def copy_statistics(
-    images: Tensor, distance: np.ndarray, nearest: Tensor, usual: np.ndarray
+    images: Tensor, distance: np.ndarray, nearest: Tensor, held_out_distance: np.ndarray
 ) -> dict[str, float]:
     """How near images (N, C, H, W) uint8 are to the training images ``nearest`` to them.
 
-    distance (N,): how far these are; usual: the same of held-out images. The ratio is NaN where
-    all held-out images are copies too.
+    distance (N,): of each image to its nearest training image; held_out_distance (n,): the same of
+    held-out images. The ratio is NaN where at least half of the held-out images are copies.
     """
-    usual_median = np.median(usual)
-    ratio = np.median(distance) / usual_median if usual_median > 0 else math.nan
+    usual = np.median(held_out_distance)
+    ratio = np.median(distance) / usual if usual > 0 else math.nan
     return {
         "ssim_nearest": ssim(images, nearest),
         "distance_ratio": float(ratio),
-        "near_copies": float((distance <= near_copy_threshold(usual)).mean()),
+        "near_copies": float((distance <= near_copy_threshold(held_out_distance)).mean()),
     }
 
 
-def near_copy_threshold(usual: np.ndarray) -> float:
-    """How far from its nearest training image a near-copy is at most.
+def near_copy_threshold(held_out_distance: np.ndarray) -> float:
+    """A near-copy is at most so far from its nearest training image.
 
-    All but 1 % of the held-out images, whose distances are ``usual``, are farther: of new images
-    about 1 % are called near-copies.
+    It is the distance that 1 % of the held-out images are below, so that about 1 % of new images
+    are called near-copies.
     """
-    return float(np.percentile(usual, 1))
+    return float(np.percentile(held_out_distance, 1))
 
 
 def without_nan(values: dict[str, Any]) -> dict[str, Any]:
@@ -1069,22 +1051,20 @@ def comparison_csv(results: list[dict[str, Any]]) -> str:
     frame = pd.json_normalize(results, sep="_")
     frame.columns = [name.removeprefix("settings_").removeprefix("metrics_") for name in frame]
     floors = [name for name in frame if name.startswith("floor_")]
-    columns = [
-        *("run", "arm", "condition", "data", "label", "n_train", "seed"),
-        *BUDGET,
-        *("features", "reference", "n_generated", "n_real", "n_training", "note"),
-        *METRICS,
-        "kid_standard_error",
-        *floors,
-    ]
+    columns = ["run", "arm", "condition", "data", "label", "n_train", "seed"]
+    columns += BUDGET
+    columns += ["features", "reference", "n_generated", "n_real", "n_training", "note"]
+    columns += [*METRICS, "kid_standard_error"]
+    columns += floors
     return frame[columns].astype({"n_train": "Int64"}).to_csv(index=False)
 
 
 def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
-    """``comparison.csv``, a row a run, from which every table and figure is made.
+    """``comparison.csv``, a row a run.
 
-    ``n_train`` is infinite for a whole class. ``name``, an ordered category that ends with FLOOR,
-    is the arm with its condition.
+    Tables and figures are made of the csv, so that they can be made of it again. ``n_train`` is
+    infinite for a whole class. ``name`` is the arm with its condition, an ordered category that
+    ends with FLOOR.
     """
     # An empty cell is an empty text, or a number that is missing.
     texts = ["run", "condition", "note"]
@@ -1146,29 +1126,35 @@ def with_floors(runs: pd.DataFrame) -> pd.DataFrame:
 def pair_differences(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """A row a pair of runs that differ in one thing: the metrics of ``name`` minus the baseline's.
 
-    ``baseline`` is an arm; its name with the condition is in ``name_base``. Two runs of a pair are
-    of equal class, size and seed, and differ in the arm (BASELINES alone), the circuit's condition
-    (shots, noise) or the sampler's: ``matched steps2`` is the baseline of ``quantum steps2`` and
-    of ``quantum shots10_steps2``. All pairs are there, also those of a class that other seeds lack.
+    ``baseline`` is an arm. The two runs of a pair have equal class, size and seed; ``name_base`` is
+    the baseline's name with its condition. All pairs are there, also those of a class that other
+    seeds lack.
     """
-    of_baseline = frame[frame["arm"] == baseline]
-    ideal = of_baseline[of_baseline["condition"] == of_baseline["sampler_condition"]]
-    conditions = of_baseline[of_baseline["condition"] != of_baseline["sampler_condition"]]
-    usual = ideal[ideal["condition"] == ""]
-    other_steps = ideal[ideal["condition"] != ""]
-
-    # Pairs of runs: columns "fid" of the run, "fid_base" of the baseline's.
+    is_baseline = frame["arm"] == baseline
+    ideal_circuit = frame["condition"] == frame["sampler_condition"]  # no shots, no noise
+    ideal = frame[is_baseline & ideal_circuit]
     same_sampler = [*PAIR, "sample_steps"]
-    pairs = [
-        conditions.merge(ideal, on=same_sampler, suffixes=("", "_base")),
-        other_steps.merge(usual, on=PAIR, suffixes=("", "_base")),
-    ]
-    if baseline in BASELINES:
-        others = frame[frame["arm"] != baseline]
-        pairs.insert(0, others.merge(ideal, on=same_sampler, suffixes=("", "_base")))
 
-    pairs = pd.concat([part for part in pairs if len(part) > 0] or pairs[:1], ignore_index=True)
+    # The circuit's condition differs: quantum shots10_steps2 − quantum steps2.
+    under_condition = frame[is_baseline & ~ideal_circuit]
+    kinds = [pair(under_condition, ideal, same_sampler)]
+
+    # The sampler's condition differs: quantum steps2 − quantum.
+    usual = ideal[ideal["sampler_condition"] == ""]
+    other_steps = ideal[ideal["sampler_condition"] != ""]
+    kinds.append(pair(other_steps, usual, PAIR))
+
+    # The arm differs, and perhaps the circuit's condition: quantum shots10_steps2 − matched steps2.
+    if baseline in BASELINES:
+        kinds.append(pair(frame[~is_baseline], ideal, same_sampler))
+
+    pairs = pd.concat(kinds, ignore_index=True)
     return pairs.assign(**{key: pairs[key] - pairs[f"{key}_base"] for key in METRICS})
+
+
+def pair(runs: pd.DataFrame, baselines: pd.DataFrame, alike: list[str]) -> pd.DataFrame:
+    """Runs beside the baselines that are alike in some columns: "fid" and "fid_base" and so on."""
+    return runs.merge(baselines, on=alike, suffixes=("", "_base"))
 
 
 def comparable_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
@@ -1287,16 +1273,13 @@ def result_table(frame: pd.DataFrame) -> str:
     for run in frame.to_dict("records"):
         n_real = str(run["n_real"])
         features = run["features"]
-        rows.append([
-            *(run["run"], str(run["n_generated"]), n_real, features),
-            *metric_cells(run, prefix=""),
-            run["note"],
-        ])  # fmt: skip
-        rows.append([
-            *(f"  {FLOOR}", str(run["floor_n"]), n_real, features),
-            *metric_cells(run, prefix="floor_"),
-            run["floor_from"],
-        ])  # fmt: skip
+        row = [run["run"], str(run["n_generated"]), n_real, features]
+        row += metric_cells(run, prefix="")
+        rows.append([*row, run["note"]])
+
+        row = [f"  {FLOOR}", str(run["floor_n"]), n_real, features]
+        row += metric_cells(run, prefix="floor_")
+        rows.append([*row, run["floor_from"]])
 
     headings = [metric.heading for metric in METRICS.values()]
     return table(["run", "n", "n real", "features", *headings, "note"], rows)
@@ -1318,10 +1301,8 @@ def arm_table(frame: pd.DataFrame) -> str:
     rows = []
     for (size, name), runs in frame.groupby(["n_train", "name"], observed=True):
         seeds = "–" if name == FLOOR else each_once(runs["seed"])
-        row = [
-            *(show_size(size), name, each_once(runs["label"]), seeds),
-            *(each_once(runs["n_generated"]), each_once(runs["n_real"])),
-        ]
+        row = [show_size(size), name, each_once(runs["label"]), seeds]
+        row += [each_once(runs["n_generated"]), each_once(runs["n_real"])]
         for key in keys:
             mean, half = interval(means.loc[(size, name), key])
             form = METRICS[key].form
@@ -1348,10 +1329,9 @@ def difference_table(differences: Sequence[Difference]) -> str:
             low = show(item.mean - item.half, signed)
             high = show(item.mean + item.half, signed)
             limits = f"[{low}, {high}]" + (" *" if item.leaves_zero_out else "")
-        rows.append([
-            *(f"{item.name} − {item.baseline}", show_size(item.n_train), metric.heading),
-            *(str(item.pairs), str(item.seeds), show(item.mean, signed), limits, item.verdict),
-        ])  # fmt: skip
+        row = [f"{item.name} − {item.baseline}", show_size(item.n_train), metric.heading]
+        row += [str(item.pairs), str(item.seeds), show(item.mean, signed), limits, item.verdict]
+        rows.append(row)
 
     header = ["difference", "N", "metric", "pairs", "seeds", "mean", "95 % interval", "clear of 0"]
     return table(header, rows)
@@ -1462,37 +1442,43 @@ def draw_panels(frame: pd.DataFrame, against_size: bool) -> Figure:
     """
     metrics = [key for key in FIGURE_METRICS if frame[key].notna().any()]
     names = [name for name in frame["name"].cat.categories if name != FLOOR]
-    axis = size_axis(frame, len(names), against_size)
+    sizes = frame.groupby("n_train")["n_training"].mean()  # training images, by n_train
+    places = arm_places(sizes, names, against_size)
 
-    # What is drawn: every arm's means and, below them, the differences where there are pairs.
+    # Many sizes, or near ones on a logarithmic axis, would overlap if written level.
+    ticks = [f"{size:.0f}" if against_size else show_size(n) for n, size in sizes.items()]
+    rotation = 45 if len(ticks) > 3 else 0
+
+    # What is drawn: every arm's means and, where there are pairs, their differences.
     means = class_means(with_floors(comparable_runs(frame)))
-    below = None
-    heights = [2]
     pairs = comparable_pairs(pair_differences(frame, BASELINES[0]))
-    if len(pairs) > 0:
-        below = class_means(pairs)
-        heights = [2, 1]
+    has_pairs = len(pairs) > 0
+    differences = class_means(pairs)
 
-    # Four panels in a row.
-    heights = heights * math.ceil(len(metrics) / 4)
+    # Four metrics side by side; each has a panel, and a lower one below it for the differences.
+    panels_each = 2 if has_pairs else 1
+    heights = [2, 1][:panels_each] * math.ceil(len(metrics) / 4)
     figure = Figure(figsize=(12, 1.3 * sum(heights)), layout="constrained")
     panels = figure.subplots(len(heights), 4, squeeze=False, height_ratios=heights)
 
     for k, metric in enumerate(metrics):
         column = k % 4
-        row = k // 4 * (1 if below is None else 2)
+        row = k // 4 * panels_each
         upper = panels[row, column]
-        draw_arms(upper, means[metric], names, axis)
+        draw_arms(upper, means[metric], names, places, against_size)
         upper.set_ylabel(METRICS[metric].heading)
 
         # The differences' panel has the same arms at the same places, and a line at zero.
         lowest = upper
-        if below is not None:
+        if has_pairs:
             lowest = panels[row + 1, column]
-            draw_arms(lowest, below[metric], names, axis)
+            draw_arms(lowest, differences[metric], names, places, against_size)
             lowest.set_ylabel(f"{METRICS[metric].heading}\n− {BASELINES[0]}")
             lowest.set_xlim(upper.get_xlim())
             lowest.axhline(0, color=ARM_COLOURS[BASELINES[0]], linewidth=1)
+
+        for axes in (upper, lowest):
+            axes.set_xticks(places["middle"], ticks, rotation=rotation, fontsize=8)
         lowest.set_xlabel("training images" + (" (log scale)" if against_size else ""))
 
     # Places without a metric stay empty; one legend for all panels.
@@ -1505,98 +1491,97 @@ def draw_panels(frame: pd.DataFrame, against_size: bool) -> Figure:
     return figure
 
 
-class SizeAxis(NamedTuple):
-    """Where a panel's training-set sizes stand."""
+def arm_places(sizes: pd.Series, names: Sequence[str], against_size: bool) -> pd.DataFrame:
+    """Where the arms stand on the horizontal axis: a row a training-set size, a column an arm.
 
-    places: pd.Series  # by n_train
-    labels: list[str]
-    step: float  # between two arms of one size
-    lines: bool  # whether an arm's sizes are joined
+    ``sizes`` are numbers of training images by n_train. Sizes stand at 0, 1, 2 and so on or,
+    ``against_size``, at these numbers on a logarithmic axis. The arms stand side by side around
+    that place, the column "middle". The columns "left" and "right" are the ends of the floor.
+    """
+    arms = len(names)
+    offsets = {name: 0.8 * (k - (arms - 1) / 2) for k, name in enumerate(names)}  # in arms
+    offsets |= {"middle": 0, "left": -0.45 * arms, "right": 0.45 * arms}
+
+    if not against_size:
+        middle = np.arange(len(sizes))
+        places = {name: middle + offset / arms for name, offset in offsets.items()}
+        return pd.DataFrame(places, index=sizes.index)
+
+    # On the logarithmic axis an arm is a factor apart from the next: 1.15, or less, so that the
+    # last arm of a size does not reach the first of the next size.
+    to_next_size = (sizes / sizes.shift()).min()
+    factor = min(1.15, to_next_size ** (1 / arms))
+    return pd.DataFrame({name: sizes * factor**offset for name, offset in offsets.items()})
 
 
-def size_axis(frame: pd.DataFrame, arms: int, against_size: bool) -> SizeAxis:
-    """The sizes side by side or, ``against_size``, at the logarithm of the training images."""
-    sizes = frame.groupby("n_train")["n_training"].mean()
-    if against_size:
-        places = np.log10(sizes)
-        closest = places.diff().min() if len(places) > 1 else math.inf  # in decades
-        labels = [f"{size:.0f}" for size in sizes]
-        return SizeAxis(places, labels, step=min(0.06, closest / arms), lines=True)
-
-    places = pd.Series(np.arange(len(sizes)), sizes.index)
-    labels = [show_size(n_train) for n_train in sizes.index]
-    return SizeAxis(places, labels, step=1 / arms, lines=False)
-
-
-def draw_arms(axes: Axes, values: pd.Series, names: Sequence[str], axis: SizeAxis) -> None:
+def draw_arms(
+    axes: Axes, values: pd.Series, names: Sequence[str], places: pd.DataFrame, against_size: bool
+) -> None:
     """One panel: values by n_train, name and seed, as means with intervals and dots for the seeds.
 
-    ``names`` are all arms of the figure, whose places they keep; FLOOR is a dashed line.
+    ``names`` are all arms of the figure, ``places`` those of ``arm_places``. FLOOR is a dashed
+    line.
     """
+    if against_size:
+        axes.set_xscale("log")
+        axes.minorticks_off()
+
     for name, arm_values in values.dropna().groupby("name", observed=True):
         by_size = arm_values.groupby("n_train")
-        x = axis.places[list(by_size.groups)]
+        here = places.loc[list(by_size.groups)]
         intervals = [interval(seeds) for _, seeds in by_size]
         means, halves = np.array(intervals).T
 
         # The floor belongs to all arms of a size: a line over their whole width.
         if name == FLOOR:
-            half_width = 0.45 * axis.step * len(names)
-            axes.hlines(
-                means, x - half_width, x + half_width, "#666666", "--", label=FLOOR, linewidth=1
-            )
+            ends = here["left"], here["right"]
+            axes.hlines(means, *ends, "#666666", "--", label=FLOOR, linewidth=1)
             continue
 
-        # Arms of one size stand side by side around its place; a dot a seed.
-        offset = 0.8 * axis.step * (names.index(name) - (len(names) - 1) / 2)
+        # The mean and its interval, and a dot a seed.
         style = arm_style(name, names)
         axes.errorbar(
-            x + offset,
+            here[name],
             means,
             halves,
             label=name,
-            linestyle="-" if axis.lines else "none",
+            linestyle="-" if against_size else "none",
             linewidth=1,
             elinewidth=0.8,
             capsize=2,
             markersize=4,
             **style,
         )
-        seeds_x = axis.places[arm_values.index.get_level_values("n_train")] + offset
-        axes.scatter(seeds_x, arm_values, s=5, color=style["color"], alpha=0.4)
-
-    # Many sizes, or on the logarithmic axis near ones, would overlap if written level.
-    crowded = len(axis.labels) > 3
-    axes.set_xticks(axis.places, axis.labels, rotation=45 if crowded else 0, fontsize=8)
+        x = places.loc[arm_values.index.get_level_values("n_train"), name]
+        axes.scatter(x, arm_values, s=5, color=style["color"], alpha=0.4)
 
 
 def arm_style(name: str, names: Sequence[str]) -> dict[str, str]:
-    """Colour of an arm and marker of its condition, among ``names``; arms may be users' own."""
-    arm = name.split()[0]
-    conditions = [other for other in names if other.split()[0] == arm]
-    marker = MARKERS[conditions.index(name) % len(MARKERS)]
-    if arm in ARM_COLOURS:
-        return {"marker": marker, "color": ARM_COLOURS[arm]}
+    """Colour of an arm and marker of its condition, among ``names``.
 
-    # All other arms take the colours in turn, with markers that are not full.
-    others = [other for other in ARMS if other not in ARM_COLOURS]
-    number = others.index(arm) if arm in others else len(others)
+    Where there are more arms than colours, several share one, with other markers.
+    """
+    arm = name.split()[0]
+    arms = [*ARM_COLOURS, *(other for other in ARMS if other not in ARM_COLOURS)]
+    number = arms.index(arm) if arm in arms else len(arms)
     colours = list(ARM_COLOURS.values())
-    fill = OTHER_FILLS[number // len(colours) % len(OTHER_FILLS)]
-    return {"marker": marker, "color": colours[number % len(colours)], "fillstyle": fill}
+
+    conditions = [other for other in names if other.split()[0] == arm]
+    marker = conditions.index(name) + number // len(colours)
+    return {"color": colours[number % len(colours)], "marker": MARKERS[marker % len(MARKERS)]}
 
 
 def draw_overview(runs: Sequence[Run], evaluator: Evaluator) -> Figure:
     """``overview.png``: real training images and, row by row, the first images of each arm.
 
-    Row by row too for each training size; by the lowest seed; of every class equally many,
-    OVERVIEW_COLUMNS in all where it can be.
+    Each training-set size has such rows. The images are those of the lowest seed, as many of each
+    class, and OVERVIEW_COLUMNS in a row.
     """
     labels = sorted({run.settings["label"] for run in runs})
     each = max(1, OVERVIEW_COLUMNS // len(labels))
     rows = overview_rows(runs, evaluator)
 
-    # One panel a row; so high that the tiles, which fill its width, are square.
+    # A panel for each row. The tiles fill its width, and its height makes them square.
     row_height = 5 / each / len(labels)  # inches
     figure = Figure(figsize=(6, 0.3 + row_height * len(rows)), layout="constrained")
     panels = figure.subplots(len(rows), 1, squeeze=False).flat
@@ -1655,7 +1640,7 @@ def lowest_seeds(runs: Sequence[Run]) -> dict[int, Run]:
 
 
 def first_images(by_label: dict[int, Tensor], label: int, n: int) -> Tensor:
-    """The first n images of a class, white ones where there are too few (or is no such run)."""
+    """The first n images of a class; white ones take the place of those that are missing."""
     shape = next(iter(by_label.values())).shape[1:]
     white = torch.full((n, *shape), 255, dtype=torch.uint8)
     return torch.cat([by_label.get(label, white), white])[:n]
@@ -1706,7 +1691,7 @@ def paper_scores(sample: Sample, first: Sample) -> tuple[float, float]:
 def real_paper_scores(evaluator: Evaluator, label: int, first: Sample) -> np.ndarray:
     """The scores of draws of real images of a class, (PAPER_DRAWS, 2).
 
-    Of at most 2 PAPER_DRAWS images, none of which is among the first ones.
+    The draws are from at most 2 * PAPER_DRAWS images, and never from the first training images.
     """
     images, labels = evaluator.train
     is_other = torch.arange(len(images)) >= PAPER_IMAGES
@@ -1714,7 +1699,7 @@ def real_paper_scores(evaluator: Evaluator, label: int, first: Sample) -> np.nda
     if len(pool) < PAPER_IMAGES:
         raise UserError(f"class {label}: {len(pool)} real images, expected {PAPER_IMAGES}")
 
-    # Few enough for InceptionV3; then draws of five, each without repetition.
+    # A pool that is small enough for InceptionV3; then draws of five different images from it.
     generator = evaluator.stream("paper")
     order = torch.randperm(len(pool), generator=generator)[: 2 * PAPER_DRAWS]
     pool = evaluator.sample(pool[order])
@@ -1838,16 +1823,13 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
 
 def find_device(name: str) -> torch.device:
     """The device for the features; raises UserError when this machine has none of that name."""
-    count = torch.cuda.device_count()
     if name == "auto":
-        name = "cuda" if count else "cpu"
-    known = ["cpu", *(f"cuda:{k}" for k in range(count))]
-    if count:
-        known.append("cuda")
-    if name not in known:
-        expected = f"auto, cpu, cuda or cuda:N; {count} CUDA devices found; use --device cpu"
-        raise UserError(f"--device {name}: expected {expected}")
-    return torch.device(name)
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA: AssertionError
+        expected = "expected auto, cpu, cuda or cuda:N that this machine has; use --device cpu"
+        raise UserError(f"--device {name}: {expected}") from error
 
 
 def read_runs(folders: Sequence[Path], dataset: DataSet) -> list[Run]:
@@ -1897,25 +1879,24 @@ def evaluate_fully(evaluator: Evaluator, runs: Sequence[Run], out: Path | None) 
 
     Files come first, then pictures, and printing last: what fails late loses nothing.
     """
-    # Of PathMNIST, the other classes are a fifth of a gigabyte.
+    # Classes that no run has are dropped. Of PathMNIST they take a fifth of a gigabyte.
     if evaluator.options.reference == "class":
         labels = [run.settings["label"] for run in runs]
         evaluator.train = evaluator.train.of_classes(labels)
         evaluator.held_out = evaluator.held_out.of_classes(labels)
 
-    # Each run's own figures as soon as they are known; runs of one training set in a row, which is
-    # prepared once.
-    by_folder = {}
-    pairs_by_folder = {}
-    for run in tqdm(sorted(runs, key=training_key), "runs", delay=2, leave=False):
-        result, pairs = evaluator.measure(run)
-        by_folder[run.folder] = result
-        pairs_by_folder[run.folder] = pairs
+    # Each run's figures are written as soon as they are known.
+    results: dict[Path, dict[str, Any]] = {}  # by folder
+    closest_pairs: dict[Path, ClosestPairs] = {}
+    in_turn = evaluator.measure_all(runs)
+    for run, result, pairs in tqdm(in_turn, "runs", total=len(runs), delay=2, leave=False):
+        results[run.folder] = result
+        closest_pairs[run.folder] = pairs
         with optional(run.folder / "metrics.json"):
             (run.folder / "closest_pairs.png").unlink(missing_ok=True)  # of an earlier evaluation
             write_json(run.folder / "metrics.json", result)
 
-    csv = comparison_csv([by_folder[run.folder] for run in runs])
+    csv = comparison_csv([results[run.folder] for run in runs])
     frame = read_comparison(io.StringIO(csv))
     try:
         if out is not None:
@@ -1923,11 +1904,11 @@ def evaluate_fully(evaluator: Evaluator, runs: Sequence[Run], out: Path | None) 
         for run in runs:
             path = run.folder / "closest_pairs.png"
             with optional(path):
-                save_figure(path, draw_closest_pairs, run.name, pairs_by_folder[run.folder])
+                save_figure(path, draw_closest_pairs, run.name, closest_pairs[run.folder])
         if out is not None:
             draw_comparison(out, frame, runs, evaluator)
     finally:
-        say(result_table(frame))
+        say(result_table(frame))  # even when a file could not be written
     if out is not None:
         say(f"written to {out}")
 
@@ -1970,7 +1951,7 @@ def evaluate_as_published(evaluator: Evaluator, runs: Sequence[Run], out: Path |
 
 @contextlib.contextmanager
 def optional(path: Path) -> Iterator[None]:
-    """A file that is not worth stopping for: where it cannot be made, a line says so."""
+    """Makes a file that is not worth stopping for: when that fails, a note says so."""
     try:
         yield
     except (UserError, OSError) as error:
