@@ -55,8 +55,8 @@ def split_grid(path: Path, expect: int | None = None) -> Grid:
 
     A PNG with this project's ``grid`` text chunk is split to the bit. In any other picture (of an
     animation: the last frame) the tiles are found as equal rectangles on a uniform ground and
-    brought back to 28x28 pixels. ``expect``, the number of images if known, decides whether an
-    empty last place of the grid is a white image.
+    brought back to 28x28 pixels. ``expect`` is the number of images if it is known; it decides
+    whether an empty last place of the grid is a white image.
 
     Raises UserError for an unreadable or truncated file and for an ambiguous layout.
     """
@@ -209,8 +209,8 @@ def find_tiles(mask: np.ndarray, expect: int | None) -> tuple[np.ndarray, float]
 def count_tiles(mask: np.ndarray, cells: np.ndarray, expect: int | None) -> int:
     """How many cells of the lattice hold an image: all of them but empty ones at the end.
 
-    A white image on a white ground looks like an empty cell. Where the last cell alone is empty
-    only ``expect`` can tell. Raises ValueError for a hole, and where it cannot be told.
+    A white image on a white ground looks like an empty cell. Raises ValueError for a hole, and
+    where the count cannot be told.
     """
     filled = [mask[y0:y1, x0:x1].mean() > 0.05 for x0, y0, x1, y1 in cells]
     if not any(filled):
@@ -219,6 +219,7 @@ def count_tiles(mask: np.ndarray, cells: np.ndarray, expect: int | None) -> int:
     count = 1 + max(k for k, full in enumerate(filled) if full)
     if not all(filled[:count]):
         raise ValueError("a hole between the tiles")
+    # The last cell alone is empty: no tile, or a white one? Only ``expect`` tells.
     if count == len(cells) - 1 and expect not in (count, count + 1):
         raise ValueError(f"{count} or {count + 1} images: the last place is empty, or white")
 
@@ -230,8 +231,8 @@ def count_tiles(mask: np.ndarray, cells: np.ndarray, expect: int | None) -> int:
 def outline_confidence(mask: np.ndarray, boxes: np.ndarray) -> float:
     """How surely the boxes are tiles, in [0, 1].
 
-    The share of the tiles' weakest side (the mean over the tiles) that differs from the ground,
-    times the share of the moat around the worst tile that does not.
+    Of the four sides (each the mean over all tiles) the one that differs least from the ground: the
+    share of it that does. Times the share of ground in the moat of the worst tile.
     """
     padded = np.pad(mask, 2)  # box (x0, y0, x1, y1) lies at (x0 + 2, y0 + 2, x1 + 2, y1 + 2)
 
@@ -272,33 +273,57 @@ def lattice(mask: np.ndarray) -> tuple[list[int], int]:
         places      0             1             2               fitted to the two of length 5
 
     A line is drawn on where half of some IMAGE_SIZE neighbouring pixels differ from the ground.
-    The runs of equal length, the longest and most of them, are tiles. Evenly spaced places are
-    fitted to them; a place between or beside them is one too when its first and last lines are
-    drawn on (a run may be broken inside a tile, where an image is like the ground). Raises
-    ValueError when there are no such runs or they are not evenly spaced.
+    Tiles are runs of equal length: the runs that cover most lines together. Evenly spaced places
+    are fitted to them, since an image that is like the ground in its middle breaks a run in two.
+    Raises ValueError when there are no such runs or they are not evenly spaced.
     """
     share = ndimage.uniform_filter1d(
         mask.astype(np.float32), size=IMAGE_SIZE, axis=1, mode="constant"
     )
     drawn = share.max(axis=1) > 0.5  # (height,)
 
-    # Runs of lines that are drawn on: 1 where a run begins, -1 behind its end.
-    change = np.diff(np.pad(drawn, 1).astype(int))
-    starts = np.flatnonzero(change == 1)
-    ends = np.flatnonzero(change == -1)
-    lengths = ends - starts
+    starts, lengths = runs_of(drawn)
     if lengths.max(initial=0) < IMAGE_SIZE:
         raise ValueError("no solid rectangles on a uniform ground")
 
-    # Groups of about equal length; the group that covers most lines is of tiles.
-    alike = np.abs(lengths[:, None] - lengths) <= np.maximum(2, 0.04 * lengths)  # (runs, runs)
-    covered = alike.sum(axis=1) * lengths * (lengths >= IMAGE_SIZE)
-    is_tile = alike[covered.argmax()]
+    is_tile = most_alike(lengths)
     starts = starts[is_tile]
     side = int(np.median(lengths[is_tile]))
     if len(starts) == 1:
         return starts.tolist(), side
+    return fit_places(starts, side, drawn), side
 
+
+def runs_of(drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The starts and lengths of the runs of True in ``drawn`` (n,), both (runs,)."""
+    change = np.diff(np.pad(drawn, 1).astype(int))  # 1 where a run begins, -1 behind its end
+    starts = np.flatnonzero(change == 1)
+    ends = np.flatnonzero(change == -1)
+    return starts, ends - starts
+
+
+def most_alike(lengths: np.ndarray) -> np.ndarray:
+    """Which of the runs of these lengths (runs,) are tiles: (runs,), True or False.
+
+    They are about equally long, at least IMAGE_SIZE, and cover more lines than any other such
+    group.
+    """
+    # alike[i, j]: run j is as long as run i, within 2 pixels or 4 %.
+    tolerance = np.maximum(2, 0.04 * lengths)
+    alike = np.abs(lengths[:, None] - lengths) <= tolerance  # (runs, runs)
+
+    covered = alike.sum(axis=1) * lengths  # lines, by the runs that are like run i
+    covered[lengths < IMAGE_SIZE] = 0
+    return alike[covered.argmax()]
+
+
+def fit_places(starts: np.ndarray, side: int, drawn: np.ndarray) -> list[int]:
+    """Where tiles begin: evenly spaced places through the ``starts`` (n,) of runs, n >= 2.
+
+    ``side`` is the length of a tile, ``drawn`` (lines,) says which lines are drawn on. A place
+    without a start, between the others or beside them, counts when its first and last lines are
+    drawn on. Raises ValueError when the starts are not evenly spaced.
+    """
     # A straight line through the starts: start = origin + step * place.
     places = np.rint((starts - starts[0]) / np.diff(starts).min())
     step, origin = np.polyfit(places, starts, deg=1)
@@ -307,16 +332,16 @@ def lattice(mask: np.ndarray) -> tuple[list[int], int]:
         raise ValueError("rows or columns of tiles at unequal distances")
 
     # All places for which the picture has room, within a pixel.
-    first = -int((origin + 1) // step)
+    before = int((origin + 1) // step)  # places that fit before the first start
     last = int((len(drawn) - side - origin + 1) // step)
-    edges = np.rint(origin + step * np.arange(first, last + 1)).astype(int)
+    edges = np.rint(origin + step * np.arange(-before, last + 1)).astype(int)
     edges = edges.clip(0, len(drawn) - side)
 
     # From the first to the last place whose outer lines, two pixels inside, are drawn on.
     used = np.flatnonzero(drawn[edges + 2] & drawn[edges + side - 3])
     if len(used) == 0:
         raise ValueError("rows or columns of tiles at unequal distances")
-    return edges[used[0] : used[-1] + 1].tolist(), side
+    return edges[used[0] : used[-1] + 1].tolist()
 
 
 def without_frames(picture: np.ndarray, boxes: np.ndarray) -> np.ndarray:
@@ -332,6 +357,8 @@ def without_frames(picture: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     def share_of(ring: np.ndarray, colour: np.ndarray) -> float:
         return (np.abs(ring - colour).max(axis=1) <= FRAME_TOLERANCE).mean()
 
+    # Walk inwards ring by ring while each ring has one colour. Remember the last depth at which the
+    # colour changed: there the frame ended.
     frame = 0
     colour = None  # of the ring before
     for depth in range(int(3 * pixel)):
@@ -366,8 +393,11 @@ def shrink(enlarged: np.ndarray, size: int = IMAGE_SIZE) -> np.ndarray:
 
 
 def odd_half(length: float) -> int:
-    """The odd number nearest to half of a length, at least 1: a window with a middle."""
-    return int(length / 2 - 0.5) | 1
+    """About half of a length, odd so that a window has a middle: 1 below 5, 3 below 9, and so on.
+
+    It is rather too small: a window that is larger than its cell would mix neighbours.
+    """
+    return 2 * int((length - 1) / 4) + 1
 
 
 # ------------------------------------------------------------------------------------- figures
@@ -443,7 +473,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def say(text: str) -> None:
-    """Print on stdout: where it is full a note says so, where nobody reads (``| head``) nothing."""
+    """Print on stdout. A full disk is a note; a reader that has left (``| head``) is nothing."""
     try:
         print(text, flush=True)
     except OSError as error:
