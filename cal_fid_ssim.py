@@ -96,7 +96,7 @@ METRICS = {  # by their key in metrics.json
 # What is compared with what.
 FLOOR = "real images (floor)"
 PAIR = ["n_train", "label", "seed"]  # what two runs that make a pair have in common
-BUDGET = ["steps", "batch_size", "lr", "muon_lr", "ema_decay"]  # what all runs should
+BUDGET = ["steps", "batch_size", "lr", "muon_lr", "ema_decay"]  # what all runs should have alike
 BUDGET += ["n_qubits", "n_layers", "timesteps", "sample_steps"]
 BASELINES = ("matched", "classical")  # arms that all others are compared with
 DECIDING_SEEDS = 5  # fewer decide nothing
@@ -751,6 +751,13 @@ class ClosestPairs(NamedTuple):
     threshold: float  # at most so far is a near-copy
 
 
+class Measurement(NamedTuple):
+    """What was found of a run."""
+
+    result: dict[str, Any]  # as it goes into metrics.json
+    closest_pairs: ClosestPairs
+
+
 class Evaluator:
     """Measures runs of one data source; what runs share (real images, floors) is kept."""
 
@@ -906,24 +913,18 @@ class Evaluator:
         distance, nearest = nearest_images(held_out, images, self.dataset.compared)
         return TrainingSet(images, held_out, distance, nearest)
 
-    def measure_all(
-        self, runs: Sequence[Run]
-    ) -> Iterator[tuple[Run, dict[str, Any], ClosestPairs]]:
-        """Measure runs one by one; those of one training set follow each other and share it.
-
-        Yields each run with what ``measure`` returns.
-        """
+    def measure_all(self, runs: Sequence[Run]) -> Iterator[tuple[Run, Measurement]]:
+        """Measure runs one by one; those of one training set follow each other and share it."""
         by_training_set = itertools.groupby(sorted(runs, key=training_key), key=training_key)
         for _, group in by_training_set:
             alike = list(group)
             training = self.training_set(alike[0])
             for run in alike:
-                result, pairs = self.measure(run, training)
-                yield run, result, pairs
+                yield run, self.measure(run, training)
             del training  # before the next is made: with symmetries it takes much memory
 
-    def measure(self, run: Run, training: TrainingSet) -> tuple[dict[str, Any], ClosestPairs]:
-        """All figures of a run as they go into ``metrics.json``, and its closest pairs.
+    def measure(self, run: Run, training: TrainingSet) -> Measurement:
+        """All figures of a run, and its closest pairs.
 
         Raises UserError when the images have another shape than the real ones.
         """
@@ -982,7 +983,7 @@ class Evaluator:
             "floor": without_nan(floor),
             "note": "; ".join(self.notes(run, floor)),
         }
-        return result, pairs
+        return Measurement(result, pairs)
 
     def notes(self, run: Run, floor: dict[str, Any]) -> list[str]:
         """What a reader of the run's row must know."""
@@ -1826,8 +1827,10 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA: AssertionError
+        empty = torch.empty(0, device=name)
+        empty.tolist()  # which the "meta" device refuses
+        return empty.device
+    except Exception as error:  # torch raises five kinds of them
         expected = "expected auto, cpu, cuda or cuda:N that this machine has; use --device cpu"
         raise UserError(f"--device {name}: {expected}") from error
 
@@ -1886,17 +1889,15 @@ def evaluate_fully(evaluator: Evaluator, runs: Sequence[Run], out: Path | None) 
         evaluator.held_out = evaluator.held_out.of_classes(labels)
 
     # Each run's figures are written as soon as they are known.
-    results: dict[Path, dict[str, Any]] = {}  # by folder
-    closest_pairs: dict[Path, ClosestPairs] = {}
-    in_turn = evaluator.measure_all(runs)
-    for run, result, pairs in tqdm(in_turn, "runs", total=len(runs), delay=2, leave=False):
-        results[run.folder] = result
-        closest_pairs[run.folder] = pairs
+    measured: dict[Path, Measurement] = {}  # by folder
+    one_by_one = evaluator.measure_all(runs)
+    for run, measurement in tqdm(one_by_one, "runs", total=len(runs), delay=2, leave=False):
+        measured[run.folder] = measurement
         with optional(run.folder / "metrics.json"):
             (run.folder / "closest_pairs.png").unlink(missing_ok=True)  # of an earlier evaluation
-            write_json(run.folder / "metrics.json", result)
+            write_json(run.folder / "metrics.json", measurement.result)
 
-    csv = comparison_csv([results[run.folder] for run in runs])
+    csv = comparison_csv([measured[run.folder].result for run in runs])
     frame = read_comparison(io.StringIO(csv))
     try:
         if out is not None:
@@ -1904,7 +1905,8 @@ def evaluate_fully(evaluator: Evaluator, runs: Sequence[Run], out: Path | None) 
         for run in runs:
             path = run.folder / "closest_pairs.png"
             with optional(path):
-                save_figure(path, draw_closest_pairs, run.name, closest_pairs[run.folder])
+                pairs = measured[run.folder].closest_pairs
+                save_figure(path, draw_closest_pairs, run.name, pairs)
         if out is not None:
             draw_comparison(out, frame, runs, evaluator)
     finally:

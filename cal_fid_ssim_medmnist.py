@@ -1,5 +1,7 @@
-"""Measures generated PathMNIST tissue: cal_fid_ssim.py's figures, tables and options, over the run
-folders of quantum_diffusion_pathmnist.py; features are texture statistics, see ``Scattering``.
+"""Measures generated PathMNIST tissue, with cal_fid_ssim.py's figures, tables and options.
+
+The runs are those of quantum_diffusion_pathmnist.py. Features are texture statistics, see
+``Scattering``.
 
     python cal_fid_ssim_medmnist.py runs/*pathmnist*
     python cal_fid_ssim_medmnist.py runs/*pathmnist_adenocarcinoma* --out comparison
@@ -29,13 +31,14 @@ BATCH = 20  # images at once, of 5 MB each
 class Scattering(nn.Module):
     """Texture statistics: the scattering transform of second order, averaged over the image.
 
-    Bruna & Mallat 2013 (arXiv 1203.1513): the modulus of the image's response to Morlet wavelets
-    of OCTAVES and ORIENTATIONS, cyclic; the response of the coarser wavelets to that, and its
-    modulus. The averages of the moduli tell textures apart that have the same spectrum.
+    Bruna & Mallat 2013 (arXiv 1203.1513). First order: the modulus of the image's cyclic response
+    to Morlet wavelets of OCTAVES and ORIENTATIONS. Second order: the modulus of the coarser
+    wavelets' response to that. The averages of the moduli distinguish textures that have the same
+    spectrum.
 
-    Features: of luminance and two colour differences the means, and the logarithms of deviations
-    and averages, 186 numbers. They are standardised by their means and deviations over ``images``
-    (N, 3, H, W) uint8, and clipped to -3..3, since KID cubes what lies far out.
+    The features are 186 numbers of luminance and two colour differences: their means, and the
+    logarithms of their deviations and averages. They are standardised by their means and deviations
+    over ``images`` (N, 3, H, W) uint8, and clipped to -3..3, since KID cubes what lies far out.
     """
 
     def __init__(self, images: Tensor):

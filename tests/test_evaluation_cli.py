@@ -623,6 +623,8 @@ MISTAKES = [  # how the run folders are made, more options, what the error says
     (FIVE, ("--n_real", 3), "--n_real 3: expected more than 3"),
     (FIVE, ("--seed", -1), "--seed -1: expected 0 to"),
     (FIVE, ("--device", "cuda:99"), "--device cuda:99: expected auto, cpu"),
+    (FIVE, ("--device", "meta"), "--device meta: expected auto, cpu"),
+    (FIVE, ("--device", "hpu"), "--device hpu: expected auto, cpu"),
     (run_of(THREES[:1]), (), "at least 2"),
     (lambda root: FIVE(root) + run_of(THREES[:5], data="mnist")(root), (), "mixed data sets"),
     (lambda root: FIVE(root / "a") + FIVE(root / "b"), (), "have the same arm, condition, class"),
