@@ -69,7 +69,7 @@ DOWNLOAD_TIMEOUT = 60  # seconds without a byte
 
 # The published procedure.
 PAPER_IMAGES = 5
-PAPER_DRAWS = 100  # of as many real images, beside it
+PAPER_DRAWS = 100  # times PAPER_IMAGES real images are scored in the same way, for comparison
 
 
 class Metric(NamedTuple):
@@ -95,11 +95,11 @@ METRICS = {  # by their key in metrics.json
 
 # What is compared with what.
 FLOOR = "real images (floor)"
-PAIR = ["n_train", "label", "seed"]  # what two runs that make a pair have in common
+PAIR = ["n_train", "label", "seed"]  # runs equal in these are compared with each other
 BUDGET = ["steps", "batch_size", "lr", "muon_lr", "ema_decay"]  # what all runs should have alike
 BUDGET += ["n_qubits", "n_layers", "timesteps", "sample_steps"]
-BASELINES = ("matched", "classical")  # arms that all others are compared with
-DECIDING_SEEDS = 5  # fewer decide nothing
+BASELINES = ("matched", "classical")  # control arms: every other arm is compared with each
+DECIDING_SEEDS = 5  # with fewer seeds the verdict is "too few seeds"
 CLOSEST_PAIRS = 10  # of a run, in its closest_pairs.png
 
 # Figures: a colour an arm (Okabe & Ito), a marker a condition of it.
@@ -160,8 +160,8 @@ def frechet_infinity(features: np.ndarray, reference: np.ndarray, seed: int) -> 
     """FID extrapolated to infinitely many generated images (Chong & Forsyth 2020, section 4).
 
     The bias of FID is linear in 1/n: a line through FID_INFINITY_SIZES subsets of n/4 to n images
-    is read off at 1/n = 0. features (n, d), reference (m, d). NaN below n = 8 d: a subset of fewer
-    than 2 d images bends the line, since its covariance is nearly or really without full rank.
+    is read off at 1/n = 0. features (n, d), reference (m, d). NaN below n = 8 d: the smallest
+    subset, n / 4, would have fewer than 2 d images, too few for the 1/n law.
     """
     n, d = features.shape
     if n < 8 * d:
@@ -226,9 +226,9 @@ def kernel_of_itself(x: np.ndarray) -> np.ndarray:
 
 
 def unbiased_mmd(aa: Any, bb: Any, ab: Any, n: int, m: int) -> Any:
-    """The squared MMD from sums of the kernel: within n and m images, no image with itself; across.
+    """Squared MMD from kernel sums: aa, bb within each set (no image with itself), ab across.
 
-    The sums are numbers, or arrays of as many cases.
+    The sums are numbers, or arrays of as many cases; n and m are the sets' sizes.
     """
     return aa / (n * (n - 1)) + bb / (m * (m - 1)) - 2 * ab / (n * m)
 
@@ -458,7 +458,7 @@ def inception_extractor(weights: Path | None, device: torch.device | str) -> Ext
     or the file does not hold them.
     """
     official = Inception_V3_Weights.IMAGENET1K_V1
-    way_out = "give a local copy with --inception_weights FILE, or leave --features out"
+    way_out = "give a local copy with --inception_weights FILE, or use --features classifier"
     with reading(weights or official.url, f"InceptionV3's weights; {way_out}"):
         if weights is not None:
             state = torch.load(weights, map_location="cpu", weights_only=True)
@@ -579,7 +579,7 @@ def scale_features(classifier: nn.Sequential, images: Tensor) -> None:
     after_features = classifier[-1]  # Linear, to the classes
     with torch.no_grad():
         scale = classifier[:-1](to_float(images)).square().mean().sqrt()
-        before_features.weight *= 1 / scale
+        before_features.weight /= scale
         before_features.bias /= scale
         after_features.weight *= scale
 
@@ -690,7 +690,8 @@ def read_run(folder: Path, dataset: DataSet) -> Run:
         scripts = "cal_fid_ssim.py measures MNIST, cal_fid_ssim_medmnist.py PathMNIST"
         raise UserError(f"{folder}: data set {source}; {scripts}")
 
-    # The script's own settings say what the condition is called.
+    # Recompute the condition from the settings: one that differs comes from another version of the
+    # script. "label_name" is written for readers of config.json and is no setting.
     with reading(path, "a run's configuration"):
         if settings["arm"] not in dataset.module.ARMS:
             raise ValueError(f"its arm {settings['arm']} is not in the training script's ARMS")
@@ -767,7 +768,7 @@ class Evaluator:
         self.options = options
         self.folder = options.data_dir / "evaluation"  # of the classifier and features
 
-        # Several runs ask for the same; it is measured once.
+        # real(which) and floor(which, n) are measure_real and measure_floor, each measured once.
         self.real = functools.cache(self.measure_real)
         self.floor = functools.cache(self.measure_floor)
 
@@ -843,6 +844,7 @@ class Evaluator:
     def compare(self, sample: Sample, reference: Sample) -> dict[str, float]:
         """The metrics that compare two sets of images; NaN: not measured here."""
         metrics = dict.fromkeys([*METRICS, "kid_standard_error"], math.nan)
+        # Image i with reference image i: an arbitrary pairing, kept because it was published.
         metrics["ssim_paired"] = ssim(sample.images, reference.images)
         metrics["ssim_diversity"] = ssim_diversity(sample.images, self.options.seed)
         if self.extractor is None:
@@ -863,10 +865,11 @@ class Evaluator:
         return metrics
 
     def measure_floor(self, which: int | str, n: int) -> dict[str, Any]:
-        """What n real images of a class or of "all" score: the mean over draws.
+        """What n real images of a class or of "all" score against the reference: mean over draws.
 
-        Held-out images are drawn. Where there are fewer than n of these, n training images are set
-        aside (at most half of them) and compared with the rest.
+        The n images are drawn from the held-out split. If it has fewer than n, they are drawn from
+        the reference (at most half of it) and compared with the part that was not drawn. One draw
+        is enough above FID_WARNING_BELOW images.
         """
         reference, held_out = self.real(which)
         if n <= len(held_out.images):
@@ -1068,14 +1071,16 @@ def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
     ends with FLOOR.
     """
     # An empty cell is an empty text, or a number that is missing.
-    texts = ["run", "condition", "note"]
+    texts = ["run", "arm", "condition", "note"]
     frame = pd.read_csv(
         file, dtype=dict.fromkeys(texts, str), keep_default_na=False, na_values=[""]
     )
     frame[texts] = frame[texts].fillna("")
     frame["n_train"] = frame["n_train"].fillna(np.inf)
 
-    # What the sampler alone makes of a condition; the circuit adds the rest.
+    # The condition that the sampling steps alone give, "steps2" of "shots10_steps2"; "" for all
+    # steps. A run whose condition is just this has no shots and no noise. (MNIST's Settings serve
+    # for both data sets: the name depends on these two settings only.)
     frame["sampler_condition"] = [
         mnist.Settings(sample_steps=steps, timesteps=timesteps).condition
         for steps, timesteps in zip(frame["sample_steps"], frame["timesteps"], strict=True)
@@ -1097,10 +1102,11 @@ def order_of_arms(arm_and_name: tuple[str, str]) -> tuple[int, str]:
 
 
 def shared_classes(frame: pd.DataFrame, within: list[str], series: list[str]) -> pd.DataFrame:
-    """The rows of those classes that all series have, where rows are alike in ``within``.
+    """Keep only the classes that every series has.
 
-    Rows that are alike in ``within`` and ``series`` are a series: the classes of one seed. A mean
-    over classes can be compared with another only when both are over the same classes.
+    ``within`` splits the table into blocks; ``series`` splits a block into series (for example
+    every arm and seed). In each block a class stays only if each series of it has that class, so
+    that means over classes are over the same classes.
     """
     kept = []
     for _, rows in frame.groupby(within, observed=True):
@@ -1125,29 +1131,31 @@ def with_floors(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def pair_differences(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """A row a pair of runs that differ in one thing: the metrics of ``name`` minus the baseline's.
+    """A row a pair of runs: the metrics of a run minus those of its baseline run.
 
-    ``baseline`` is an arm. The two runs of a pair have equal class, size and seed; ``name_base`` is
-    the baseline's name with its condition. All pairs are there, also those of a class that other
-    seeds lack.
+    The two runs of a pair have the same class, training-set size and seed. Three kinds of pair: the
+    baseline arm with shots or noise minus the same arm without; the baseline arm with fewer
+    sampling steps minus the same arm with all; and, for an arm in BASELINES, every other arm minus
+    it at the same sampling steps (the other arm may also have shots or noise). "name_base" is the
+    baseline run's arm and condition.
     """
     is_baseline = frame["arm"] == baseline
     ideal_circuit = frame["condition"] == frame["sampler_condition"]  # no shots, no noise
-    ideal = frame[is_baseline & ideal_circuit]
+    noiseless = frame[is_baseline & ideal_circuit]
     same_sampler = [*PAIR, "sample_steps"]
 
     # The circuit's condition differs: quantum shots10_steps2 − quantum steps2.
-    under_condition = frame[is_baseline & ~ideal_circuit]
-    kinds = [pair(under_condition, ideal, same_sampler)]
+    noisy = frame[is_baseline & ~ideal_circuit]
+    kinds = [pair(noisy, noiseless, same_sampler)]
 
     # The sampler's condition differs: quantum steps2 − quantum.
-    usual = ideal[ideal["sampler_condition"] == ""]
-    other_steps = ideal[ideal["sampler_condition"] != ""]
-    kinds.append(pair(other_steps, usual, PAIR))
+    all_steps = noiseless[noiseless["sampler_condition"] == ""]
+    fewer_steps = noiseless[noiseless["sampler_condition"] != ""]
+    kinds.append(pair(fewer_steps, all_steps, PAIR))
 
     # The arm differs, and perhaps the circuit's condition: quantum shots10_steps2 − matched steps2.
     if baseline in BASELINES:
-        kinds.append(pair(frame[~is_baseline], ideal, same_sampler))
+        kinds.append(pair(frame[~is_baseline], noiseless, same_sampler))
 
     pairs = pd.concat(kinds, ignore_index=True)
     return pairs.assign(**{key: pairs[key] - pairs[f"{key}_base"] for key in METRICS})
@@ -1500,7 +1508,10 @@ def arm_places(sizes: pd.Series, names: Sequence[str], against_size: bool) -> pd
     that place, the column "middle". The columns "left" and "right" are the ends of the floor.
     """
     arms = len(names)
-    offsets = {name: 0.8 * (k - (arms - 1) / 2) for k, name in enumerate(names)}  # in arms
+
+    # Offsets from the size's place, in units of one arm's slot: arms 0.8 of a slot apart, the
+    # floor's line 0.9 of a slot per arm. Linear axis: offset / arms; log axis: factor ** offset.
+    offsets = {name: 0.8 * (k - (arms - 1) / 2) for k, name in enumerate(names)}
     offsets |= {"middle": 0, "left": -0.45 * arms, "right": 0.45 * arms}
 
     if not against_size:
@@ -1564,12 +1575,17 @@ def arm_style(name: str, names: Sequence[str]) -> dict[str, str]:
     """
     arm = name.split()[0]
     arms = [*ARM_COLOURS, *(other for other in ARMS if other not in ARM_COLOURS)]
-    number = arms.index(arm) if arm in arms else len(arms)
+    arm_index = arms.index(arm) if arm in arms else len(arms)
     colours = list(ARM_COLOURS.values())
 
+    # The marker is the condition's place among this arm's. An arm that reuses a colour starts one
+    # marker further, so that it differs from the arm it shares the colour with.
     conditions = [other for other in names if other.split()[0] == arm]
-    marker = conditions.index(name) + number // len(colours)
-    return {"color": colours[number % len(colours)], "marker": MARKERS[marker % len(MARKERS)]}
+    marker_index = conditions.index(name) + arm_index // len(colours)
+    return {
+        "color": colours[arm_index % len(colours)],
+        "marker": MARKERS[marker_index % len(MARKERS)],
+    }
 
 
 def draw_overview(runs: Sequence[Run], evaluator: Evaluator) -> Figure:
@@ -1582,8 +1598,8 @@ def draw_overview(runs: Sequence[Run], evaluator: Evaluator) -> Figure:
     each = max(1, OVERVIEW_COLUMNS // len(labels))
     rows = overview_rows(runs, evaluator)
 
-    # A panel for each row. The tiles fill its width, and its height makes them square.
-    row_height = 5 / each / len(labels)  # inches
+    # A panel for each row: its tiles fill about 5 of the figure's 6 inches, and are square.
+    row_height = 5 / each / len(labels)
     figure = Figure(figsize=(6, 0.3 + row_height * len(rows)), layout="constrained")
     panels = figure.subplots(len(rows), 1, squeeze=False).flat
     style = {"va": "center", "rotation": 0, "fontsize": 7, "parse_math": False}
@@ -1592,7 +1608,7 @@ def draw_overview(runs: Sequence[Run], evaluator: Evaluator) -> Figure:
         show_tiles(axes, tiles, columns=each * len(labels))
         axes.set_ylabel(title, ha="right", **style)
 
-    # The classes' names, above the first row.
+    # The classes' names, nine pixels above the first row.
     class_width = each * (tiles.shape[-1] + TILE_PADDING)
     for k, label in enumerate(labels):
         name = evaluator.dataset.module.CLASS_NAMES[label]
@@ -1698,7 +1714,8 @@ def real_paper_scores(evaluator: Evaluator, label: int, first: Sample) -> np.nda
     is_other = torch.arange(len(images)) >= PAPER_IMAGES
     pool = images[is_other & (labels == label)]
     if len(pool) < PAPER_IMAGES:
-        raise UserError(f"class {label}: {len(pool)} real images, expected {PAPER_IMAGES}")
+        found = f"class {label}: {len(pool)} real images"
+        raise UserError(f"{found}, expected at least {PAPER_IMAGES}")
 
     # A pool that is small enough for InceptionV3; then draws of five different images from it.
     generator = evaluator.stream("paper")

@@ -179,7 +179,8 @@ def find_tiles(mask: np.ndarray, expect: int | None) -> tuple[np.ndarray, float]
     Returns boxes (n, 4) in reading order and the confidence (see ``outline_confidence``). Raises
     ValueError with the reason where this is no lattice of tiles.
     """
-    # Rows of tiles, then within these the columns.
+    # Find the rows of tiles. For the columns use the same function on the rows turned on their
+    # side: (picture width, sum of the bands' heights), so the lines are now the picture's columns.
     tops, height = lattice(mask)
     bands = [mask[top : top + height] for top in tops]
     lefts, width = lattice(np.hstack([band.T for band in bands]))
@@ -219,7 +220,8 @@ def count_tiles(mask: np.ndarray, cells: np.ndarray, expect: int | None) -> int:
     count = 1 + max(k for k, full in enumerate(filled) if full)
     if not all(filled[:count]):
         raise ValueError("a hole between the tiles")
-    # The last cell alone is empty: no tile, or a white one? Only ``expect`` tells.
+    # Two or more empty cells are taken for an unfinished row; one may also be a white image, which
+    # only ``expect`` tells.
     if count == len(cells) - 1 and expect not in (count, count + 1):
         raise ValueError(f"{count} or {count + 1} images: the last place is empty, or white")
 
@@ -229,17 +231,18 @@ def count_tiles(mask: np.ndarray, cells: np.ndarray, expect: int | None) -> int:
 
 
 def outline_confidence(mask: np.ndarray, boxes: np.ndarray) -> float:
-    """How surely the boxes are tiles, in [0, 1].
+    """How surely the boxes are tiles, in [0, 1]: weakest side * (1 - worst moat).
 
-    Of the four sides (each the mean over all tiles) the one that differs least from the ground: the
-    share of it that does. Times the share of ground in the moat of the worst tile.
+    Weakest side: for each of left, right, top, bottom, the share of its pixels that differ from the
+    ground, averaged over the tiles; the smallest of the four. Worst moat: the largest share, over
+    the tiles, of pixels just outside the box that differ from the ground.
     """
     padded = np.pad(mask, 2)  # box (x0, y0, x1, y1) lies at (x0 + 2, y0 + 2, x1 + 2, y1 + 2)
 
     def edge_shares(part: np.ndarray) -> list[float]:
         return [edge.mean() for edge in (part[0], part[-1], part[:, 0], part[:, -1])]
 
-    # Edges are rounded: what must be drawn on lies a pixel inside, what must not two outside.
+    # Boxes may be off by a pixel: test one pixel inside each edge, and two pixels outside it.
     sides = []
     moats = []
     for x0, y0, x1, y1 in boxes:
@@ -318,30 +321,31 @@ def most_alike(lengths: np.ndarray) -> np.ndarray:
 
 
 def fit_places(starts: np.ndarray, side: int, drawn: np.ndarray) -> list[int]:
-    """Where tiles begin: evenly spaced places through the ``starts`` (n,) of runs, n >= 2.
+    """The pixel at which each tile begins: an evenly spaced grid fitted to ``starts`` (n,), n >= 2.
 
-    ``side`` is the length of a tile, ``drawn`` (lines,) says which lines are drawn on. A place
-    without a start, between the others or beside them, counts when its first and last lines are
-    drawn on. Raises ValueError when the starts are not evenly spaced.
+    ``side`` is the length of a tile, ``drawn`` (lines,) says which lines are drawn on. The grid is
+    extended as far as the picture goes, then cut to the first and last position whose tile has
+    drawn lines two pixels inside both ends; positions between these are kept. Raises ValueError
+    when the starts are not evenly spaced.
     """
-    # A straight line through the starts: start = origin + step * place.
-    places = np.rint((starts - starts[0]) / np.diff(starts).min())
-    step, origin = np.polyfit(places, starts, deg=1)
-    deviation = np.abs(origin + step * places - starts).max()
+    # A straight line through the starts: start = origin + step * number.
+    numbers = np.rint((starts - starts[0]) / np.diff(starts).min())
+    step, origin = np.polyfit(numbers, starts, deg=1)
+    deviation = np.abs(origin + step * numbers - starts).max()
     if deviation > max(2, 0.04 * side):
         raise ValueError("rows or columns of tiles at unequal distances")
 
-    # All places for which the picture has room, within a pixel.
-    before = int((origin + 1) // step)  # places that fit before the first start
+    # All positions for which the picture has room, within a pixel.
+    before = int((origin + 1) // step)  # tiles that fit before the first start
     last = int((len(drawn) - side - origin + 1) // step)
-    edges = np.rint(origin + step * np.arange(-before, last + 1)).astype(int)
-    edges = edges.clip(0, len(drawn) - side)
+    positions = np.rint(origin + step * np.arange(-before, last + 1)).astype(int)
+    positions = positions.clip(0, len(drawn) - side)
 
-    # From the first to the last place whose outer lines, two pixels inside, are drawn on.
-    used = np.flatnonzero(drawn[edges + 2] & drawn[edges + side - 3])
+    # From the first to the last whose outer lines, two pixels inside, are drawn on.
+    used = np.flatnonzero(drawn[positions + 2] & drawn[positions + side - 3])
     if len(used) == 0:
         raise ValueError("rows or columns of tiles at unequal distances")
-    return edges[used[0] : used[-1] + 1].tolist()
+    return positions[used[0] : used[-1] + 1].tolist()
 
 
 def without_frames(picture: np.ndarray, boxes: np.ndarray) -> np.ndarray:
@@ -357,11 +361,12 @@ def without_frames(picture: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     def share_of(ring: np.ndarray, colour: np.ndarray) -> float:
         return (np.abs(ring - colour).max(axis=1) <= FRAME_TOLERANCE).mean()
 
-    # Walk inwards ring by ring while each ring has one colour. Remember the last depth at which the
-    # colour changed: there the frame ended.
+    # Ring 0 is the outermost. A frame ends where a ring no longer has the colour of the ring
+    # before. An image's own plain border never does that before its content begins, so it is kept.
+    # Stop at the first ring of mixed colours: the image's content.
     frame = 0
     colour = None  # of the ring before
-    for depth in range(int(3 * pixel)):
+    for depth in range(int(3 * pixel)):  # a frame thicker than half a pixel is refused below
         inner = tiles[depth : height - depth, depth : width - depth]
         ring = np.concatenate([inner[0], inner[-1], inner[:, 0], inner[:, -1]]).reshape(-1, 3)
         if colour is not None and share_of(ring, colour) < 0.5:

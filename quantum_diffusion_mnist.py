@@ -514,6 +514,8 @@ def operations_of(circuit: Callable, angles: Tensor, weights: Tensor) -> list:
         strange = set(script.wires) - set(range(n_qubits))
         if strange:
             raise ValueError(f"it uses the wires {sorted(map(str, strange))}")
+        if script.measurements:
+            raise ValueError("it returns measurements, but <Z_i> of all qubits is what is measured")
     except UserError:
         raise
     except Exception as error:  # a circuit is the user's own code
@@ -574,29 +576,38 @@ class Recorded(NamedTuple):
     sources: tuple[tuple[str, int] | None, ...]  # ("x", 3): angle 3, ("w", 7): weight 7
 
     def __str__(self) -> str:
-        """For example ``RZ(w0) 0``, ``CNOT 0 1`` or ``RX(0.25) 3``."""
+        """For example ``RZ(w0) 0``, ``CNOT 0 1`` or ``PauliRot(w0) 0 1 pauli_word='XX'``."""
         numbers = [np.round(qml.math.toarray(p), 9).tolist() for p in self.operation.parameters]
         words = [
             str(number) if source is None else f"{source[0]}{source[1]}"
             for source, number in zip(self.sources, numbers, strict=True)
         ]
         inside = f"({', '.join(words)})" if words else ""
-        return " ".join([self.operation.name + inside, *map(str, self.operation.wires)])
+
+        # What neither the name nor the wires tell.
+        told = ["control_wires", "work_wires", "work_wire_type", "num_wires"]
+        if all(self.operation.hyperparameters.get("control_values", ())):
+            told.append("control_values")
+        if self.operation.name not in ("Exp", "SProd", "Evolution"):
+            told.append("base")
+        others = {k: v for k, v in self.operation.hyperparameters.items() if k not in told}
+        extra = [f"{key}={value!r}".replace("; ", ", ") for key, value in others.items()]
+        return " ".join([self.operation.name + inside, *map(str, self.operation.wires), *extra])
 
 
 def record(
-    circuit: Callable, n_qubits: int, n_layers: int, n_weights: int, seed: int = 0
+    circuit: Callable, n_qubits: int, n_layers: int, n_weights: int, sign: int = 1
 ) -> list[Recorded]:
     """Runs a circuit once on random numbers, to see which angle or weight each parameter is.
 
     For example RZ(layer[3, 0]) is recorded with 0.7312, which is the placeholder of weight 6, so
     its source is ("w", 6). A parameter that is no placeholder is a constant, or was computed.
     """
-    # The placeholders: numbers that all differ.
+    # The placeholders: positive numbers that all differ, or (sign -1) other ones, all negative.
     shape = (n_layers, n_qubits, n_weights)
-    generator = random_stream(seed, "placeholders")
-    angles = 6 * torch.rand(n_qubits, dtype=torch.float64, generator=generator)
-    weights = 6 * torch.rand(shape, dtype=torch.float64, generator=generator)
+    generator = random_stream(sign, "placeholders")
+    angles = 6 * sign * torch.rand(n_qubits, dtype=torch.float64, generator=generator)
+    weights = 6 * sign * torch.rand(shape, dtype=torch.float64, generator=generator)
 
     # Which of them each parameter is.
     sources = {value: ("x", i) for i, value in enumerate(angles.tolist())}
@@ -605,7 +616,12 @@ def record(
     recorded = []
     for operation in operations_of(circuit, angles, weights):
         numbers = [float(p) if np.ndim(p) == 0 else None for p in operation.parameters]
-        recorded.append(Recorded(operation, tuple(sources.get(number) for number in numbers)))
+        found = tuple(sources.get(number) for number in numbers)
+        for parameter, source in zip(operation.parameters, found, strict=True):
+            if source is not None and not isinstance(parameter, Tensor):
+                lost = f"{name_of(circuit)}: {operation.name} takes an angle or weight as a number"
+                raise UserError(f"{lost} without gradient; leave out float() and .item()")
+        recorded.append(Recorded(operation, found))
     return recorded
 
 
@@ -696,10 +712,11 @@ class QuantumGate(nn.Module):
         self.simulator = simulator
         self.simulator_options = simulator_options or {}
         if simulator == "exact":
+            compile_circuit.cache_clear()  # what a circuit uses may have changed since it was read
             how = (self.weights.dtype, self.weights.device)
             compile_circuit(self.circuit, n_qubits, n_layers, n_weights, *how)
         else:
-            operations_of(self.circuit, torch.zeros(1, n_qubits), weights)
+            operations_of(self.circuit, torch.rand(1, n_qubits), weights)
             self.takes_seed = takes_seed(simulator)
             self.qnode = self.make_qnode("best")
             self.inference_qnode = self.make_qnode(None)
@@ -721,7 +738,7 @@ class QuantumGate(nn.Module):
 
     def device_expectations(self, angles: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """The same by the PennyLane device, on the CPU."""
-        weights = self.weights.cpu()
+        weights = self.weights.to(angles)
         diff_method = "best" if torch.is_grad_enabled() else None
 
         # Measurements are drawn by each sample's own generator, so that they resume with it.
@@ -734,7 +751,8 @@ class QuantumGate(nn.Module):
             return torch.cat(rows)
 
         qnode = self.qnode if diff_method else self.inference_qnode
-        return torch.stack(qnode(angles, weights), -1).view_as(angles)  # some drop a batch of one
+        # Some devices drop a batch of one; a circuit without inputs has none.
+        return torch.stack(qnode(angles, weights), -1).expand_as(angles)
 
     def forward(self, features: Tensor, generators: Sequence[torch.Generator] = ()) -> Tensor:
         """features (B, C) -> g (B, C); generators: of the shots, one for each sample."""
@@ -789,6 +807,8 @@ def make_gate(channels: int, settings: Settings) -> nn.Module | None:
     arm = ARMS[settings.arm]
     if settings.arm == "classical":
         return None
+    if arm.circuit is None and settings.arm not in ("matched", "se"):
+        raise UserError(f"--arm {settings.arm}: it has no circuit in ARMS")
     if arm.circuit is None:
         matched = settings.arm == "matched"
         return ClassicalGate(channels, settings.n_qubits, settings.n_layers, matched)
@@ -1609,7 +1629,11 @@ def run_config(settings: Settings, images: Tensor, counts: dict, device: torch.d
             "sha256": hashlib.sha256(images.contiguous().numpy()).hexdigest(),
         },
         "weights": {"weights_sha256": None},  # of another run's model (--weights)
-        "circuit": {"operations": circuit_text(settings)},
+        "circuit": {
+            "operations": circuit_text(settings),
+            "trained": ARMS[settings.arm].trained,
+            "n_weights": ARMS[settings.arm].n_weights,
+        },
         "model_sha256": None,  # of model.pt, once trained
         "n_eval": 0,  # images in samples_final.png, once they are all there
         "parameters": counted,
@@ -1654,6 +1678,8 @@ def device_name(device: torch.device) -> str:
     return f"{device}, {hardware}, {torch.backends.cpu.get_cpu_capability()}"
 
 
+PICTURES = ("loss_curve.png", "training_progress.gif", "circuit.png", "closest_pairs.png")
+
 # The parts of config.json that, if they differ, make it another run.
 IDENTITY = ("settings", "images", "weights", "circuit")
 
@@ -1670,6 +1696,8 @@ def read_config(path: Path) -> dict:
         config = json.loads(path.read_text())
         if not all(isinstance(config[part], dict) for part in IDENTITY):
             raise ValueError(f"expected {', '.join(IDENTITY)}")
+        if not {"model_sha256", "n_eval"} <= config.keys():
+            raise ValueError("expected model_sha256 and n_eval")
         return config
 
 
@@ -1727,6 +1755,8 @@ def open_run(folder: Path, config: dict) -> Iterator[None]:
         lock = filelock.FileLock(folder / ".lock").acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(f"{folder} is in use by another process") from None
+    except PermissionError as error:
+        raise UserError(f"{folder} is another user's, or read only ({error.strerror})") from None
     except (OSError, NotImplementedError) as error:
         with contextlib.suppress(OSError):
             folder.rmdir()
@@ -1738,8 +1768,11 @@ def open_run(folder: Path, config: dict) -> Iterator[None]:
         # Taken over from a run without results: its pictures go, its configuration is replaced.
         path = folder / "config.json"
         if not path.exists() or differences(read_config(path), config):
-            for picture in [*folder.glob("*.png"), *folder.glob("*.gif"), *folder.glob("*/*.png")]:
-                picture.unlink()
+            for picture in [
+                *folder.glob("samples/step_*.png"),
+                *(folder / name for name in PICTURES),
+            ]:
+                picture.unlink(missing_ok=True)
             write_atomic(path, json.dumps(config, indent=2))
 
         # What a process left that was killed while it wrote.
@@ -1780,6 +1813,10 @@ def load_run(folder: Path | str, device: torch.device | str = "cpu") -> tuple[Se
     with reading(folder / "config.json", "a run's configuration of this version"):
         known = {key: value for key, value in config["settings"].items() if key != "label_name"}
         settings = Settings(**known)
+        before, now = config["circuit"]["operations"], circuit_text(settings)
+        if before != now:
+            before, now = first_difference(before or "", now or "")
+            raise ValueError(f"its circuit had {before!r} where this script's has {now!r}")
 
     path = folder / "model.pt"
     state = load_tensors(path, "a run's weights; remove it to train again", device)
@@ -2398,13 +2435,19 @@ def compile_circuit(
     # A parameter that a second recording, with other values, does not find again was computed.
     sizes = (n_qubits, n_layers, n_weights)
     recorded = record(circuit, *sizes)
-    for one, other in itertools.zip_longest(recorded, record(circuit, *sizes, seed=1)):
+    for one, other in itertools.zip_longest(recorded, record(circuit, *sizes, sign=-1)):
         if str(one) != str(other):
             found = f"{name_of(circuit)}, {(one or other).operation.name}: a parameter must be an"
             raise UserError(f"{found} angle or a weight, or a constant, not computed; {WAY_OUT}")
 
     # The factors, and how large the bonds are together.
-    factors = factors_of_qubits(recorded, n_qubits)
+    try:
+        factors = factors_of_qubits(recorded, n_qubits)
+    except UserError:
+        raise
+    except Exception as error:  # an operation with a matrix or parameters of another kind
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{name_of(circuit)} cannot be read ({reason}); {WAY_OUT}") from error
     for i, own in enumerate(factors):
         bonds = math.prod(factor.coefficients.shape[2] for factor in own)
         if bonds > MAX_BOND_DIMENSION:
@@ -2616,7 +2659,7 @@ def values_and_gradients(compute: Callable, angles: Tensor, weights: Tensor) -> 
 def on_device(circuit: Callable, n_qubits: int, simulator: str, **how: object) -> Callable:
     """A circuit on a PennyLane device, as ``circuit_expectations`` is called."""
     qnode = make_qnode(circuit, n_qubits, simulator, **how)
-    return lambda angles, weights: torch.stack(qnode(angles, weights), -1).view_as(angles)
+    return lambda angles, weights: torch.stack(qnode(angles, weights), -1).expand_as(angles)
 
 
 def check_circuit(settings: Settings) -> None:
@@ -2638,20 +2681,27 @@ def check_circuit(settings: Settings) -> None:
     n_qubits = min(settings.n_qubits, 5)
     shape = (min(settings.n_layers, 3), n_qubits, arm.n_weights)
     generator = random_stream(0, "check")
-    angles = torch.randn(2, n_qubits, dtype=torch.float64, generator=generator)
+    angles = torch.randn(n_qubits + 1, n_qubits, dtype=torch.float64, generator=generator)
     weights = torch.randn(shape, dtype=torch.float64, generator=generator)
     angles.requires_grad_()
     weights.requires_grad_()
 
     # PennyLane's own simulator; channels, a circuit's own or --gate_noise's, need density matrices.
-    operations = operations_of(circuit, angles, weights)
+    try:
+        operations = operations_of(circuit, angles, weights)
+    except UserError as error:
+        sizes = f"{n_qubits} qubits and {shape[0]} layers"
+        raise UserError(
+            f"{error} (it is tried on {sizes} before a run: write it for any)"
+        ) from None
     has_channels = any(isinstance(one, qml.operation.Channel) for one in operations)
     try:
         own = on_device(circuit, n_qubits, "default.mixed" if has_channels else "default.qubit")
         reference = values_and_gradients(own, angles, weights)
     except Exception as error:  # a circuit is the user's own code
         reason = " ".join(str(error).split())
-        raise UserError(f"{name_of(circuit)} does not run in PennyLane: {reason}") from error
+        found = f"{name_of(circuit)} does not run in PennyLane: {reason}"
+        raise UserError(f"{found}; the input is to be indexed as angles[..., i]") from error
 
     if settings.simulator == "exact":
         exact = partial(circuit_expectations, circuit=circuit)

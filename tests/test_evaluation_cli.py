@@ -632,7 +632,7 @@ MISTAKES = [  # how the run folders are made, more options, what the error says
     (run_of(THREES[:5], training=TRAINED_THREES), (), "trained on other images"),  # other order
     (run_of(COLOUR), (), r"images of \(3, 28, 28\)"),
     (run_of(COLOUR[:, :1, :20, :20]), (), r"of \(1, 20, 20\)"),
-    (FIVE, (*INCEPTION, "none.pth"), "leave --features out"),
+    (FIVE, (*INCEPTION, "none.pth"), "use --features classifier"),
     (FIVE, (*PAPER, "--features", "none"), "needs features"),
     (run_of(THREES[:3]), (*PAPER, "--features", "classifier"), r"expected \(5, 1, 28, 28\)"),
 ]
@@ -804,7 +804,7 @@ def test_a_proxy_that_never_answers(tmp_path, evaluate, monkeypatch, capsys):
     *_, note, error = re.findall("^(?:note|error): .*", capsys.readouterr().err, re.MULTILINE)
     assert note.startswith("note: downloading InceptionV3's weights (104 MB) from https://")
     assert "timed out" in error
-    assert "leave --features out" in error
+    assert "use --features classifier" in error
     assert socket.getdefaulttimeout() is None
 
 

@@ -1,5 +1,7 @@
 """The circuits, their exact simulation, its check, and PennyLane's devices."""
 
+import math
+
 import numpy as np
 import pennylane as qml
 import pytest
@@ -575,3 +577,117 @@ def test_the_record_tells_angles_weights_and_constants_apart():
         qml.Rot(weights[1, 2, 0], 0.25, weights[0, 0, 1], wires=1)
 
     assert [str(x) for x in qd.record(circuit, 3, 2, 2)] == ["RX(x2) 0", "Rot(w10, 0.25, w1) 1"]
+
+
+# ------------------------------------------------------------------- what users' circuits may do
+
+
+def plain_numbers(angles, weights):
+    qd.encode(angles)
+    qml.RX(float(weights[0, 0, 0]), wires=0)
+
+
+def returned_measurements(angles, weights):
+    qd.encode(angles)
+    return [qml.expval(qml.X(i)) for i in range(angles.shape[-1])]
+
+
+def trained_channel(angles, weights):
+    qd.encode(angles)
+    qml.AmplitudeDamping(weights[0, 0, 0], wires=0)
+
+
+def rectified(angles, weights):
+    for i in range(angles.shape[-1]):
+        qml.RY(torch.relu(angles[..., i]), wires=i)
+
+
+@pytest.mark.parametrize(
+    "circuit, reason",
+    [
+        (plain_numbers, "RX takes an angle or weight as a number without gradient"),
+        (returned_measurements, "it returns measurements, but <Z_i> of all qubits is what is"),
+        (trained_channel, "trained_channel cannot be read (ValueError: gamma must be in"),
+        (rectified, "a parameter must be an angle or a weight"),
+    ],
+)
+def test_circuits_that_would_be_wrong_in_silence_are_errors(circuit, reason):
+    with pytest.raises(qd.UserError) as error:
+        qd.QuantumGate(8, circuit, 3, 1, 1)
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_gate_reads_its_circuit_anew(monkeypatch):
+    constants = {"angle": 0.3}
+
+    def circuit(angles, weights):
+        qml.RX(constants["angle"], wires=0)
+
+    angles = torch.zeros(2, 1)
+    for angle in (0.3, 1.3):
+        constants["angle"] = angle
+        gate = qd.QuantumGate(8, circuit, 1, 1, 0)
+        assert gate.expectations(angles).tolist() == [[pytest.approx(math.cos(angle))]] * 2
+
+
+def test_check_says_that_it_tries_other_sizes(monkeypatch):
+    def for_six_alone(angles, weights):
+        for i in range(6):
+            qml.RY(angles[..., i], wires=i)
+
+    monkeypatch.setitem(qd.ARMS, "six", qd.Arm("for six qubits alone", for_six_alone, 1))
+    with pytest.raises(qd.UserError, match="it is tried on 5 qubits and 3 layers before a run"):
+        qd.check_circuit(qd.Settings("six", n_qubits=6))
+
+
+@pytest.mark.parametrize("simulator", ["exact", "default.qubit"])
+@pytest.mark.parametrize("n_qubits", [2, 3])
+def test_check_says_how_to_index_the_input(n_qubits, simulator, monkeypatch):
+    def by_rows(angles, weights):
+        for i, angle in enumerate(angles):
+            qml.RY(angle, wires=i)
+
+    monkeypatch.setitem(qd.ARMS, "rows", qd.Arm("indexed by rows", by_rows, 1))
+    with pytest.raises(qd.UserError, match=r"angles\[\.\.\., i\]"):
+        qd.check_circuit(qd.Settings("rows", n_qubits=n_qubits, simulator=simulator))
+
+
+@pytest.mark.parametrize("simulator", ["exact", "default.qubit", "lightning.qubit"])
+def test_a_circuit_without_inputs_is_a_control(simulator, monkeypatch):
+    def constant(angles, weights):
+        for i in range(weights.shape[1]):
+            qml.RY(weights[0, i, 0], wires=i)
+
+    monkeypatch.setitem(qd.ARMS, "constant", qd.Arm("no input", constant, 1))
+    qd.check_circuit(qd.Settings("constant", n_qubits=3, simulator=simulator))
+    gate = qd.QuantumGate(8, constant, 3, 1, 1, simulator=simulator)
+    values = gate.expectations(torch.randn(4, 3))
+    assert torch.allclose(values, gate.weights[0, :, 0].cos().expand(4, 3), atol=1e-6)
+
+
+def test_an_arm_without_a_circuit_is_an_error(monkeypatch):
+    monkeypatch.setitem(qd.ARMS, "forgotten", qd.Arm("RX, RZ"))
+    with pytest.raises(qd.UserError, match="--arm forgotten: it has no circuit in ARMS"):
+        qd.make_gate(8, qd.Settings("forgotten"))
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (lambda: qml.PauliRot(0.3, "XX", [0, 1]), lambda: qml.PauliRot(0.3, "YY", [0, 1])),
+        (lambda: qml.ctrl(qml.S(1), 0), lambda: qml.ctrl(qml.S(1), 0, control_values=[0])),
+        (lambda: qml.prod(qml.X(0), qml.H(0)), lambda: qml.prod(qml.S(0), qml.H(0))),
+        (lambda: qml.PauliError("XX", 0.1, [0, 1]), lambda: qml.PauliError("ZZ", 0.1, [0, 1])),
+    ],
+)
+def test_the_record_tells_operations_of_one_name_apart(one, other):
+    texts = []
+    for operation in (one, other):
+
+        def circuit(angles, weights, operation=operation):
+            qd.encode(angles)
+            operation()
+
+        texts.append(str(qd.record(circuit, 2, 1, 1)[-1]))
+    assert texts[0] != texts[1]

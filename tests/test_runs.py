@@ -421,6 +421,19 @@ def test_what_was_removed_is_made_again(name, run, tmp_path):
     assert after == before
 
 
+def test_a_run_is_loaded_with_its_own_circuit_alone(run, monkeypatch):
+    monkeypatch.setitem(qd.ARMS, "quantum", qd.ARMS["quantum"]._replace(circuit=qd.cz_circuit))
+    with pytest.raises(qd.UserError, match="its circuit had 'RZ.w0. 0' where this script's has"):
+        qd.load_run(run)
+
+
+def test_whether_the_circuit_is_trained_is_part_of_a_run(tmp_path, monkeypatch, fails):
+    argv = tiny(tmp_path, "--use_quantum")
+    qd.main(argv)
+    monkeypatch.setitem(qd.ARMS, "quantum", qd.ARMS["quantum"]._replace(trained=False))
+    assert "trained True (asked for: False)" in fails(qd, argv)
+
+
 def test_a_folder_that_becomes_another_runs_loses_its_pictures(tmp_path):
     qd.main(tiny(tmp_path, "--use_quantum"))
     run = only(tmp_path)
