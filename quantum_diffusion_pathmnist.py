@@ -2290,7 +2290,7 @@ def cut(coefficients: np.ndarray, is_last: tuple[bool, bool]) -> tuple[np.ndarra
     tensor = coefficients.reshape(-1, 4, 4, 4, 4)  # (F, low o, high o, low i, high i)
     if is_last[0]:
         tensor = tensor[:, READ_OUT]
-    if is_last[1]:
+    elif is_last[1]:
         tensor = tensor[:, :, READ_OUT]
     n_functions, low_out, high_out = tensor.shape[:3]
 
@@ -2301,6 +2301,8 @@ def cut(coefficients: np.ndarray, is_last: tuple[bool, bool]) -> tuple[np.ndarra
 
     low = basis.T.reshape(1, 1, -1, low_out, 4)
     high = (basis.T @ matrix).reshape(-1, n_functions, high_out, 4)  # (r, F, high o, high i)
+    if all(is_last):  # behind the cut, so that this bond is as large as those of the other pairs
+        high = high[:, :, READ_OUT]
     return low, high.transpose(1, 0, 2, 3)[:, :, None]
 
 
