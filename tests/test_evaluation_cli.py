@@ -62,6 +62,7 @@ def make_run(root, images, *, training=None, symmetries=None, **settings):
         "images": trained_on,
         "weights": {},
         "circuit": {},
+        "model_sha256": None,
         "n_eval": len(images),
     }
     (folder / "config.json").write_text(json.dumps(config))
