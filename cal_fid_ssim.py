@@ -1487,7 +1487,9 @@ def draw_panels(frame: pd.DataFrame, against_size: bool) -> Figure:
             lowest.axhline(0, color=ARM_COLOURS[BASELINES[0]], linewidth=1)
 
         for axes in (upper, lowest):
-            axes.set_xticks(places["middle"], ticks, rotation=rotation, fontsize=8)
+            axes.set_xticks(
+                places["middle"], ticks, rotation=rotation, fontsize=6 if rotation else 8
+            )
         lowest.set_xlabel("training images" + (" (log scale)" if against_size else ""))
 
     # Places without a metric stay empty; one legend for all panels.

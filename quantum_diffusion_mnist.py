@@ -584,14 +584,14 @@ class Recorded(NamedTuple):
         ]
         inside = f"({', '.join(words)})" if words else ""
 
-        # What neither the name nor the wires tell.
-        told = ["control_wires", "work_wires", "work_wire_type", "num_wires"]
+        # What neither the name nor the wires tell; of products and exponentials, of what.
+        told = ["control_wires", "work_wires", "work_wire_type", "num_wires", "base"]
         if all(self.operation.hyperparameters.get("control_values", ())):
             told.append("control_values")
-        if self.operation.name not in ("Exp", "SProd", "Evolution"):
-            told.append("base")
         others = {k: v for k, v in self.operation.hyperparameters.items() if k not in told}
-        extra = [f"{key}={value!r}".replace("; ", ", ") for key, value in others.items()]
+        extra = [f"{key}={value!r}" for key, value in others.items()]
+        if self.operation.name in ("Prod", "Sum", "SProd", "Exp", "Evolution"):
+            extra = [repr(self.operation)]
         return " ".join([self.operation.name + inside, *map(str, self.operation.wires), *extra])
 
 
@@ -1651,7 +1651,8 @@ def circuit_text(settings: Settings) -> str | None:
     if arm.circuit is None:
         return None
     sizes = (settings.n_qubits, settings.n_layers, arm.n_weights)
-    return "; ".join(map(str, record(arm.circuit, *sizes)))
+    texts = [str(one).replace("; ", ", ") for one in record(arm.circuit, *sizes)]
+    return "; ".join(texts)
 
 
 def git_commit() -> str:
