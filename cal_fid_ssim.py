@@ -11,7 +11,7 @@ images (the floor).
 The file in its order: the metrics, which know arrays and images only; the networks that make
 features of images; a run and the real images beside it; tables; figures; the published procedure;
 the command line. cal_fid_ssim_medmnist.py does the same for PathMNIST. debug_img.py splits
-pictures, and holds what all three command lines share: printing, errors, writing files.
+pictures, and holds what all three command lines share: printing, errors, figures.
 """
 
 import argparse
@@ -20,10 +20,8 @@ import copy
 import functools
 import hashlib
 import io
-import itertools
 import json
 import math
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,18 +40,17 @@ from torchvision.models import Inception_V3_Weights, inception_v3
 from tqdm import tqdm
 
 import quantum_diffusion_mnist as mnist
-from debug_img import (
-    OneLineParser,
-    exit_codes,
-    note,
-    one_line,
-    save_figure,
-    say,
-    show_tiles,
-    split_grid,
+from debug_img import OneLineParser, exit_codes, note, one_line, save_figure, say, show_tiles
+from quantum_diffusion_mnist import (
+    ARMS,
+    TILE_PADDING,
+    UserError,
+    load_tensors,
+    random_stream,
+    reading,
+    to_float,
     write_atomic,
 )
-from quantum_diffusion_mnist import ARMS, TILE_PADDING, UserError, load_tensors, reading, to_float
 
 # How the metrics are taken.
 FID_WARNING_BELOW = 1000  # images
@@ -65,7 +62,6 @@ SSIM_CHUNK = 100  # images at once, each with a dozen arrays of its size in floa
 CHUNK = 500  # rows of a distance or kernel matrix that are in memory at once
 CLASSIFIER_STEPS = 1000
 CLASSIFIER_BATCH = 128  # images
-DOWNLOAD_TIMEOUT = 60  # seconds without a byte
 
 # The published procedure.
 PAPER_IMAGES = 5
@@ -102,11 +98,13 @@ BASELINES = ("matched", "classical")  # control arms: every other arm is compare
 DECIDING_SEEDS = 5  # with fewer seeds the verdict is "too few seeds"
 CLOSEST_PAIRS = 10  # of a run, in its closest_pairs.png
 
-# Figures: a colour an arm (Okabe & Ito), a marker a condition of it.
+# Figures.
 OVERVIEW_COLUMNS = 12  # images in a row of overview.png
 FIGURE_METRICS = ["fid", "kid", "precision", "recall"]
 FIGURE_METRICS += ["ssim_diversity", "label_accuracy", "distance_ratio", "near_copies"]
-ARM_COLOURS = {  # other arms take these in turn, with other markers
+FLOOR_COLOUR = "#666666"
+OTHER_COLOUR = "#999999"  # of arms that have none below; their markers tell them apart
+ARM_COLOURS = {  # Okabe & Ito
     "classical": "#000000",
     "matched": "#E69F00",
     "quantum": "#0072B2",
@@ -115,16 +113,7 @@ ARM_COLOURS = {  # other arms take these in turn, with other markers
     "frozen": "#CC79A7",
     "se": "#56B4E9",
 }
-MARKERS = "os^DvpP*X"
-
-
-def random_stream(seed: int, *name: object) -> torch.Generator:
-    """A generator that depends on ``seed`` and ``name`` alone.
-
-    Every use of randomness has its own, so that none disturbs another.
-    """
-    digest = hashlib.sha256(repr((seed, *name)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+MARKERS = "os^DvpP*X"  # of the names that share a colour: an arm's conditions
 
 
 # ----------------------------------------------------------------------------------- metrics
@@ -281,23 +270,22 @@ def ssim(a: Tensor, b: Tensor) -> float:
     leaves 18x18); colour: the mean over the channels.
     """
     n = min(len(a), len(b))
-    means = []
+    width = a.shape[-1]
+    means = []  # an image
     for start in range(0, n, SSIM_CHUNK):
         end = min(start + SSIM_CHUNK, n)
-        means.append(ssim_of_each(a[start:end], b[start:end]))
+
+        # One call for all images, stacked into one tall picture. Windows across the border of two
+        # images mix them, but only within three pixels of it, and SSIM leaves those out anyway.
+        _mean, values = structural_similarity(
+            a[start:end].reshape(-1, width).numpy(),
+            b[start:end].reshape(-1, width).numpy(),
+            data_range=255,
+            full=True,
+        )  # values: (chunk C H, W)
+        values = values.reshape(end - start, *a.shape[1:])[..., 3:-3, 3:-3]
+        means.append(values.mean(axis=(1, 2, 3)))
     return float(np.concatenate(means).mean())
-
-
-def ssim_of_each(a: Tensor, b: Tensor) -> np.ndarray:
-    """SSIM of image i of ``a`` against image i of ``b``, both (N, C, H, W) uint8: (N,)."""
-    # One call for all images, stacked into one tall picture. Windows across the border of two
-    # images mix them, but only within three pixels of it, and SSIM leaves those out anyway.
-    width = a.shape[-1]
-    _mean, values = structural_similarity(
-        a.reshape(-1, width).numpy(), b.reshape(-1, width).numpy(), data_range=255, full=True
-    )  # values: (N C H, W)
-    values = values.reshape(a.shape)[..., 3:-3, 3:-3]  # (N, C, H - 6, W - 6)
-    return values.mean(axis=(1, 2, 3))
 
 
 def ssim_diversity(images: Tensor, seed: int) -> float:
@@ -401,13 +389,16 @@ def in_batches(
 
 def cached_features(extractor: Extractor, images: Tensor, folder: Path) -> np.ndarray:
     """Features (N, d); read from ``folder`` when the same images and weights made them before."""
-    record = {"images": content_hash(images), "made_by": f"{extractor.preprocessing} {extractor}"}
-    name = hashlib.sha256(repr(record).encode()).hexdigest()[:24]
+    made_from = {
+        "images": content_hash(images),
+        "network": str(extractor),
+        "preprocessing": extractor.preprocessing,
+    }
 
-    def make() -> Tensor:
-        return torch.from_numpy(extractor.features(images))
+    def make() -> dict[str, Tensor]:
+        return {"features": torch.from_numpy(extractor.features(images))}
 
-    return cached(folder / f"features_{name}.pt", record, make).numpy()
+    return cached(folder, "features", made_from, make)["features"].numpy()
 
 
 def content_hash(*tensors: Tensor) -> str:
@@ -420,33 +411,36 @@ def content_hash(*tensors: Tensor) -> str:
     return digest.hexdigest()
 
 
-def cached(path: Path, record: dict[str, Any], make: Callable[[], Any]) -> Any:
-    """What ``make`` returns (tensors, numbers), or the same from ``path``.
+def cached(
+    folder: Path, kind: str, made_from: dict[str, Any], make: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """What ``make`` returns (tensors, numbers), or the same from a file in ``folder``.
 
-    ``record`` says what it is made from, and a file with another record is not taken. A file that
-    cannot be read or written (another user's folder) costs a line, not the evaluation.
+    The file is named after ``made_from``: whatever is made from something else has another name. A
+    file that cannot be read or written (another user's folder) costs a line, not the evaluation.
     """
-    wanted = "from the same images and settings"
+    name = hashlib.sha256(repr(made_from).encode()).hexdigest()[:24]
+    path = folder / f"{kind}_{name}.pt"
     try:
         if path.exists():
-            content = load_tensors(path, wanted)
-            with reading(path, wanted):
-                if content["record"] != record:
-                    raise ValueError("another record")
-                return content["state"]
+            return load_tensors(path, f"{kind} that were kept")
     except (UserError, OSError) as error:
         note(f"{error}: made again")
 
-    # Made, and kept where that is possible.
     state = make()
-    buffer = io.BytesIO()
-    torch.save({"record": record, "state": state}, buffer)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, buffer.getvalue())
-    except OSError as error:
-        note(f"{path} not kept ({error.strerror}): --data_dir is not writable")
+    with optional(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, state)
     return state
+
+
+@contextlib.contextmanager
+def optional(path: Path) -> Iterator[None]:
+    """Makes a file that is not worth stopping for: when that fails, a note says so."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        note(f"{path} not written ({one_line(error)})")
 
 
 def inception_extractor(weights: Path | None, device: torch.device | str) -> Extractor:
@@ -454,18 +448,25 @@ def inception_extractor(weights: Path | None, device: torch.device | str) -> Ext
 
     The preprocessing is the one that torchvision documents for these weights: resize to 342
     (bilinear, antialiased), centre crop 299, ImageNet's mean and deviation. Grey is repeated.
-    ``weights`` is a local copy (None: downloaded). Raises UserError when the weights cannot be had
-    or the file does not hold them.
+    ``weights`` is a local copy (None: downloaded once, into torch's cache). Raises UserError when
+    the weights cannot be had or the file does not hold them.
     """
     official = Inception_V3_Weights.IMAGENET1K_V1
     way_out = "give a local copy with --inception_weights FILE, or use --features classifier"
-    with reading(weights or official.url, f"InceptionV3's weights; {way_out}"):
-        if weights is not None:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        else:
-            state = download_inception(official)
 
-        # Without the auxiliary head; building it draws weights, which is nobody's randomness.
+    def fetch(folder: Path) -> None:
+        official.get_state_dict(model_dir=str(folder), check_hash=True)  # the file's checksum
+
+    if weights is None:
+        cache = Path(torch.hub.get_dir()) / "checkpoints"
+        weights = cache / Path(official.url).name
+        failure = mnist.download(cache, weights.name, fetch)
+        if failure is not None:
+            raise UserError(f"{failure}; {way_out}")
+
+    # Without the auxiliary head; building it draws weights, which is nobody's randomness.
+    with reading(weights, f"InceptionV3's weights; {way_out}"):
+        state = torch.load(weights, map_location="cpu", weights_only=True)
         with torch.random.fork_rng(devices=[]):
             model = inception_v3(aux_logits=False, transform_input=True, init_weights=False)
         main_part = {key: x for key, x in state.items() if not key.startswith("AuxLogits.")}
@@ -481,23 +482,6 @@ def inception_extractor(weights: Path | None, device: torch.device | str) -> Ext
         device=device,
         batch=25,  # of 299x299 pixels
     )
-
-
-def download_inception(weights: Inception_V3_Weights) -> dict[str, Tensor]:
-    """The weights from torch's cache or, once, from torchvision's server.
-
-    Raises OSError when the server does not answer within DOWNLOAD_TIMEOUT.
-    """
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    if not (folder / Path(weights.url).name).exists():
-        note(f"downloading InceptionV3's weights (104 MB) from {weights.url} to {folder}")
-
-    before = socket.getdefaulttimeout()  # torch sets none: a silent proxy would be waited for
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
-    try:
-        return weights.get_state_dict(progress=True, check_hash=True)
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 def classifier_extractor(classifier: nn.Sequential, device: torch.device | str) -> Extractor:
@@ -603,16 +587,11 @@ class Split(NamedTuple):
         """The images (n, C, H, W) of one class."""
         return self.images[self.labels == label]
 
-    def of_classes(self, labels: Sequence[int]) -> "Split":
-        """The images of some classes, in the split's order."""
-        chosen = torch.isin(self.labels, torch.tensor(labels))
-        return Split(self.images[chosen], self.labels[chosen])
-
 
 def load_classifier(
     source: str, folder: Path, train: Split, tested_on: dict[str, Split], seed: int
 ) -> tuple[nn.Sequential, dict[str, Any]]:
-    """The data set's classifier and its record, trained when ``folder`` has none with that record.
+    """The data set's classifier and its record, trained when ``folder`` has none of that record.
 
     The record: source, seed, steps, content hash of the training images and labels, and its
     accuracy on the splits that it is tested on, by their names. Raises UserError when there is but
@@ -634,13 +613,12 @@ def load_classifier(
 
     def make() -> dict[str, Any]:
         trained = train_classifier(train.images, train.labels, seed)
-        accuracies = {
-            f"{name}_accuracy": accuracy(trained, split.images, split.labels)
-            for name, split in tested_on.items()
-        }
+        accuracies = {}
+        for name, split in tested_on.items():
+            accuracies[f"{name}_accuracy"] = accuracy(trained, split.images, split.labels)
         return {"weights": trained.state_dict(), "accuracies": accuracies}
 
-    kept = cached(folder / f"classifier_{source}_seed{seed}.pt", record, make)
+    kept = cached(folder, "classifier", record, make)
     model = build_classifier(train.images.shape[1], int(train.labels.max()) + 1, seed)
     model.load_state_dict(kept["weights"])
     return model.eval(), record | kept["accuracies"]
@@ -682,36 +660,23 @@ class Run(NamedTuple):
 
 def read_run(folder: Path, dataset: DataSet) -> Run:
     """Read a run folder. Raises UserError when it is none, unfinished, or of another data set."""
-    path = folder / "config.json"
-    config = mnist.read_config(path)
+    config = mnist.read_config(folder / "config.json")
     settings = config["settings"]
     source = settings.get("data")
     if source not in dataset.sources:
         scripts = "cal_fid_ssim.py measures MNIST, cal_fid_ssim_medmnist.py PathMNIST"
         raise UserError(f"{folder}: data set {source}; {scripts}")
 
-    # Recompute the condition from the settings: one that differs comes from another version of the
-    # script. "label_name" is written for readers of config.json and is no setting.
-    with reading(path, "a run's configuration"):
-        if settings["arm"] not in dataset.module.ARMS:
-            raise ValueError(f"its arm {settings['arm']} is not in the training script's ARMS")
-        fields = {key: value for key, value in settings.items() if key != "label_name"}
-        condition = dataset.module.Settings(**fields).condition
-        if condition != config["condition"]:
-            raise ValueError(f"condition {config['condition']}, its settings are {condition}")
-        n_eval = config["n_eval"]
-
-    # Its final images: as many as the configuration says, to the bit.
+    # Its final images; while they are sampled there are other than n_eval.
     grid = folder / "samples_final.png"
     if not grid.exists():
         raise UserError(f"{folder}: not finished, no {grid.name}; {config.get('command', '')}")
-    split = split_grid(grid, n_eval)
-    if split.method != "metadata":
-        raise UserError(f"{grid}: not the lossless grid that the run wrote")
-    if len(split.images) != n_eval or n_eval < 2:
-        expected = f"expected n_eval = {n_eval} of {path.name}, and at least 2"
-        raise UserError(f"{grid}: {len(split.images)} images, {expected}")
+    images = mnist.load_grid(grid)
+    if len(images) != config["n_eval"] or len(images) < 2:
+        expected = f"expected n_eval = {config['n_eval']} of config.json, and at least 2"
+        raise UserError(f"{grid}: {len(images)} images, {expected}")
 
+    condition = config["condition"]
     return Run(
         folder=folder,
         name=folder.resolve().name,
@@ -719,7 +684,7 @@ def read_run(folder: Path, dataset: DataSet) -> Run:
         condition=condition,
         settings=settings,
         trained_on=config["images"],
-        images=split.images,
+        images=images,
     )
 
 
@@ -734,15 +699,6 @@ class Sample(NamedTuple):
         return Sample(self.images[index], self.features[index])
 
 
-class TrainingSet(NamedTuple):
-    """The images that runs were trained on, and held-out images of the same class."""
-
-    images: Tensor  # (M, C, H, W) uint8
-    held_out: Tensor  # (n, C, H, W) uint8
-    held_out_distance: np.ndarray  # (n,): of each held-out image to its nearest training image
-    held_out_nearest: np.ndarray  # (n,): the number of that training image
-
-
 class ClosestPairs(NamedTuple):
     """The generated images of a run that are nearest to a training image."""
 
@@ -750,13 +706,6 @@ class ClosestPairs(NamedTuple):
     training: Tensor  # (n, C, H, W) uint8
     distance: np.ndarray  # (n,), rising
     threshold: float  # at most so far is a near-copy
-
-
-class Measurement(NamedTuple):
-    """What was found of a run."""
-
-    result: dict[str, Any]  # as it goes into metrics.json
-    closest_pairs: ClosestPairs
 
 
 class Evaluator:
@@ -768,7 +717,7 @@ class Evaluator:
         self.options = options
         self.folder = options.data_dir / "evaluation"  # of the classifier and features
 
-        # real(which) and floor(which, n) are measure_real and measure_floor, each measured once.
+        # real(which) and floor(which, n) are measured once for all runs.
         self.real = functools.cache(self.measure_real)
         self.floor = functools.cache(self.measure_floor)
 
@@ -803,43 +752,38 @@ class Evaluator:
     def load_split(self, name: str) -> Split:
         """The real images of one split, all classes."""
         load_images = self.dataset.module.load_images
-        _, images, labels = load_images(self.source, self.options.data_dir, name)
+        _source, images, labels = load_images(self.source, self.options.data_dir, name)
         return Split(images, labels)
 
     def stream(self, *name: object) -> torch.Generator:
         """The evaluation's randomness for one purpose."""
         return random_stream(self.options.seed, "evaluation", *name)
 
-    def sample(self, images: Tensor) -> Sample:
-        """Images (N, C, H, W) uint8 with their features."""
+    def sample(self, images: Tensor, keep: bool = False) -> Sample:
+        """Images (N, C, H, W) uint8 with features, kept for other evaluations or not."""
         if self.extractor is None:
-            return Sample(images, np.empty((len(images), 0)))
-        return Sample(images, self.extractor.features(images))
+            features = np.empty((len(images), 0))
+        elif keep:
+            features = cached_features(self.extractor, images, self.folder)
+        else:
+            features = self.extractor.features(images)
+        return Sample(images, features)
 
     def measure_real(self, which: int | str) -> tuple[Sample, Sample]:
-        """Reference images (training split) and held-out images, with features.
+        """Reference images (training split) and held-out images of a class or of "all".
 
-        ``which`` is a class or "all". At most ``--n_real`` of each.
+        At most ``--n_real`` of each: a random subset, in the split's order, the same for every run.
         """
-        return self.real_sample(self.train, which), self.real_sample(self.held_out, which)
+        samples = []
+        for split in (self.train, self.held_out):
+            images = split.images if which == "all" else split.of_class(which)
+            if len(images) > self.options.n_real:
+                order = torch.randperm(len(images), generator=self.stream("reference"))
+                images = images[order[: self.options.n_real].sort().values]
+            samples.append(self.sample(images, keep=True))
 
-    def real_sample(self, split: Split, which: int | str) -> Sample:
-        """At most ``--n_real`` images of a class or of "all", in the split's order."""
-        images = split.images if which == "all" else split.of_class(which)
-        if len(images) <= NEIGHBOURS:
-            raise UserError(
-                f"{self.source}, class {which}: {len(images)} real images in "
-                f"{self.options.data_dir}, expected more than {NEIGHBOURS}"
-            )
-
-        # A random subset, the same for every run.
-        if len(images) > self.options.n_real:
-            order = torch.randperm(len(images), generator=self.stream("reference"))
-            images = images[order[: self.options.n_real].sort().values]
-
-        if self.extractor is None:
-            return self.sample(images)
-        return Sample(images, cached_features(self.extractor, images, self.folder))
+        reference, held_out = samples
+        return reference, held_out
 
     def compare(self, sample: Sample, reference: Sample) -> dict[str, float]:
         """The metrics that compare two sets of images; NaN: not measured here."""
@@ -907,68 +851,49 @@ class Evaluator:
             raise UserError(f"{run.folder}: trained on other images than are in {place}")
         return module.symmetries(images) if "symmetries" in run.trained_on else images
 
-    def training_set(self, run: Run) -> TrainingSet:
-        """A run's training images and how near held-out images are to them."""
-        images = self.training_images(run)
-        held_out = self.held_out.of_class(run.settings["label"])
-        if len(held_out) == 0:
-            raise UserError(f"{run.folder}: no {self.held_out_name} images of its class")
-        distance, nearest = nearest_images(held_out, images, self.dataset.compared)
-        return TrainingSet(images, held_out, distance, nearest)
+    def measure_class(
+        self, images: Tensor, label: int, training: Tensor, which: int | str
+    ) -> tuple[dict[str, Any], dict[str, Any], ClosestPairs]:
+        """Generated images (N, C, H, W) uint8 of a class beside real ones.
 
-    def measure_all(self, runs: Sequence[Run]) -> Iterator[tuple[Run, Measurement]]:
-        """Measure runs one by one; those of one training set follow each other and share it."""
-        by_training_set = itertools.groupby(sorted(runs, key=training_key), key=training_key)
-        for _, group in by_training_set:
-            alike = list(group)
-            training = self.training_set(alike[0])
-            for run in alike:
-                yield run, self.measure(run, training)
-            del training  # before the next is made: with symmetries it takes much memory
-
-    def measure(self, run: Run, training: TrainingSet) -> Measurement:
-        """All figures of a run, and its closest pairs.
-
-        Raises UserError when the images have another shape than the real ones.
+        training: what the class was trained on, (M, C, H, W) uint8; which: the class or "all", the
+        reference. Returns the metrics, the floors and the closest pairs.
         """
-        label = run.settings["label"]
-        which = label if self.options.reference == "class" else "all"
-        reference, _ = self.real(which)
-        shape = tuple(run.images.shape[1:])
-        expected = tuple(reference.images.shape[1:])
-        if shape != expected:
-            raise UserError(
-                f"{run.folder}: images of {shape}, the real ones are of {expected} "
-                "(channels, height, width)"
-            )
+        reference, _held_out = self.real(which)
 
         # The generated images against the reference, and as many real ones against it.
-        metrics = self.compare(self.sample(run.images), reference)
-        floor = dict(self.floor(which, len(run.images)))  # a copy: other runs share the cached one
+        metrics = self.compare(self.sample(images), reference)
+        floor = dict(self.floor(which, len(images)))  # a copy: other runs share the kept one
 
         # Copies: the training image nearest to each generated and to each held-out image.
-        held_out_distance = training.held_out_distance
-        held_out_nearest = training.images[training.held_out_nearest]
-        distance, index = nearest_images(run.images, training.images, self.dataset.compared)
-        nearest = training.images[index]
-        metrics |= copy_statistics(run.images, distance, nearest, held_out_distance)
-        floor |= copy_statistics(
-            training.held_out, held_out_distance, held_out_nearest, held_out_distance
-        )
+        held_out = self.held_out.of_class(label)
+        usual, held_out_nearest = nearest_images(held_out, training, self.dataset.compared)
+        distance, nearest = nearest_images(images, training, self.dataset.compared)
+        metrics |= copy_statistics(images, training[nearest], distance, usual)
+        floor |= copy_statistics(held_out, training[held_out_nearest], usual, usual)
 
-        # Labels: the share that the classifier takes for the run's class.
+        # Labels: the share that the classifier takes for the class.
         if self.classifier is not None:
-            metrics["label_accuracy"] = accuracy(self.classifier, run.images, label)
-            floor["label_accuracy"] = accuracy(self.classifier, training.held_out, label)
+            metrics["label_accuracy"] = accuracy(self.classifier, images, label)
+            floor["label_accuracy"] = accuracy(self.classifier, held_out, label)
 
-        threshold = near_copy_threshold(held_out_distance)
         closest = np.argsort(distance, kind="stable")[:CLOSEST_PAIRS]
         pairs = ClosestPairs(
-            generated=run.images[closest],
-            training=nearest[closest],
+            generated=images[closest],
+            training=training[nearest[closest]],
             distance=distance[closest],
-            threshold=threshold,
+            threshold=near_copy_threshold(usual),
         )
+        return metrics, floor, pairs
+
+    def measure(self, run: Run) -> tuple[dict[str, Any], ClosestPairs]:
+        """All figures of a run, as they go into ``metrics.json``, and its closest pairs."""
+        label = run.settings["label"]
+        which = label if self.options.reference == "class" else "all"
+        reference, _held_out = self.real(which)
+        training = self.training_images(run)
+        metrics, floor, pairs = self.measure_class(run.images, label, training, which)
+
         result = {
             "run": run.name,
             "condition": run.condition,
@@ -976,17 +901,17 @@ class Evaluator:
             "reference": self.options.reference,
             "n_generated": len(run.images),
             "n_real": len(reference.images),
-            "n_training": len(training.images),
-            "n_held_out": len(training.held_out),
+            "n_training": len(training),
+            "n_held_out": len(self.held_out.of_class(label)),
             "features": str(self.extractor or "none"),
             "preprocessing": self.extractor and self.extractor.preprocessing,
             "classifier": self.classifier_record,
-            "near_copy_threshold": threshold,
+            "near_copy_threshold": pairs.threshold,
             "metrics": without_nan(metrics),
             "floor": without_nan(floor),
             "note": "; ".join(self.notes(run, floor)),
         }
-        return Measurement(result, pairs)
+        return result, pairs
 
     def notes(self, run: Run, floor: dict[str, Any]) -> list[str]:
         """What a reader of the run's row must know."""
@@ -1003,41 +928,30 @@ class Evaluator:
         return notes
 
 
-def training_key(run: Run) -> tuple[int, float, int, bool, str]:
-    """Equal for runs that were trained on the same images in the same order; can be sorted."""
-    n_train = run.settings["n_train"]
-    size = math.inf if n_train is None else n_train
-
-    # The checksum is that of the images before their symmetries.
-    augmented = "symmetries" in run.trained_on
-    checksum = str(run.trained_on.get("sha256"))
-    return run.settings["label"], size, run.settings["seed"], augmented, checksum
-
-
 def copy_statistics(
-    images: Tensor, distance: np.ndarray, nearest: Tensor, held_out_distance: np.ndarray
+    images: Tensor, nearest: Tensor, distance: np.ndarray, usual: np.ndarray
 ) -> dict[str, float]:
-    """How near images (N, C, H, W) uint8 are to the training images ``nearest`` to them.
+    """How near images (N, C, H, W) uint8 are to their ``nearest`` training images.
 
-    distance (N,): of each image to its nearest training image; held_out_distance (n,): the same of
-    held-out images. The ratio is NaN where at least half of the held-out images are copies.
+    distance (N,): from each image to its nearest; usual (n,): the same of held-out images. The
+    ratio is NaN where at least half of the held-out images are copies.
     """
-    usual = np.median(held_out_distance)
-    ratio = np.median(distance) / usual if usual > 0 else math.nan
+    median = np.median(usual)
+    ratio = np.median(distance) / median if median > 0 else math.nan
     return {
         "ssim_nearest": ssim(images, nearest),
         "distance_ratio": float(ratio),
-        "near_copies": float((distance <= near_copy_threshold(held_out_distance)).mean()),
+        "near_copies": float((distance <= near_copy_threshold(usual)).mean()),
     }
 
 
-def near_copy_threshold(held_out_distance: np.ndarray) -> float:
+def near_copy_threshold(usual: np.ndarray) -> float:
     """A near-copy is at most so far from its nearest training image.
 
     It is the distance that 1 % of the held-out images are below, so that about 1 % of new images
-    are called near-copies.
+    are called near-copies. usual (n,): the distances of held-out images.
     """
-    return float(np.percentile(held_out_distance, 1))
+    return float(np.percentile(usual, 1))
 
 
 def without_nan(values: dict[str, Any]) -> dict[str, Any]:
@@ -1078,25 +992,19 @@ def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
     frame[texts] = frame[texts].fillna("")
     frame["n_train"] = frame["n_train"].fillna(np.inf)
 
-    # The condition that the sampling steps alone give, "steps2" of "shots10_steps2"; "" for all
-    # steps. A run whose condition is just this has no shots and no noise. (MNIST's Settings serve
-    # for both data sets: the name depends on these two settings only.)
-    frame["sampler_condition"] = [
-        mnist.Settings(sample_steps=steps, timesteps=timesteps).condition
-        for steps, timesteps in zip(frame["sample_steps"], frame["timesteps"], strict=True)
-    ]
+    # The part of the condition that is the circuit's: "shots10" of "shots10_steps2"; "": ideal.
+    frame["circuit"] = frame["condition"].str.replace(r"_?steps\d+$", "", regex=True)
 
     # Arms in their usual order, also in tables and figures.
     frame["name"] = (frame["arm"] + " " + frame["condition"]).str.strip()
-    names = sorted(set(zip(frame["arm"], frame["name"], strict=True)), key=order_of_arms)
-    categories = [name for _, name in names]
-    frame["name"] = pd.Categorical(frame["name"], [*categories, FLOOR], ordered=True)
+    names = sorted(frame["name"].unique(), key=order_of_arms)
+    frame["name"] = pd.Categorical(frame["name"], [*names, FLOOR], ordered=True)
     return frame
 
 
-def order_of_arms(arm_and_name: tuple[str, str]) -> tuple[int, str]:
+def order_of_arms(name: str) -> tuple[int, str]:
     """A sorting key: arms as in ARMS, each with its conditions; then arms that it does not know."""
-    arm, name = arm_and_name
+    arm = name.split()[0]
     place = list(ARMS).index(arm) if arm in ARMS else len(ARMS)
     return place, name
 
@@ -1108,7 +1016,7 @@ def shared_classes(frame: pd.DataFrame, within: list[str], series: list[str]) ->
     every arm and seed). In each block a class stays only if each series of it has that class, so
     that means over classes are over the same classes.
     """
-    kept = []
+    kept = [frame[:0]]
     for _, rows in frame.groupby(within, observed=True):
         classes = rows.groupby(series, observed=True)["label"].agg(set)  # by series
         kept.append(rows[rows["label"].isin(set.intersection(*classes))])
@@ -1133,43 +1041,37 @@ def with_floors(runs: pd.DataFrame) -> pd.DataFrame:
 def pair_differences(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """A row a pair of runs: the metrics of a run minus those of its baseline run.
 
-    The two runs of a pair have the same class, training-set size and seed. Three kinds of pair: the
-    baseline arm with shots or noise minus the same arm without; the baseline arm with fewer
-    sampling steps minus the same arm with all; and, for an arm in BASELINES, every other arm minus
-    it at the same sampling steps (the other arm may also have shots or noise). "name_base" is the
-    baseline run's arm and condition.
+    The two runs of a pair have the same class, training-set size and seed. "name_base" is the
+    baseline run's arm and condition. One thing differs, and the baseline run is noiseless.
     """
     is_baseline = frame["arm"] == baseline
-    ideal_circuit = frame["condition"] == frame["sampler_condition"]  # no shots, no noise
-    noiseless = frame[is_baseline & ideal_circuit]
-    same_sampler = [*PAIR, "sample_steps"]
+    is_noiseless = frame["circuit"] == ""
+    noiseless = frame[is_baseline & is_noiseless]
+    same_steps = [*PAIR, "sample_steps"]
 
     # The circuit's condition differs: quantum shots10_steps2 − quantum steps2.
-    noisy = frame[is_baseline & ~ideal_circuit]
-    kinds = [pair(noisy, noiseless, same_sampler)]
+    noisy = frame[is_baseline & ~is_noiseless]
+    kinds = [with_base(noisy, noiseless, same_steps)]
 
-    # The sampler's condition differs: quantum steps2 − quantum.
-    all_steps = noiseless[noiseless["sampler_condition"] == ""]
-    fewer_steps = noiseless[noiseless["sampler_condition"] != ""]
-    kinds.append(pair(fewer_steps, all_steps, PAIR))
+    # The sampler's steps differ: quantum steps2 − quantum.
+    has_all_steps = noiseless["condition"] == ""
+    kinds.append(with_base(noiseless[~has_all_steps], noiseless[has_all_steps], PAIR))
 
     # The arm differs, and perhaps the circuit's condition: quantum shots10_steps2 − matched steps2.
     if baseline in BASELINES:
-        kinds.append(pair(frame[~is_baseline], noiseless, same_sampler))
+        kinds.append(with_base(frame[~is_baseline], noiseless, same_steps))
 
     pairs = pd.concat(kinds, ignore_index=True)
     return pairs.assign(**{key: pairs[key] - pairs[f"{key}_base"] for key in METRICS})
 
 
-def pair(runs: pd.DataFrame, baselines: pd.DataFrame, alike: list[str]) -> pd.DataFrame:
+def with_base(runs: pd.DataFrame, baselines: pd.DataFrame, alike: list[str]) -> pd.DataFrame:
     """Runs beside the baselines that are alike in some columns: "fid" and "fid_base" and so on."""
     return runs.merge(baselines, on=alike, suffixes=("", "_base"))
 
 
 def comparable_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
     """The pairs of those classes that every seed has, for each arm and training-set size."""
-    if len(pairs) == 0:
-        return pairs
     return shared_classes(pairs, within=["n_train", "name"], series=["seed"])
 
 
@@ -1206,13 +1108,6 @@ class Difference(NamedTuple):
         """Whether zero is outside of the interval."""
         return abs(self.mean) > self.half
 
-    @property
-    def verdict(self) -> str:
-        """Whether this is clear of zero; fewer than DECIDING_SEEDS decide nothing."""
-        if self.seeds < DECIDING_SEEDS:
-            return "too few seeds"
-        return "yes" if self.leaves_zero_out else "no"
-
 
 def paired_differences(pairs: pd.DataFrame) -> list[Difference]:
     """The mean difference and its interval, of every arm in every metric that was measured.
@@ -1221,27 +1116,25 @@ def paired_differences(pairs: pd.DataFrame) -> list[Difference]:
     seed with a class that could not be measured is left out.
     """
     means = class_means(pairs)
-
     differences = []
     for (name, n_train), group in pairs.groupby(["name", "n_train"], observed=True):
-        (baseline_name,) = group["name_base"].unique()
         for metric in METRICS:
             by_seed = means.loc[(n_train, name), metric].dropna()
             if len(by_seed) == 0:
                 continue  # it was not measured
+
             mean, half = interval(by_seed)
-            differences.append(
-                Difference(
-                    name=name,
-                    baseline=baseline_name,
-                    n_train=n_train,
-                    metric=metric,
-                    pairs=group["seed"].isin(by_seed.index).sum(),
-                    seeds=len(by_seed),
-                    mean=mean,
-                    half=half,
-                )
+            difference = Difference(
+                name=name,
+                baseline=group["name_base"].iloc[0],  # that of all
+                n_train=n_train,
+                metric=metric,
+                pairs=group["seed"].isin(by_seed.index).sum(),
+                seeds=len(by_seed),
+                mean=mean,
+                half=half,
             )
+            differences.append(difference)
     return differences
 
 
@@ -1282,13 +1175,10 @@ def result_table(frame: pd.DataFrame) -> str:
     for run in frame.to_dict("records"):
         n_real = str(run["n_real"])
         features = run["features"]
-        row = [run["run"], str(run["n_generated"]), n_real, features]
-        row += metric_cells(run, prefix="")
-        rows.append([*row, run["note"]])
-
-        row = [f"  {FLOOR}", str(run["floor_n"]), n_real, features]
-        row += metric_cells(run, prefix="floor_")
-        rows.append([*row, run["floor_from"]])
+        generated = [run["run"], str(run["n_generated"]), n_real, features]
+        rows.append([*generated, *metric_cells(run, prefix=""), run["note"]])
+        floor = [f"  {FLOOR}", str(run["floor_n"]), n_real, features]
+        rows.append([*floor, *metric_cells(run, prefix="floor_"), run["floor_from"]])
 
     headings = [metric.heading for metric in METRICS.values()]
     return table(["run", "n", "n real", "features", *headings, "note"], rows)
@@ -1301,17 +1191,20 @@ def metric_cells(run: dict[str, Any], prefix: str) -> list[str]:
     return list(cells.values())
 
 
-def arm_table(frame: pd.DataFrame) -> str:
-    """Per training-set size and arm: mean over seeds and 95 % interval; then the floor."""
-    frame = with_floors(comparable_runs(frame))
+def arm_table(runs: pd.DataFrame) -> str:
+    """Per training-set size and arm: mean over seeds and 95 % interval; then the floor.
+
+    ``runs`` are comparable.
+    """
+    frame = with_floors(runs)
     means = class_means(frame)
     keys = [key for key in METRICS if frame[key].notna().any()]
 
     rows = []
-    for (size, name), runs in frame.groupby(["n_train", "name"], observed=True):
-        seeds = "–" if name == FLOOR else each_once(runs["seed"])
-        row = [show_size(size), name, each_once(runs["label"]), seeds]
-        row += [each_once(runs["n_generated"]), each_once(runs["n_real"])]
+    for (size, name), group in frame.groupby(["n_train", "name"], observed=True):
+        seeds = "–" if name == FLOOR else each_once(group["seed"])
+        row = [show_size(size), name, each_once(group["label"]), seeds]
+        row += [each_once(group["n_generated"]), each_once(group["n_real"])]
         for key in keys:
             mean, half = interval(means.loc[(size, name), key])
             form = METRICS[key].form
@@ -1333,14 +1226,19 @@ def difference_table(differences: Sequence[Difference]) -> str:
     for item in differences:
         metric = METRICS[item.metric]
         signed = metric.form.replace("{:", "{:+")  # "+0.12"
+        row = [f"{item.name} − {item.baseline}", show_size(item.n_train), metric.heading]
+        row += [str(item.pairs), str(item.seeds), show(item.mean, signed)]
+
         limits = "–"
         if item.seeds > 1:
             low = show(item.mean - item.half, signed)
             high = show(item.mean + item.half, signed)
             limits = f"[{low}, {high}]" + (" *" if item.leaves_zero_out else "")
-        row = [f"{item.name} − {item.baseline}", show_size(item.n_train), metric.heading]
-        row += [str(item.pairs), str(item.seeds), show(item.mean, signed), limits, item.verdict]
-        rows.append(row)
+
+        verdict = "yes" if item.leaves_zero_out else "no"
+        if item.seeds < DECIDING_SEEDS:
+            verdict = "too few seeds"
+        rows.append([*row, limits, verdict])
 
     header = ["difference", "N", "metric", "pairs", "seeds", "mean", "95 % interval", "clear of 0"]
     return table(header, rows)
@@ -1355,6 +1253,7 @@ FLOOR_TEXT = (
 
 def comparison_text(frame: pd.DataFrame) -> str:
     """The Markdown report on several runs."""
+    runs = comparable_runs(frame)
     features = ", ".join(sorted(set(frame["features"])))
     paragraphs = [
         "# Comparison of runs",
@@ -1364,40 +1263,49 @@ def comparison_text(frame: pd.DataFrame) -> str:
         FLOOR_TEXT,
         f"Budget: {budget_text(frame)}.",
         notes_text(frame),
-        arm_table(frame),
-        left_out_text(len(frame) - len(comparable_runs(frame)), len(frame), "runs"),
+        arm_table(runs),
     ]
+    if len(runs) < len(frame):
+        left_out = f"{len(frame) - len(runs)} of {len(frame)} runs are left out"
+        paragraphs.append(f"{left_out}: every arm and seed of that size must have the class.")
 
     # All arms against the two controls, then every arm's conditions against the arm itself.
     others = [arm for arm in ARMS if arm not in BASELINES]
     for baseline in (*BASELINES, *others):
         all_pairs = pair_differences(frame, baseline)
-        pairs = comparable_pairs(all_pairs)
-        differences = paired_differences(pairs)
         if len(all_pairs) > 0:
             paragraphs.append(f"## Paired differences against {baseline}")
-            paragraphs.append(difference_table(differences))
-            paragraphs.append(left_out_text(len(all_pairs) - len(pairs), len(all_pairs), "pairs"))
-            paragraphs.append(chance_text(differences))
+            paragraphs += difference_paragraphs(all_pairs)
 
     paragraphs += ["## Runs", result_table(frame)]
     return "\n\n".join(text for text in paragraphs if text) + "\n"
 
 
-def left_out_text(left_out: int, of: int, what: str) -> str:
-    """How many runs or pairs the table above leaves out, and why; empty when it has all."""
-    if left_out == 0:
-        return ""
-    need = {"runs": "every arm and seed of that size", "pairs": "every seed of that difference"}
-    return f"{left_out} of {of} {what} are left out: {need[what]} must have the class."
+def difference_paragraphs(all_pairs: pd.DataFrame) -> list[str]:
+    """The table of the pairs that are comparable, and what a reader of it must know."""
+    pairs = comparable_pairs(all_pairs)
+    differences = paired_differences(pairs)
+    paragraphs = [difference_table(differences)]
+    if len(pairs) < len(all_pairs):
+        left_out = f"{len(all_pairs) - len(pairs)} of {len(all_pairs)} pairs are left out"
+        paragraphs.append(f"{left_out}: every seed of that difference must have the class.")
+
+    # How many intervals leave zero out, and how many would by chance.
+    intervals = [item for item in differences if item.seeds > 1]
+    if intervals:
+        outside = sum(item.leaves_zero_out for item in intervals)
+        paragraphs.append(
+            f"{outside} of {len(intervals)} intervals (Student's t over seeds) leave zero out "
+            f"(*). If nothing differed, chance would make that {0.05 * len(intervals):.2g} on "
+            "average, with a wide spread, since the metrics depend on each other."
+        )
+    return paragraphs
 
 
 def budget_text(frame: pd.DataFrame) -> str:
     """What the runs were allowed, in bold where they differ."""
     texts = []
-    for column in [*BUDGET, "n_generated"]:
-        if column not in frame:  # a table of an earlier version
-            continue
+    for column in frame.columns.intersection([*BUDGET, "n_generated"], sort=False):
         values = frame[column].unique()
         heading = "images" if column == "n_generated" else column
         text = f"{heading} {' / '.join(str(value) for value in values)}"
@@ -1409,19 +1317,6 @@ def notes_text(frame: pd.DataFrame) -> str:
     """The runs' notes, each once."""
     notes = {note for cell in frame["note"] for note in cell.split("; ")}
     return "; ".join(sorted(notes - {""}))
-
-
-def chance_text(differences: Sequence[Difference]) -> str:
-    """How many intervals leave zero out, and how many would by chance; empty without intervals."""
-    intervals = [item for item in differences if item.seeds > 1]
-    if not intervals:
-        return ""
-    outside = sum(item.leaves_zero_out for item in intervals)
-    return (
-        f"{outside} of {len(intervals)} intervals (Student's t over seeds) leave zero out "
-        f"(*). If nothing differed, chance would make that {0.05 * len(intervals):.2g} on "
-        "average, with a wide spread, since the metrics depend on each other."
-    )
 
 
 # ------------------------------------------------------------------------------------- figures
@@ -1449,54 +1344,43 @@ def draw_panels(frame: pd.DataFrame, against_size: bool) -> Figure:
     dashed line; training-set sizes side by side or, ``against_size``, on a logarithmic axis with a
     line an arm. Below, when there are runs of ``matched``, the paired differences to it.
     """
+    # What is drawn: every arm's means and, where there are pairs, their differences.
+    means = class_means(with_floors(comparable_runs(frame)))
+    differences = class_means(comparable_pairs(pair_differences(frame, BASELINES[0])))
+    has_differences = len(differences) > 0
     metrics = [key for key in FIGURE_METRICS if frame[key].notna().any()]
+
+    # Where it is drawn.
     names = [name for name in frame["name"].cat.categories if name != FLOOR]
     sizes = frame.groupby("n_train")["n_training"].mean()  # training images, by n_train
     places = arm_places(sizes, names, against_size)
-
-    # Many sizes, or near ones on a logarithmic axis, would overlap if written level.
     ticks = [f"{size:.0f}" if against_size else show_size(n) for n, size in sizes.items()]
-    rotation = 45 if len(ticks) > 3 else 0
 
-    # What is drawn: every arm's means and, where there are pairs, their differences.
-    means = class_means(with_floors(comparable_runs(frame)))
-    pairs = comparable_pairs(pair_differences(frame, BASELINES[0]))
-    has_pairs = len(pairs) > 0
-    differences = class_means(pairs)
-
-    # Four metrics side by side; each has a panel, and a lower one below it for the differences.
-    panels_each = 2 if has_pairs else 1
-    heights = [2, 1][:panels_each] * math.ceil(len(metrics) / 4)
-    figure = Figure(figsize=(12, 1.3 * sum(heights)), layout="constrained")
-    panels = figure.subplots(len(heights), 4, squeeze=False, height_ratios=heights)
-
-    for k, metric in enumerate(metrics):
-        column = k % 4
-        row = k // 4 * panels_each
-        upper = panels[row, column]
-        draw_arms(upper, means[metric], names, places, against_size)
-        upper.set_ylabel(METRICS[metric].heading)
-
-        # The differences' panel has the same arms at the same places, and a line at zero.
-        lowest = upper
-        if has_pairs:
-            lowest = panels[row + 1, column]
+    # Four metrics side by side, the differences below each.
+    rows = math.ceil(len(metrics) / 4)
+    row_height = 3.9 if has_differences else 2.6
+    figure = Figure(figsize=(12, row_height * rows), layout="constrained")
+    parts = figure.subfigures(rows, 4, squeeze=False).flat
+    for metric, part in zip(metrics, parts, strict=False):
+        heading = METRICS[metric].heading
+        if has_differences:
+            upper, lowest = part.subplots(2, 1, sharex=True, height_ratios=[2, 1])
             draw_arms(lowest, differences[metric], names, places, against_size)
-            lowest.set_ylabel(f"{METRICS[metric].heading}\n− {BASELINES[0]}")
-            lowest.set_xlim(upper.get_xlim())
             lowest.axhline(0, color=ARM_COLOURS[BASELINES[0]], linewidth=1)
+            lowest.set_ylabel(f"{heading}\n− {BASELINES[0]}")
+        else:
+            upper = lowest = part.subplots()
 
-        for axes in (upper, lowest):
-            axes.set_xticks(
-                places["middle"], ticks, rotation=rotation, fontsize=6 if rotation else 8
-            )
+        draw_arms(upper, means[metric], names, places, against_size)
+        upper.set_ylabel(heading)
+        part.align_ylabels()
+
+        # Many sizes, or near ones on a logarithmic axis, would overlap if written level.
+        turned = {"rotation": 45, "fontsize": 6} if len(ticks) > 3 else {"fontsize": 8}
+        lowest.set_xticks(places["middle"], ticks, **turned)
         lowest.set_xlabel("training images" + (" (log scale)" if against_size else ""))
 
-    # Places without a metric stay empty; one legend for all panels.
-    for axes in panels.flat:
-        if not axes.has_data():
-            axes.remove()
-    figure.align_ylabels()
+    # One legend for all panels.
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=7)
     return figure
@@ -1506,88 +1390,71 @@ def arm_places(sizes: pd.Series, names: Sequence[str], against_size: bool) -> pd
     """Where the arms stand on the horizontal axis: a row a training-set size, a column an arm.
 
     ``sizes`` are numbers of training images by n_train. Sizes stand at 0, 1, 2 and so on or,
-    ``against_size``, at these numbers on a logarithmic axis. The arms stand side by side around
-    that place, the column "middle". The columns "left" and "right" are the ends of the floor.
+    ``against_size``, at their decimal logarithms. The arms stand side by side around that place,
+    the column "middle". The columns "left" and "right" are the ends of the floor.
     """
     arms = len(names)
+    if against_size:
+        middle = np.log10(sizes)
+        slot = min(0.06, middle.diff().min() / arms)  # no size reaches the next
+    else:
+        middle = pd.Series(np.arange(len(sizes)), index=sizes.index)
+        slot = 1 / arms
 
-    # Offsets from the size's place, in units of one arm's slot: arms 0.8 of a slot apart, the
-    # floor's line 0.9 of a slot per arm. Linear axis: offset / arms; log axis: factor ** offset.
-    offsets = {name: 0.8 * (k - (arms - 1) / 2) for k, name in enumerate(names)}
-    offsets |= {"middle": 0, "left": -0.45 * arms, "right": 0.45 * arms}
-
-    if not against_size:
-        middle = np.arange(len(sizes))
-        places = {name: middle + offset / arms for name, offset in offsets.items()}
-        return pd.DataFrame(places, index=sizes.index)
-
-    # On the logarithmic axis an arm is a factor apart from the next: 1.15, or less, so that the
-    # last arm of a size does not reach the first of the next size.
-    to_next_size = (sizes / sizes.shift()).min()
-    factor = min(1.15, to_next_size ** (1 / arms))
-    return pd.DataFrame({name: sizes * factor**offset for name, offset in offsets.items()})
+    # A slot an arm, and a gap between sizes.
+    places = {name: middle + 0.8 * slot * (k - (arms - 1) / 2) for k, name in enumerate(names)}
+    half = 0.45 * slot * arms
+    places |= {"middle": middle, "left": middle - half, "right": middle + half}
+    return pd.DataFrame(places)
 
 
 def draw_arms(
-    axes: Axes, values: pd.Series, names: Sequence[str], places: pd.DataFrame, against_size: bool
+    axes: Axes, values: pd.Series, names: Sequence[str], places: pd.DataFrame, with_lines: bool
 ) -> None:
     """One panel: values by n_train, name and seed, as means with intervals and dots for the seeds.
 
-    ``names`` are all arms of the figure, ``places`` those of ``arm_places``. FLOOR is a dashed
-    line.
+    ``names`` are all arms of the figure, ``places`` those of ``arm_places``; ``with_lines`` from
+    size to size. FLOOR is a dashed line.
     """
-    if against_size:
-        axes.set_xscale("log")
-        axes.minorticks_off()
-
     for name, arm_values in values.dropna().groupby("name", observed=True):
         by_size = arm_values.groupby("n_train")
         here = places.loc[list(by_size.groups)]
-        intervals = [interval(seeds) for _, seeds in by_size]
-        means, halves = np.array(intervals).T
+        means, halves = np.array([interval(seeds) for _, seeds in by_size]).T
 
         # The floor belongs to all arms of a size: a line over their whole width.
         if name == FLOOR:
             ends = here["left"], here["right"]
-            axes.hlines(means, *ends, "#666666", "--", label=FLOOR, linewidth=1)
+            axes.hlines(means, *ends, FLOOR_COLOUR, "--", label=FLOOR, linewidth=1)
             continue
 
-        # The mean and its interval, and a dot a seed.
+        # The mean and its interval.
         style = arm_style(name, names)
         axes.errorbar(
             here[name],
             means,
             halves,
             label=name,
-            linestyle="-" if against_size else "none",
+            linestyle="-" if with_lines else "none",
             linewidth=1,
             elinewidth=0.8,
             capsize=2,
             markersize=4,
             **style,
         )
+
+        # A dot a seed.
         x = places.loc[arm_values.index.get_level_values("n_train"), name]
         axes.scatter(x, arm_values, s=5, color=style["color"], alpha=0.4)
 
 
 def arm_style(name: str, names: Sequence[str]) -> dict[str, str]:
-    """Colour of an arm and marker of its condition, among ``names``.
+    """Colour of an arm, and marker of this name among those ``names`` that have its colour."""
 
-    Where there are more arms than colours, several share one, with other markers.
-    """
-    arm = name.split()[0]
-    arms = [*ARM_COLOURS, *(other for other in ARMS if other not in ARM_COLOURS)]
-    arm_index = arms.index(arm) if arm in arms else len(arms)
-    colours = list(ARM_COLOURS.values())
+    def colour_of(other: str) -> str:
+        return ARM_COLOURS.get(other.split()[0], OTHER_COLOUR)
 
-    # The marker is the condition's place among this arm's. An arm that reuses a colour starts one
-    # marker further, so that it differs from the arm it shares the colour with.
-    conditions = [other for other in names if other.split()[0] == arm]
-    marker_index = conditions.index(name) + arm_index // len(colours)
-    return {
-        "color": colours[arm_index % len(colours)],
-        "marker": MARKERS[marker_index % len(MARKERS)],
-    }
+    alike = [other for other in names if colour_of(other) == colour_of(name)]
+    return {"color": colour_of(name), "marker": MARKERS[alike.index(name) % len(MARKERS)]}
 
 
 def draw_overview(runs: Sequence[Run], evaluator: Evaluator) -> Figure:
@@ -1596,73 +1463,54 @@ def draw_overview(runs: Sequence[Run], evaluator: Evaluator) -> Figure:
     Each training-set size has such rows. The images are those of the lowest seed, as many of each
     class, and OVERVIEW_COLUMNS in a row.
     """
-    labels = sorted({run.settings["label"] for run in runs})
-    each = max(1, OVERVIEW_COLUMNS // len(labels))
     rows = overview_rows(runs, evaluator)
+    labels = sorted({run.settings["label"] for run in runs})
+    each = max(1, OVERVIEW_COLUMNS // len(labels))  # images of a class
+    white = torch.full((each, *runs[0].images.shape[1:]), 255, dtype=torch.uint8)
 
     # A panel for each row: its tiles fill about 5 of the figure's 6 inches, and are square.
     row_height = 5 / each / len(labels)
     figure = Figure(figsize=(6, 0.3 + row_height * len(rows)), layout="constrained")
     panels = figure.subplots(len(rows), 1, squeeze=False).flat
     style = {"va": "center", "rotation": 0, "fontsize": 7, "parse_math": False}
-    for axes, (title, by_label) in zip(panels, rows, strict=True):
-        tiles = torch.cat([first_images(by_label, label, each) for label in labels])
-        show_tiles(axes, tiles, columns=each * len(labels))
+    for axes, (title, by_label) in zip(panels, rows.items(), strict=True):
+        tiles = []
+        for label in labels:
+            images = by_label.get(label, white)[:each]
+            tiles += [images, white[len(images) :]]  # white where there are too few
+        show_tiles(axes, torch.cat(tiles), columns=each * len(labels))
         axes.set_ylabel(title, ha="right", **style)
 
     # The classes' names, nine pixels above the first row.
-    class_width = each * (tiles.shape[-1] + TILE_PADDING)
+    class_width = each * (white.shape[-1] + TILE_PADDING)
     for k, label in enumerate(labels):
         name = evaluator.dataset.module.CLASS_NAMES[label]
         figure.axes[0].text((k + 0.5) * class_width, -9, name, ha="center", **style)
     return figure
 
 
-def overview_rows(runs: Sequence[Run], evaluator: Evaluator) -> list[tuple[str, dict[int, Tensor]]]:
-    """The rows of ``overview.png``: title and, by label, images (n, C, H, W) uint8.
+def overview_rows(runs: Sequence[Run], evaluator: Evaluator) -> dict[str, dict[int, Tensor]]:
+    """The rows of ``overview.png`` by title: images (n, C, H, W) uint8 by label.
 
-    For each training size, the whole class last: real images, then the arms.
+    For each training size, the whole class last: real images, then the arms as in all tables.
     """
-    # The order of the rows: sizes rise, arms stand as in all tables.
-    n_training = {run.settings["n_train"] for run in runs}
-    sizes = sorted(n_training, key=lambda n: math.inf if n is None else n)
-    by_arm = sorted(runs, key=lambda run: order_of_arms((run.settings["arm"], run.arm)))
-    names = list(dict.fromkeys(run.arm for run in by_arm))
 
-    rows = []
-    for size in sizes:
-        here = [run for run in runs if run.settings["n_train"] == size]
-        ending = "" if size is None else f", N = {size}"
+    def place(run: Run) -> tuple:
+        return run.settings["n_train"] or math.inf, order_of_arms(run.arm), run.settings["seed"]
 
-        # What the run with the lowest seed was trained on.
-        real = {}
-        for label, run in lowest_seeds(here).items():
+    rows: dict[str, dict[int, Tensor]] = {}
+    for run in sorted(runs, key=place):
+        label, n_train, seed = (run.settings[name] for name in ("label", "n_train", "seed"))
+        ending = "" if n_train is None else f", N = {n_train}"
+
+        # What the first arm was trained on, and what each arm made; of each class the lowest seed.
+        real = rows.setdefault(f"real{ending}", {})
+        if label not in real:
             select_images = evaluator.dataset.module.select_images
-            real[label] = select_images(*evaluator.train, label, size, run.settings["seed"])
-        rows.append((f"real{ending}", real))
-
-        # What each arm made of them.
-        for name in names:
-            of_arm = lowest_seeds([run for run in here if run.arm == name])
-            if of_arm:
-                images = {label: run.images for label, run in of_arm.items()}
-                rows.append((f"{name}{ending}", images))
+            real[label] = select_images(*evaluator.train, label, n_train, seed)
+        generated = rows.setdefault(f"{run.arm}{ending}", {})
+        generated.setdefault(label, run.images)
     return rows
-
-
-def lowest_seeds(runs: Sequence[Run]) -> dict[int, Run]:
-    """Of each class the run with the lowest seed, by label."""
-    lowest: dict[int, Run] = {}
-    for run in sorted(runs, key=lambda run: run.settings["seed"]):
-        lowest.setdefault(run.settings["label"], run)
-    return lowest
-
-
-def first_images(by_label: dict[int, Tensor], label: int, n: int) -> Tensor:
-    """The first n images of a class; white ones take the place of those that are missing."""
-    shape = next(iter(by_label.values())).shape[1:]
-    white = torch.full((n, *shape), 255, dtype=torch.uint8)
-    return torch.cat([by_label.get(label, white), white])[:n]
 
 
 # ----------------------------------------------------------------------- the published procedure
@@ -1672,52 +1520,50 @@ def first_images(by_label: dict[int, Tensor], label: int, n: int) -> Tensor:
 def paper_protocol(evaluator: Evaluator, runs: Sequence[Run]) -> list[dict[str, Any]]:
     """The published evaluation of each run, as it goes into ``metrics_paper.json``.
 
-    Raises UserError for runs with fewer than PAPER_IMAGES images, or of another shape.
+    Raises UserError for runs with fewer than PAPER_IMAGES images.
     """
     first = evaluator.sample(evaluator.train.images[:PAPER_IMAGES])
-    real_by_label: dict[int, np.ndarray] = {}
+    real_scores = functools.cache(lambda label: real_paper_scores(evaluator, label, first))
     records = []
     for run in tqdm(runs, "runs", delay=2, leave=False):
-        images = run.images[:PAPER_IMAGES]
-        if images.shape != first.images.shape:
-            raise UserError(
-                f"{run.folder}: {tuple(images.shape)}, expected {tuple(first.images.shape)}"
-            )
+        if len(run.images) < PAPER_IMAGES:
+            raise UserError(f"{run.folder}: {len(run.images)} images, expected {PAPER_IMAGES}")
+        score = paper_score(evaluator.sample(run.images[:PAPER_IMAGES]), first)
+        real = real_scores(run.settings["label"])
 
-        # The run's score and, once a class, those of real images.
-        label = run.settings["label"]
-        if label not in real_by_label:
-            real_by_label[label] = real_paper_scores(evaluator, label, first)
-        real_fid, real_ssim = real_by_label[label].T  # (PAPER_DRAWS,) each
-        fid, paired_ssim = paper_scores(evaluator.sample(images), first)
-
-        records.append({
-            "n_generated": len(images),
+        record = {
+            "n_generated": PAPER_IMAGES,
             "n_real": PAPER_IMAGES,
             "draws": PAPER_DRAWS,
             "features": str(evaluator.extractor),
-            "fid": beside_real(fid, real_fid),
-            "ssim_paired": beside_real(paired_ssim, real_ssim),
-        })  # fmt: skip
+        }
+        for metric in score:  # the run's, and mean and central 95 % of real images'
+            low, high = np.percentile(real[metric], [2.5, 97.5])
+            record[metric] = {
+                "run": score[metric],
+                "real_mean": float(real[metric].mean()),
+                "real_95": [float(low), float(high)],
+            }
+        records.append(record)
     return records
 
 
-def paper_scores(sample: Sample, first: Sample) -> tuple[float, float]:
+def paper_score(sample: Sample, first: Sample) -> dict[str, float]:
     """FID and paired SSIM of a sample against the first training images."""
-    return frechet_distance(sample.features, first.features), ssim(sample.images, first.images)
+    return {
+        "fid": frechet_distance(sample.features, first.features),
+        "ssim_paired": ssim(sample.images, first.images),
+    }
 
 
-def real_paper_scores(evaluator: Evaluator, label: int, first: Sample) -> np.ndarray:
-    """The scores of draws of real images of a class, (PAPER_DRAWS, 2).
+def real_paper_scores(evaluator: Evaluator, label: int, first: Sample) -> pd.DataFrame:
+    """The scores of PAPER_DRAWS draws of real images of a class, a row a draw.
 
     The draws are from at most 2 * PAPER_DRAWS images, and never from the first training images.
     """
     images, labels = evaluator.train
     is_other = torch.arange(len(images)) >= PAPER_IMAGES
     pool = images[is_other & (labels == label)]
-    if len(pool) < PAPER_IMAGES:
-        found = f"class {label}: {len(pool)} real images"
-        raise UserError(f"{found}, expected at least {PAPER_IMAGES}")
 
     # A pool that is small enough for InceptionV3; then draws of five different images from it.
     generator = evaluator.stream("paper")
@@ -1726,14 +1572,8 @@ def real_paper_scores(evaluator: Evaluator, label: int, first: Sample) -> np.nda
     scores = []
     for _ in range(PAPER_DRAWS):
         five = torch.randperm(len(order), generator=generator)[:PAPER_IMAGES]
-        scores.append(paper_scores(pool.take(five), first))
-    return np.array(scores)
-
-
-def beside_real(value: float, real: np.ndarray) -> dict[str, Any]:
-    """A run's score, and mean and central 95 % of real images' scores (draws,)."""
-    low, high = np.percentile(real, [2.5, 97.5])
-    return {"run": value, "real_mean": float(real.mean()), "real_95": [float(low), float(high)]}
+        scores.append(paper_score(pool.take(five), first))
+    return pd.DataFrame(scores)
 
 
 def paper_table(
@@ -1745,16 +1585,15 @@ def paper_table(
         row = [run.name, str(record["n_generated"]), str(record["n_real"]), record["features"]]
         for metric in ("fid", "ssim_paired"):
             score = record[metric]
-            low, high = score["real_95"]
-            row.append(show(score["run"], "{:.4g}"))
-            row.append(show(score["real_mean"], "{:.4g}"))
-            row.append(f"{show(low, '{:.4g}')} to {show(high, '{:.4g}')}")
+            low, high = (show(value, "{:.4g}") for value in score["real_95"])
+            row += [show(score["run"], "{:.4g}"), show(score["real_mean"], "{:.4g}")]
+            row.append(f"{low} to {high}")
         rows.append(row)
 
     # The paper's own figures; of real images it says nothing.
-    for arm, (fid, paired_ssim) in withdrawn.items():
+    for arm, (fid, ssim_paired) in withdrawn.items():
         name = f"paper, {arm} (withdrawn by its authors)"
-        rows.append([name, "5", "5", "inception", str(fid), "–", "–", str(paired_ssim), "–", "–"])
+        rows.append([name, "5", "5", "inception", str(fid), "–", "–", str(ssim_paired), "–", "–"])
 
     real = ["real images", f"95 % of {PAPER_DRAWS} draws"]
     header = ["run", "n", "n real", "features", "FID", *real, "SSIM paired", *real]
@@ -1768,90 +1607,62 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
         description="FID, KID, precision, recall, SSIM, label accuracy and copies of run folders "
         f"({' or '.join(dataset.sources)}), each beside what held-out real images score."
     )
+    add = parser.add_argument
+    default = "(default: %(default)s)"
     features = [*dataset.features, "classifier", "inception", "none"]
-    parser.add_argument(
-        "runs", nargs="+", type=Path, help="run folders with config.json and samples_final.png"
-    )
-    parser.add_argument(
+    add("runs", nargs="+", type=Path, help="run folders with config.json and samples_final.png")
+    add(
         "--features",
         choices=features,
         help="what FID, KID, precision and recall compare; classifier: of a CNN trained on the "
         f"data (default: {features[0]}; with --protocol paper: inception)",
     )
-    parser.add_argument(
-        "--inception_weights", type=Path, metavar="FILE", help="a local copy of the weights"
-    )
-    parser.add_argument(
+    add("--inception_weights", type=Path, metavar="FILE", help="a local copy of the weights")
+    add(
         "--reference",
         choices=["class", "all"],
         default="class",
-        help="real training images to compare with: of the run's class or of all "
-        "(default: %(default)s)",
+        help=f"real training images to compare with: of the run's class or of all {default}",
     )
-    parser.add_argument(
+    add(
         "--n_real",
         type=int,
         default=10_000,
         metavar="N",
-        help="at most so many real images, drawn by the seed (default: %(default)s)",
+        help=f"at most so many real images, drawn by the seed {default}",
     )
-    parser.add_argument(
+    add(
         "--data_dir",
         type=Path,
         default=Path("data"),
-        help="data set; keeps classifier, features (default: %(default)s)",
+        help=f"data set; keeps classifier, features {default}",
     )
-    parser.add_argument(
+    add(
         "--out",
         type=Path,
         metavar="DIR",
         help="write comparison.csv, .md, .png and overview.png; with several sizes scaling.png; "
         "with --protocol paper only paper_protocol.md",
     )
-    parser.add_argument(
+    add(
         "--protocol",
         choices=["full", "paper"],
         default="full",
-        help="paper: 5 images against the first 5 training images, as published "
-        "(default: %(default)s)",
+        help=f"paper: 5 images against the first 5 training images, as published {default}",
     )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="of classifier, subsets and floors (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--device",
-        default="auto",
-        help="for the features: auto, cpu, cuda or cuda:N (default: %(default)s)",
-    )
+    add("--seed", type=int, default=0, help=f"of classifier, subsets and floors {default}")
+    add("--device", default="auto", help=f"for the features: auto, cpu, cuda or cuda:N {default}")
 
     # What argparse cannot check.
     options = parser.parse_args(argv)
-    options.device = find_device(options.device)
+    options.device, _rank, _processes = mnist.this_process(options.device)
     if options.n_real <= NEIGHBOURS:
         raise UserError(f"--n_real {options.n_real}: expected more than {NEIGHBOURS}")
-    if not 0 <= options.seed < 2**32:
-        raise UserError(f"--seed {options.seed}: expected 0 to {2**32 - 1}")
     if options.protocol == "paper" and options.features == "none":
         raise UserError("--features none: --protocol paper needs features, use inception")
     if options.features is None:
         options.features = "inception" if options.protocol == "paper" else features[0]
     return options
-
-
-def find_device(name: str) -> torch.device:
-    """The device for the features; raises UserError when this machine has none of that name."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        empty = torch.empty(0, device=name)
-        empty.tolist()  # which the "meta" device refuses
-        return empty.device
-    except Exception as error:  # torch raises five kinds of them
-        expected = "expected auto, cpu, cuda or cuda:N that this machine has; use --device cpu"
-        raise UserError(f"--device {name}: {expected}") from error
 
 
 def read_runs(folders: Sequence[Path], dataset: DataSet) -> list[Run]:
@@ -1897,91 +1708,56 @@ def evaluate(options: argparse.Namespace, dataset: DataSet) -> None:
 
 
 def evaluate_fully(evaluator: Evaluator, runs: Sequence[Run], out: Path | None) -> None:
-    """All metrics: into each run's folder, a table, and into ``out`` tables and figures.
-
-    Files come first, then pictures, and printing last: what fails late loses nothing.
-    """
-    # Classes that no run has are dropped. Of PathMNIST they take a fifth of a gigabyte.
-    if evaluator.options.reference == "class":
-        labels = [run.settings["label"] for run in runs]
-        evaluator.train = evaluator.train.of_classes(labels)
-        evaluator.held_out = evaluator.held_out.of_classes(labels)
-
+    """All metrics: into each run's folder, a table, and into ``out`` tables and figures."""
     # Each run's figures are written as soon as they are known.
-    measured: dict[Path, Measurement] = {}  # by folder
-    one_by_one = evaluator.measure_all(runs)
-    for run, measurement in tqdm(one_by_one, "runs", total=len(runs), delay=2, leave=False):
-        measured[run.folder] = measurement
-        with optional(run.folder / "metrics.json"):
-            (run.folder / "closest_pairs.png").unlink(missing_ok=True)  # of an earlier evaluation
-            write_json(run.folder / "metrics.json", measurement.result)
+    results = []
+    for run in tqdm(runs, "runs", delay=2, leave=False):
+        result, pairs = evaluator.measure(run)
+        results.append(result)
+        write_json(run.folder / "metrics.json", result)
+        draw(run.folder / "closest_pairs.png", draw_closest_pairs, run.name, pairs)
 
-    csv = comparison_csv([measured[run.folder].result for run in runs])
+    # Printed before anything that may fail.
+    csv = comparison_csv(results)
     frame = read_comparison(io.StringIO(csv))
-    try:
-        if out is not None:
-            write_comparison(out, csv, frame)
-        for run in runs:
-            path = run.folder / "closest_pairs.png"
-            with optional(path):
-                pairs = measured[run.folder].closest_pairs
-                save_figure(path, draw_closest_pairs, run.name, pairs)
-        if out is not None:
-            draw_comparison(out, frame, runs, evaluator)
-    finally:
-        say(result_table(frame))  # even when a file could not be written
-    if out is not None:
-        say(f"written to {out}")
+    say(result_table(frame))
+    if out is None:
+        return
 
-
-def write_comparison(out: Path, csv: str, frame: pd.DataFrame) -> None:
-    """The tables of several runs; an earlier evaluation's pictures go with its tables."""
-    for name in ("comparison.png", "scaling.png", "overview.png"):
-        (out / name).unlink(missing_ok=True)
-    write_atomic(out / "comparison.csv", csv.encode())
-    write_atomic(out / "comparison.md", comparison_text(frame).encode())
-
-
-def draw_comparison(
-    out: Path, frame: pd.DataFrame, runs: Sequence[Run], evaluator: Evaluator
-) -> None:
-    """The figures of several runs, each of which may fail by itself."""
-    with optional(out / "comparison.png"):
-        save_figure(out / "comparison.png", draw_panels, frame, against_size=False)
+    write_atomic(out / "comparison.csv", csv)
+    write_atomic(out / "comparison.md", comparison_text(frame))
+    draw(out / "comparison.png", draw_panels, frame, against_size=False)
+    draw(out / "overview.png", draw_overview, runs, evaluator)
     if frame["n_train"].nunique() > 1:
-        with optional(out / "scaling.png"):
-            save_figure(out / "scaling.png", draw_panels, frame, against_size=True)
-    with optional(out / "overview.png"):
-        save_figure(out / "overview.png", draw_overview, runs, evaluator)
+        draw(out / "scaling.png", draw_panels, frame, against_size=True)
+    else:
+        (out / "scaling.png").unlink(missing_ok=True)  # of other runs
+    say(f"written to {out}")
 
 
 def evaluate_as_published(evaluator: Evaluator, runs: Sequence[Run], out: Path | None) -> None:
     """The published procedure: into each run's folder, a table, and into ``out`` the table."""
     records = paper_protocol(evaluator, runs)
     for run, record in zip(runs, records, strict=True):
-        with optional(run.folder / "metrics_paper.json"):
-            write_json(run.folder / "metrics_paper.json", record)
+        write_json(run.folder / "metrics_paper.json", record)
 
     text = paper_table(runs, records, evaluator.dataset.withdrawn)
-    try:
-        if out is not None:
-            write_atomic(out / "paper_protocol.md", f"{text}\n".encode())
-    finally:
-        say(text)
-
-
-@contextlib.contextmanager
-def optional(path: Path) -> Iterator[None]:
-    """Makes a file that is not worth stopping for: when that fails, a note says so."""
-    try:
-        yield
-    except (UserError, OSError) as error:
-        note(f"{path} not written ({one_line(error)})")
+    say(text)
+    if out is not None:
+        write_atomic(out / "paper_protocol.md", f"{text}\n")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write an indented JSON file, whole or not at all."""
-    write_atomic(path, f"{json.dumps(content, indent=2)}\n".encode())
+    """Write an indented JSON file; one in a colleague's folder is not worth stopping for."""
+    with optional(path):
+        write_atomic(path, f"{json.dumps(content, indent=2)}\n")
+
+
+def draw(path: Path, make: Callable[..., Figure], *arguments: Any, **options: Any) -> None:
+    """Write a picture, which is not worth stopping for. None of an earlier evaluation stays."""
+    with optional(path):
+        path.unlink(missing_ok=True)
+        save_figure(path, make, *arguments, **options)
 
 
 def main(argv: Sequence[str] | None = None, dataset: DataSet = MNIST) -> None:
