@@ -176,12 +176,12 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     The standard error is the two-sample jackknife's, which leaves out each image once; NaN for
     fewer than 3 images. It is conservative near zero, where the estimator is degenerate.
     """
-    n = len(a)
+    n, d = a.shape
     m = len(b)
 
-    # Each image's kernel with the others of its set, and with the other set.
-    within_a = kernel_row_sums(a, a) - kernel_of_itself(a)  # (n,)
-    within_b = kernel_row_sums(b, b) - kernel_of_itself(b)  # (m,)
+    # Each image's kernel with the others of its set (without itself), and with the other set.
+    within_a = kernel_row_sums(a, a) - ((a * a).sum(axis=1) / d + 1) ** 3  # (n,)
+    within_b = kernel_row_sums(b, b) - ((b * b).sum(axis=1) / d + 1) ** 3  # (m,)
     across_a = kernel_row_sums(a, b)  # (n,)
     across_b = kernel_row_sums(b, a)  # (m,)
 
@@ -207,11 +207,6 @@ def kernel_row_sums(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         kernel = (x[start : start + CHUNK] @ y.T / x.shape[1] + 1) ** 3  # (chunk, m)
         sums.append(kernel.sum(axis=1))
     return np.concatenate(sums)
-
-
-def kernel_of_itself(x: np.ndarray) -> np.ndarray:
-    """The kernel of each row of x (n, d) with itself: (n,)."""
-    return ((x * x).sum(axis=1) / x.shape[1] + 1) ** 3
 
 
 def unbiased_mmd(aa: Any, bb: Any, ab: Any, n: int, m: int) -> Any:
@@ -240,18 +235,10 @@ def precision_recall(real: np.ndarray, generated: np.ndarray, k: int) -> tuple[f
 
 def share_in_balls(points: Tensor, centres: Tensor, k: int) -> float:
     """Share of points (n, d) in a ball around a centre (m, d) up to its k-th nearest other one."""
-    # How far each ball reaches.
-    radii = []
-    for chunk in centres.split(CHUNK):
-        distance = exact_distance(chunk, centres)  # (chunk, m), 0 to itself: hence k + 1
-        radii.append(distance.kthvalue(k + 1).values)
-    radii = torch.cat(radii)  # (m,)
-
-    # Whether a point is in any of them.
-    inside = []
-    for chunk in points.split(CHUNK):
-        inside.append((exact_distance(chunk, centres) <= radii).any(dim=1))
-    return torch.cat(inside).double().mean().item()
+    distance = exact_distance(centres, centres)  # (m, m), 0 to itself: hence k + 1
+    radii = distance.kthvalue(k + 1).values  # (m,)
+    inside = (exact_distance(points, centres) <= radii).any(dim=1)  # (n,)
+    return inside.double().mean().item()
 
 
 def exact_distance(x: Tensor, y: Tensor) -> Tensor:
@@ -347,6 +334,7 @@ class Extractor:
     model: nn.Module
     prepare: Callable[[Tensor], Tensor]  # uint8 (N, C, H, W) to what the model takes
     channels: int  # grey images are repeated to as many
+    size: int  # features of an image
     device: torch.device | str
     batch: int = 100  # images at once, which changes memory and time alone
 
@@ -358,33 +346,14 @@ class Extractor:
 
     def features(self, images: Tensor) -> np.ndarray:
         """Features (N, d) float64 of images (N, C, H, W) uint8."""
-
-        def compute(part: Tensor) -> Tensor:
-            part = part.expand(-1, self.channels, -1, -1)
-            return self.model(self.prepare(part).to(self.device)).double()
-
+        features = np.empty((len(images), self.size))
         with torch.inference_mode():
-            return in_batches(compute, images, self.batch, self.name).numpy()
-
-
-def in_batches(
-    compute: Callable[[Tensor], Tensor], images: Tensor, batch: int, name: str | None = None
-) -> Tensor:
-    """What ``compute`` makes of images (N, ...), a batch at a time: (N, ...) on the CPU.
-
-    ``name`` is that of a progress bar (None: no bar). All batches go into one tensor: a list of
-    small results that lie between large intermediate ones would keep two gigabytes from being used
-    again.
-    """
-    # The first batch tells shape and type, even when there are no images.
-    first = compute(images[:batch])
-    result = torch.empty((len(images), *first.shape[1:]), dtype=first.dtype)
-    result[:batch] = first
-
-    starts = range(batch, len(images), batch)
-    for start in tqdm(starts, name, delay=2, leave=False, disable=name is None):
-        result[start : start + batch] = compute(images[start : start + batch])
-    return result
+            starts = range(0, len(images), self.batch)
+            for start in tqdm(starts, self.name, delay=2, leave=False):
+                part = images[start : start + self.batch].expand(-1, self.channels, -1, -1)
+                computed = self.model(self.prepare(part).to(self.device)).double()
+                features[start : start + self.batch] = computed.cpu().numpy()
+        return features
 
 
 def cached_features(extractor: Extractor, images: Tensor, folder: Path) -> np.ndarray:
@@ -406,8 +375,7 @@ def content_hash(*tensors: Tensor) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        for part in torch.atleast_1d(tensor).split(CHUNK):  # contiguous copies of a few images only
-            digest.update(part.cpu().contiguous().numpy())
+        digest.update(tensor.cpu().contiguous().numpy())
     return digest.hexdigest()
 
 
@@ -417,15 +385,12 @@ def cached(
     """What ``make`` returns (tensors, numbers), or the same from a file in ``folder``.
 
     The file is named after ``made_from``: whatever is made from something else has another name. A
-    file that cannot be read or written (another user's folder) costs a line, not the evaluation.
+    folder that cannot be written costs a line, not the evaluation.
     """
     name = hashlib.sha256(repr(made_from).encode()).hexdigest()[:24]
     path = folder / f"{kind}_{name}.pt"
-    try:
-        if path.exists():
-            return load_tensors(path, f"{kind} that were kept")
-    except (UserError, OSError) as error:
-        note(f"{error}: made again")
+    if path.exists():
+        return load_tensors(path, f"{kind} of an earlier evaluation; delete it")
 
     state = make()
     with optional(path):
@@ -454,21 +419,18 @@ def inception_extractor(weights: Path | None, device: torch.device | str) -> Ext
     official = Inception_V3_Weights.IMAGENET1K_V1
     way_out = "give a local copy with --inception_weights FILE, or use --features classifier"
 
-    def fetch(folder: Path) -> None:
-        official.get_state_dict(model_dir=str(folder), check_hash=True)  # the file's checksum
-
     if weights is None:
         cache = Path(torch.hub.get_dir()) / "checkpoints"
         weights = cache / Path(official.url).name
-        failure = mnist.download(cache, weights.name, fetch)
+        fetch = functools.partial(official.get_state_dict, check_hash=True)
+        failure = mnist.download(cache, weights.name, lambda folder: fetch(model_dir=str(folder)))
         if failure is not None:
             raise UserError(f"{failure}; {way_out}")
 
-    # Without the auxiliary head; building it draws weights, which is nobody's randomness.
+    # Without the auxiliary head.
     with reading(weights, f"InceptionV3's weights; {way_out}"):
         state = torch.load(weights, map_location="cpu", weights_only=True)
-        with torch.random.fork_rng(devices=[]):
-            model = inception_v3(aux_logits=False, transform_input=True, init_weights=False)
+        model = inception_v3(aux_logits=False, transform_input=True, init_weights=False)
         main_part = {key: x for key, x in state.items() if not key.startswith("AuxLogits.")}
         model.load_state_dict(main_part)
 
@@ -479,6 +441,7 @@ def inception_extractor(weights: Path | None, device: torch.device | str) -> Ext
         model=model.eval().to(device),
         prepare=official.transforms(),
         channels=3,
+        size=2048,
         device=device,
         batch=25,  # of 299x299 pixels
     )
@@ -492,6 +455,7 @@ def classifier_extractor(classifier: nn.Sequential, device: torch.device | str) 
         model=copy.deepcopy(classifier[:-1]).to(device),
         prepare=to_float,
         channels=classifier[0].in_channels,
+        size=64,
         device=device,
     )
 
@@ -570,10 +534,8 @@ def scale_features(classifier: nn.Sequential, images: Tensor) -> None:
 
 def accuracy(classifier: nn.Sequential, images: Tensor, labels: Tensor | int) -> float:
     """Share of images (N, C, 28, 28) uint8 that are given these labels, (N,) or one for all."""
-    guesses = []
     with torch.inference_mode():
-        for part in images.split(CHUNK):
-            guesses.append(classifier(to_float(part)).argmax(dim=1))
+        guesses = [classifier(to_float(part)).argmax(dim=1) for part in images.split(CHUNK)]
     return (torch.cat(guesses) == labels).double().mean().item()
 
 
@@ -777,13 +739,10 @@ class Evaluator:
         samples = []
         for split in (self.train, self.held_out):
             images = split.images if which == "all" else split.of_class(which)
-            if len(images) > self.options.n_real:
-                order = torch.randperm(len(images), generator=self.stream("reference"))
-                images = images[order[: self.options.n_real].sort().values]
-            samples.append(self.sample(images, keep=True))
-
-        reference, held_out = samples
-        return reference, held_out
+            order = torch.randperm(len(images), generator=self.stream("reference"))
+            chosen = order[: self.options.n_real].sort().values
+            samples.append(self.sample(images[chosen], keep=True))
+        return samples[0], samples[1]
 
     def compare(self, sample: Sample, reference: Sample) -> dict[str, float]:
         """The metrics that compare two sets of images; NaN: not measured here."""
@@ -811,28 +770,25 @@ class Evaluator:
     def measure_floor(self, which: int | str, n: int) -> dict[str, Any]:
         """What n real images of a class or of "all" score against the reference: mean over draws.
 
-        The n images are drawn from the held-out split. If it has fewer than n, they are drawn from
-        the reference (at most half of it) and compared with the part that was not drawn. One draw
-        is enough above FID_WARNING_BELOW images.
+        Drawn from the held-out split or, if it has fewer than n, from the reference: at most half
+        of it, compared with the other part. Above FID_WARNING_BELOW images one draw is enough.
         """
         reference, held_out = self.real(which)
-        if n <= len(held_out.images):
-            pool = held_out
-            size = n
-            origin = f"{self.held_out_name} split"
-        else:
+        pool = held_out
+        origin = f"{self.held_out_name} split"
+        if n > len(held_out.images):
             pool = reference
-            size = min(n, len(reference.images) // 2)
+            n = min(n, len(reference.images) // 2)
             origin = "training split, set aside"
 
         # Random draws are compared as if they were generated.
         draws = []
-        for draw in range(FLOOR_DRAWS if size <= FID_WARNING_BELOW else 1):
+        for draw in range(FLOOR_DRAWS if n <= FID_WARNING_BELOW else 1):
             order = torch.randperm(len(pool.images), generator=self.stream("floor", draw))
-            rest = reference.take(order[size:]) if pool is reference else reference
-            draws.append(self.compare(pool.take(order[:size]), rest))
+            rest = reference.take(order[n:]) if pool is reference else reference
+            draws.append(self.compare(pool.take(order[:n]), rest))
 
-        floor = {"n": size, "draws": len(draws), "from": origin}
+        floor = {"n": n, "draws": len(draws), "from": origin}
         for key in draws[0]:  # the metrics
             floor[key] = float(np.mean([metrics[key] for metrics in draws]))
         return floor
@@ -867,10 +823,11 @@ class Evaluator:
 
         # Copies: the training image nearest to each generated and to each held-out image.
         held_out = self.held_out.of_class(label)
-        usual, held_out_nearest = nearest_images(held_out, training, self.dataset.compared)
-        distance, nearest = nearest_images(images, training, self.dataset.compared)
+        compared = self.dataset.compared
+        distance, nearest = nearest_images(images, training, compared)
+        usual, usual_nearest = nearest_images(held_out, training, compared)
         metrics |= copy_statistics(images, training[nearest], distance, usual)
-        floor |= copy_statistics(held_out, training[held_out_nearest], usual, usual)
+        floor |= copy_statistics(held_out, training[usual_nearest], usual, usual)
 
         # Labels: the share that the classifier takes for the class.
         if self.classifier is not None:
@@ -894,6 +851,17 @@ class Evaluator:
         training = self.training_images(run)
         metrics, floor, pairs = self.measure_class(run.images, label, training, which)
 
+        # What a reader of the run's row must know.
+        notes = []
+        if self.extractor is not None and len(run.images) < FID_WARNING_BELOW:
+            notes.append(f"FID biased upwards: n < {FID_WARNING_BELOW}")
+        if "symmetries" in run.trained_on:
+            notes.append("trained with augmentation")
+        if floor["n"] < len(run.images):
+            notes.append(f"floor at n = {floor['n']}")
+        if self.source in ("digits", "tissue"):
+            notes.append(f"against embedded {self.source}")
+
         result = {
             "run": run.name,
             "condition": run.condition,
@@ -909,23 +877,9 @@ class Evaluator:
             "near_copy_threshold": pairs.threshold,
             "metrics": without_nan(metrics),
             "floor": without_nan(floor),
-            "note": "; ".join(self.notes(run, floor)),
+            "note": "; ".join(notes),
         }
         return result, pairs
-
-    def notes(self, run: Run, floor: dict[str, Any]) -> list[str]:
-        """What a reader of the run's row must know."""
-        n = len(run.images)
-        notes = []
-        if self.extractor is not None and n < FID_WARNING_BELOW:
-            notes.append(f"FID biased upwards: n < {FID_WARNING_BELOW}")
-        if "symmetries" in run.trained_on:
-            notes.append("trained with augmentation")
-        if floor["n"] < n:
-            notes.append(f"floor at n = {floor['n']}")
-        if self.source in ("digits", "tissue"):
-            notes.append(f"against embedded {self.source}")
-        return notes
 
 
 def copy_statistics(
@@ -934,7 +888,7 @@ def copy_statistics(
     """How near images (N, C, H, W) uint8 are to their ``nearest`` training images.
 
     distance (N,): from each image to its nearest; usual (n,): the same of held-out images. The
-    ratio is NaN where at least half of the held-out images are copies.
+    ratio is NaN where at least half of these are copies.
     """
     median = np.median(usual)
     ratio = np.median(distance) / median if median > 0 else math.nan
@@ -946,11 +900,7 @@ def copy_statistics(
 
 
 def near_copy_threshold(usual: np.ndarray) -> float:
-    """A near-copy is at most so far from its nearest training image.
-
-    It is the distance that 1 % of the held-out images are below, so that about 1 % of new images
-    are called near-copies. usual (n,): the distances of held-out images.
-    """
+    """At most so far is a near-copy: 1 % of the held-out images, whose distances these are."""
     return float(np.percentile(usual, 1))
 
 
@@ -1010,11 +960,9 @@ def order_of_arms(name: str) -> tuple[int, str]:
 
 
 def shared_classes(frame: pd.DataFrame, within: list[str], series: list[str]) -> pd.DataFrame:
-    """Keep only the classes that every series has.
+    """Keep only the classes that every series has, so that all means are over the same classes.
 
-    ``within`` splits the table into blocks; ``series`` splits a block into series (for example
-    every arm and seed). In each block a class stays only if each series of it has that class, so
-    that means over classes are over the same classes.
+    ``within`` splits the table into blocks, ``series`` a block into series: every arm and seed.
     """
     kept = [frame[:0]]
     for _, rows in frame.groupby(within, observed=True):
@@ -1026,6 +974,11 @@ def shared_classes(frame: pd.DataFrame, within: list[str], series: list[str]) ->
 def comparable_runs(frame: pd.DataFrame) -> pd.DataFrame:
     """The runs of those classes that every arm and seed has at a training-set size."""
     return shared_classes(frame, within=["n_train"], series=["name", "seed"])
+
+
+def comparable_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
+    """The pairs of those classes that every seed has, for each arm and training-set size."""
+    return shared_classes(pairs, within=["n_train", "name"], series=["seed"])
 
 
 def with_floors(runs: pd.DataFrame) -> pd.DataFrame:
@@ -1047,32 +1000,25 @@ def pair_differences(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     is_baseline = frame["arm"] == baseline
     is_noiseless = frame["circuit"] == ""
     noiseless = frame[is_baseline & is_noiseless]
-    same_steps = [*PAIR, "sample_steps"]
+    has_all_steps = noiseless["condition"] == ""
 
     # The circuit's condition differs: quantum shots10_steps2 − quantum steps2.
     noisy = frame[is_baseline & ~is_noiseless]
-    kinds = [with_base(noisy, noiseless, same_steps)]
+    kinds = [(noisy, noiseless, [*PAIR, "sample_steps"])]
 
     # The sampler's steps differ: quantum steps2 − quantum.
-    has_all_steps = noiseless["condition"] == ""
-    kinds.append(with_base(noiseless[~has_all_steps], noiseless[has_all_steps], PAIR))
+    kinds.append((noiseless[~has_all_steps], noiseless[has_all_steps], PAIR))
 
     # The arm differs, and perhaps the circuit's condition: quantum shots10_steps2 − matched steps2.
     if baseline in BASELINES:
-        kinds.append(with_base(frame[~is_baseline], noiseless, same_steps))
+        kinds.append((frame[~is_baseline], noiseless, [*PAIR, "sample_steps"]))
 
-    pairs = pd.concat(kinds, ignore_index=True)
+    # Columns "fid" and "fid_base" and so on, then their difference as "fid".
+    pairs = pd.concat(
+        [runs.merge(base, on=alike, suffixes=("", "_base")) for runs, base, alike in kinds],
+        ignore_index=True,
+    )
     return pairs.assign(**{key: pairs[key] - pairs[f"{key}_base"] for key in METRICS})
-
-
-def with_base(runs: pd.DataFrame, baselines: pd.DataFrame, alike: list[str]) -> pd.DataFrame:
-    """Runs beside the baselines that are alike in some columns: "fid" and "fid_base" and so on."""
-    return runs.merge(baselines, on=alike, suffixes=("", "_base"))
-
-
-def comparable_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
-    """The pairs of those classes that every seed has, for each arm and training-set size."""
-    return shared_classes(pairs, within=["n_train", "name"], series=["seed"])
 
 
 def class_means(frame: pd.DataFrame) -> pd.DataFrame:
@@ -1085,56 +1031,27 @@ def class_means(frame: pd.DataFrame) -> pd.DataFrame:
     return groups.mean()[complete]
 
 
-def interval(values: pd.Series) -> tuple[float, float]:
-    """Mean and half-width of its 95 % interval by Student's t; NaN half-width for one value."""
-    quantile = stats.t.ppf(0.975, values.count() - 1)
-    return values.mean(), quantile * values.sem()
+def over_seeds(means: pd.DataFrame) -> pd.DataFrame:
+    """Mean over seeds of ``class_means`` and half-width of its 95 % interval by Student's t.
 
-
-class Difference(NamedTuple):
-    """An arm minus a baseline in one metric at one training-set size."""
-
-    name: str  # of the arm, with its condition
-    baseline: str  # the same of what is taken away
-    n_train: float
-    metric: str
-    pairs: int
-    seeds: int
-    mean: float  # over seeds, of the means over classes
-    half: float  # of the 95 % interval; NaN: one seed
-
-    @property
-    def leaves_zero_out(self) -> bool:
-        """Whether zero is outside of the interval."""
-        return abs(self.mean) > self.half
-
-
-def paired_differences(pairs: pd.DataFrame) -> list[Difference]:
-    """The mean difference and its interval, of every arm in every metric that was measured.
-
-    ``pairs`` are comparable. Classes are averaged for each seed; the interval is over seeds. A
-    seed with a class that could not be measured is left out.
+    A row a name, n_train and metric that was measured; the half-width is NaN for one seed.
     """
-    means = class_means(pairs)
-    differences = []
-    for (name, n_train), group in pairs.groupby(["name", "n_train"], observed=True):
-        for metric in METRICS:
-            by_seed = means.loc[(n_train, name), metric].dropna()
-            if len(by_seed) == 0:
-                continue  # it was not measured
+    values = means.reset_index().melt(["name", "n_train", "seed"], var_name="metric").dropna()
+    values["metric"] = pd.Categorical(values["metric"], METRICS)  # for their order
+    groups = values.groupby(["name", "n_train", "metric"], observed=True)["value"]
+    statistics = groups.agg(seeds="count", mean="mean", sem="sem").reset_index()
+    quantile = stats.t.ppf(0.975, statistics["seeds"] - 1)
+    return statistics.assign(half=quantile * statistics["sem"])
 
-            mean, half = interval(by_seed)
-            difference = Difference(
-                name=name,
-                baseline=group["name_base"].iloc[0],  # that of all
-                n_train=n_train,
-                metric=metric,
-                pairs=group["seed"].isin(by_seed.index).sum(),
-                seeds=len(by_seed),
-                mean=mean,
-                half=half,
-            )
-            differences.append(difference)
+
+def paired_differences(pairs: pd.DataFrame) -> pd.DataFrame:
+    """``over_seeds`` of comparable pairs, what each row is made of, and whether 0 is outside."""
+    series = ["name", "n_train"]
+    groups = pairs.groupby(series, observed=True)
+    made_of = groups.agg(name_base=("name_base", "first"), classes=("label", "nunique"))
+    differences = over_seeds(class_means(pairs)).merge(made_of, on=series)
+    differences["pairs"] = differences["seeds"] * differences["classes"]
+    differences["leaves_zero_out"] = differences["mean"].abs() > differences["half"]
     return differences
 
 
@@ -1155,10 +1072,7 @@ def show_size(n_train: float) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table that is also aligned on a terminal."""
-    # Markdown reads a bar as the end of a cell.
-    lines = [list(header)]
-    for row in rows:
-        lines.append([cell.replace("|", "¦") for cell in row])
+    lines = [header, *rows]
 
     # Columns as wide as their widest cell, a rule under the header.
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
@@ -1173,12 +1087,11 @@ def result_table(frame: pd.DataFrame) -> str:
     """One row a run, below it what real images score at the same n."""
     rows = []
     for run in frame.to_dict("records"):
-        n_real = str(run["n_real"])
-        features = run["features"]
-        generated = [run["run"], str(run["n_generated"]), n_real, features]
-        rows.append([*generated, *metric_cells(run, prefix=""), run["note"]])
-        floor = [f"  {FLOOR}", str(run["floor_n"]), n_real, features]
-        rows.append([*floor, *metric_cells(run, prefix="floor_"), run["floor_from"]])
+        compared = [str(run["n_real"]), run["features"]]
+        cells = metric_cells(run, prefix="")
+        rows.append([run["run"], str(run["n_generated"]), *compared, *cells, run["note"]])
+        cells = metric_cells(run, prefix="floor_")
+        rows.append([f"  {FLOOR}", str(run["floor_n"]), *compared, *cells, run["floor_from"]])
 
     headings = [metric.heading for metric in METRICS.values()]
     return table(["run", "n", "n real", "features", *headings, "note"], rows)
@@ -1197,18 +1110,19 @@ def arm_table(runs: pd.DataFrame) -> str:
     ``runs`` are comparable.
     """
     frame = with_floors(runs)
-    means = class_means(frame)
     keys = [key for key in METRICS if frame[key].notna().any()]
+    cells = {}
+    for item in over_seeds(class_means(frame)).itertuples():
+        form = METRICS[item.metric].form
+        text = show(item.mean, form) + show(item.half, f" ± {form}", missing="")
+        cells[item.n_train, item.name, item.metric] = text
 
     rows = []
     for (size, name), group in frame.groupby(["n_train", "name"], observed=True):
         seeds = "–" if name == FLOOR else each_once(group["seed"])
         row = [show_size(size), name, each_once(group["label"]), seeds]
         row += [each_once(group["n_generated"]), each_once(group["n_real"])]
-        for key in keys:
-            mean, half = interval(means.loc[(size, name), key])
-            form = METRICS[key].form
-            row.append(show(mean, form) + show(half, f" ± {form}", missing=""))
+        row += [cells.get((size, name, key), "–") for key in keys]
         rows.append(row)
 
     header = ["N", "arm", "classes", "seeds", "n generated", "n real"]
@@ -1220,13 +1134,13 @@ def each_once(values: pd.Series) -> str:
     return "/".join(str(value) for value in sorted(set(values)))
 
 
-def difference_table(differences: Sequence[Difference]) -> str:
+def difference_table(differences: pd.DataFrame) -> str:
     """A row a difference; a star where the interval leaves zero out."""
     rows = []
-    for item in differences:
+    for item in differences.itertuples():
         metric = METRICS[item.metric]
         signed = metric.form.replace("{:", "{:+")  # "+0.12"
-        row = [f"{item.name} − {item.baseline}", show_size(item.n_train), metric.heading]
+        row = [f"{item.name} − {item.name_base}", show_size(item.n_train), metric.heading]
         row += [str(item.pairs), str(item.seeds), show(item.mean, signed)]
 
         limits = "–"
@@ -1291,13 +1205,13 @@ def difference_paragraphs(all_pairs: pd.DataFrame) -> list[str]:
         paragraphs.append(f"{left_out}: every seed of that difference must have the class.")
 
     # How many intervals leave zero out, and how many would by chance.
-    intervals = [item for item in differences if item.seeds > 1]
-    if intervals:
-        outside = sum(item.leaves_zero_out for item in intervals)
+    intervals = differences[differences["seeds"] > 1]
+    if len(intervals) > 0:
         paragraphs.append(
-            f"{outside} of {len(intervals)} intervals (Student's t over seeds) leave zero out "
-            f"(*). If nothing differed, chance would make that {0.05 * len(intervals):.2g} on "
-            "average, with a wide spread, since the metrics depend on each other."
+            f"{intervals['leaves_zero_out'].sum()} of {len(intervals)} intervals (Student's t over "
+            "seeds) leave zero out (*). If nothing differed, chance would make that "
+            f"{0.05 * len(intervals):.2g} on average, with a wide spread, since the metrics depend "
+            "on each other."
         )
     return paragraphs
 
@@ -1333,7 +1247,7 @@ def draw_closest_pairs(name: str, pairs: ClosestPairs) -> Figure:
     axes.tick_params(length=0, labelsize=7)
 
     title = f"{name}: closest pairs, RMS difference (near copy: ≤ {pairs.threshold:.3f})"
-    axes.set_title(title, fontsize=8, parse_math=False)  # a folder may be called a$b$
+    axes.set_title(title, fontsize=8)
     return figure
 
 
@@ -1365,15 +1279,14 @@ def draw_panels(frame: pd.DataFrame, against_size: bool) -> Figure:
         heading = METRICS[metric].heading
         if has_differences:
             upper, lowest = part.subplots(2, 1, sharex=True, height_ratios=[2, 1])
-            draw_arms(lowest, differences[metric], names, places, against_size)
+            draw_arms(lowest, differences, metric, names, places, against_size)
             lowest.axhline(0, color=ARM_COLOURS[BASELINES[0]], linewidth=1)
             lowest.set_ylabel(f"{heading}\n− {BASELINES[0]}")
         else:
             upper = lowest = part.subplots()
 
-        draw_arms(upper, means[metric], names, places, against_size)
+        draw_arms(upper, means, metric, names, places, against_size)
         upper.set_ylabel(heading)
-        part.align_ylabels()
 
         # Many sizes, or near ones on a logarithmic axis, would overlap if written level.
         turned = {"rotation": 45, "fontsize": 6} if len(ticks) > 3 else {"fontsize": 8}
@@ -1409,52 +1322,48 @@ def arm_places(sizes: pd.Series, names: Sequence[str], against_size: bool) -> pd
 
 
 def draw_arms(
-    axes: Axes, values: pd.Series, names: Sequence[str], places: pd.DataFrame, with_lines: bool
+    axes: Axes,
+    means: pd.DataFrame,
+    metric: str,
+    names: Sequence[str],
+    places: pd.DataFrame,
+    with_lines: bool,
 ) -> None:
-    """One panel: values by n_train, name and seed, as means with intervals and dots for the seeds.
+    """One panel: a metric of ``class_means`` as mean and interval over seeds, and a dot a seed.
 
     ``names`` are all arms of the figure, ``places`` those of ``arm_places``; ``with_lines`` from
     size to size. FLOOR is a dashed line.
     """
-    for name, arm_values in values.dropna().groupby("name", observed=True):
-        by_size = arm_values.groupby("n_train")
-        here = places.loc[list(by_size.groups)]
-        means, halves = np.array([interval(seeds) for _, seeds in by_size]).T
-
+    statistics = over_seeds(means)
+    statistics = statistics[statistics["metric"] == metric]
+    for name, rows in statistics.groupby("name", observed=True):
         # The floor belongs to all arms of a size: a line over their whole width.
+        here = places.loc[rows["n_train"]]
         if name == FLOOR:
             ends = here["left"], here["right"]
-            axes.hlines(means, *ends, FLOOR_COLOUR, "--", label=FLOOR, linewidth=1)
+            axes.hlines(rows["mean"], *ends, FLOOR_COLOUR, "--", label=FLOOR, linewidth=1)
             continue
 
-        # The mean and its interval.
         style = arm_style(name, names)
-        axes.errorbar(
-            here[name],
-            means,
-            halves,
-            label=name,
-            linestyle="-" if with_lines else "none",
-            linewidth=1,
-            elinewidth=0.8,
-            capsize=2,
-            markersize=4,
-            **style,
-        )
+        line = "-" if with_lines else "none"
+        axes.errorbar(here[name], rows["mean"], rows["half"], label=name, linestyle=line, **style)
 
         # A dot a seed.
-        x = places.loc[arm_values.index.get_level_values("n_train"), name]
-        axes.scatter(x, arm_values, s=5, color=style["color"], alpha=0.4)
+        values = means[metric].xs(name, level="name").dropna()  # by n_train and seed
+        x = places.loc[values.index.get_level_values("n_train"), name]
+        axes.scatter(x, values, s=5, color=style["color"], alpha=0.4)
 
 
-def arm_style(name: str, names: Sequence[str]) -> dict[str, str]:
-    """Colour of an arm, and marker of this name among those ``names`` that have its colour."""
+def arm_style(name: str, names: Sequence[str]) -> dict[str, Any]:
+    """How an arm is drawn: in its colour, with a marker of its own among those of this colour."""
 
     def colour_of(other: str) -> str:
         return ARM_COLOURS.get(other.split()[0], OTHER_COLOUR)
 
     alike = [other for other in names if colour_of(other) == colour_of(name)]
-    return {"color": colour_of(name), "marker": MARKERS[alike.index(name) % len(MARKERS)]}
+    marker = MARKERS[alike.index(name) % len(MARKERS)]
+    sizes = {"linewidth": 1, "elinewidth": 0.8, "capsize": 2, "markersize": 4}
+    return {"color": colour_of(name), "marker": marker, **sizes}
 
 
 def draw_overview(runs: Sequence[Run], evaluator: Evaluator) -> Figure:
@@ -1472,7 +1381,7 @@ def draw_overview(runs: Sequence[Run], evaluator: Evaluator) -> Figure:
     row_height = 5 / each / len(labels)
     figure = Figure(figsize=(6, 0.3 + row_height * len(rows)), layout="constrained")
     panels = figure.subplots(len(rows), 1, squeeze=False).flat
-    style = {"va": "center", "rotation": 0, "fontsize": 7, "parse_math": False}
+    style = {"va": "center", "rotation": 0, "fontsize": 7}
     for axes, (title, by_label) in zip(panels, rows.items(), strict=True):
         tiles = []
         for label in labels:
@@ -1618,38 +1527,17 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
         f"data (default: {features[0]}; with --protocol paper: inception)",
     )
     add("--inception_weights", type=Path, metavar="FILE", help="a local copy of the weights")
-    add(
-        "--reference",
-        choices=["class", "all"],
-        default="class",
-        help=f"real training images to compare with: of the run's class or of all {default}",
-    )
-    add(
-        "--n_real",
-        type=int,
-        default=10_000,
-        metavar="N",
-        help=f"at most so many real images, drawn by the seed {default}",
-    )
-    add(
-        "--data_dir",
-        type=Path,
-        default=Path("data"),
-        help=f"data set; keeps classifier, features {default}",
-    )
-    add(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="write comparison.csv, .md, .png and overview.png; with several sizes scaling.png; "
-        "with --protocol paper only paper_protocol.md",
-    )
-    add(
-        "--protocol",
-        choices=["full", "paper"],
-        default="full",
-        help=f"paper: 5 images against the first 5 training images, as published {default}",
-    )
+    of_which = f"real training images are of the run's class or of all {default}"
+    add("--reference", choices=["class", "all"], default="class", help=of_which)
+    most = f"at most so many real images, drawn by the seed {default}"
+    add("--n_real", type=int, default=10_000, metavar="N", help=most)
+    place = f"data set; keeps classifier, features {default}"
+    add("--data_dir", type=Path, default=Path("data"), help=place)
+    written = "write comparison.csv, .md, .png and overview.png; with several sizes scaling.png; "
+    written += "with --protocol paper only paper_protocol.md"
+    add("--out", type=Path, metavar="DIR", help=written)
+    paper = f"paper: 5 images against the first 5 training images, as published {default}"
+    add("--protocol", choices=["full", "paper"], default="full", help=paper)
     add("--seed", type=int, default=0, help=f"of classifier, subsets and floors {default}")
     add("--device", default="auto", help=f"for the features: auto, cpu, cuda or cuda:N {default}")
 
@@ -1676,12 +1564,10 @@ def read_runs(folders: Sequence[Path], dataset: DataSet) -> list[Run]:
     seen: dict[tuple, Run] = {}
     for run in runs:
         key = (run.arm, *(run.settings[name] for name in PAIR))
-        if key in seen:
-            raise UserError(
-                f"{seen[key].folder} and {run.folder} have the same arm, condition, class, size "
-                "and seed; evaluate each by itself"
-            )
-        seen[key] = run
+        other = seen.setdefault(key, run)
+        if other is not run:
+            alike = "have the same arm, condition, class, size and seed; evaluate each by itself"
+            raise UserError(f"{other.folder} and {run.folder} {alike}")
     return runs
 
 
@@ -1694,10 +1580,10 @@ def evaluate(options: argparse.Namespace, dataset: DataSet) -> None:
     evaluator = Evaluator(dataset, runs[0].settings["data"], options)
     record = evaluator.classifier_record
     if record is not None:
-        tested_on = dict.fromkeys([evaluator.held_out_name, "test"])  # each once
         shares = [
             f"{record[f'{split}_accuracy']:.2%} of {record[f'n_{split}']} {split} images"
-            for split in tested_on
+            for split in ("val", "test")
+            if f"n_{split}" in record
         ]
         say(f"classifier: {', '.join(shares)}")
 

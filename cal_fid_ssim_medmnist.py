@@ -46,9 +46,8 @@ class Scattering(nn.Module):
         self.register_buffer("waves", morlet_wavelets(*images.shape[2:]))  # (wave, H, W)
 
         # In float32, so that the features' checksum does not depend on the machine.
-        statistics = cal_fid_ssim.in_batches(
-            lambda part: self.statistics(to_unit(part)), images, BATCH
-        )  # (N, 186)
+        batches = [self.statistics(to_unit(part)) for part in images.split(BATCH)]
+        statistics = torch.cat(batches)  # (N, 186)
         self.register_buffer("mean", statistics.mean(dim=0).float())
         self.register_buffer("deviation", statistics.std(dim=0).clamp(min=1e-9).float())
 
@@ -127,6 +126,7 @@ def scattering_extractor(images: Tensor) -> cal_fid_ssim.Extractor:
         model=Scattering(images[::every]).eval(),
         prepare=to_unit,
         channels=3,
+        size=186,
         device="cpu",
         batch=BATCH,
     )
