@@ -65,6 +65,7 @@ CLASSIFIER_BATCH = 128  # images
 
 # The published procedure.
 PAPER_IMAGES = 5
+PAPER_METRICS = ("fid", "ssim_paired")
 PAPER_DRAWS = 100  # times PAPER_IMAGES real images are scored in the same way, for comparison
 
 
@@ -686,19 +687,20 @@ class Evaluator:
         # Held-out images are new to the models and have the training images' distribution.
         # PathMNIST's test split comes from another clinic, so its val split is held out.
         self.held_out_name = dataset.sources[source]
-        self.train = self.load_split("train")
-        self.held_out = self.load_split(self.held_out_name)
+        splits = {}
+        for name in dict.fromkeys(["train", self.held_out_name, "test"]):  # each once
+            _source, images, labels = dataset.module.load_images(source, options.data_dir, name)
+            splits[name] = Split(images, labels)
+        self.train = splits.pop("train")
+        self.held_out = splits[self.held_out_name]
 
         # The classifier judges labels. One class trains no classifier; where its features are asked
         # for all the same, load_classifier raises the error.
         self.classifier = None
         self.classifier_record = None
         if options.features == "classifier" or len(self.train.labels.unique()) > 1:
-            tested_on = {self.held_out_name: self.held_out}
-            if "test" not in tested_on:
-                tested_on["test"] = self.load_split("test")
             self.classifier, self.classifier_record = load_classifier(
-                source, self.folder, self.train, tested_on, options.seed
+                source, self.folder, self.train, splits, options.seed
             )
 
         # What FID, KID, precision and recall compare.
@@ -710,12 +712,6 @@ class Evaluator:
             self.extractor = inception_extractor(options.inception_weights, options.device)
         else:
             self.extractor = dataset.features[options.features](self.train.images)
-
-    def load_split(self, name: str) -> Split:
-        """The real images of one split, all classes."""
-        load_images = self.dataset.module.load_images
-        _source, images, labels = load_images(self.source, self.options.data_dir, name)
-        return Split(images, labels)
 
     def stream(self, *name: object) -> torch.Generator:
         """The evaluation's randomness for one purpose."""
@@ -1072,15 +1068,16 @@ def show_size(n_train: float) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table that is also aligned on a terminal."""
-    lines = [header, *rows]
-
     # Columns as wide as their widest cell, a rule under the header.
+    lines = [header, *rows]
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
-    padded = [
-        [cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+    texts = []
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        texts.append(f"| {' | '.join(cells)} |")
+    return "\n".join(texts)
 
 
 def result_table(frame: pd.DataFrame) -> str:
@@ -1437,7 +1434,7 @@ def paper_protocol(evaluator: Evaluator, runs: Sequence[Run]) -> list[dict[str, 
     for run in tqdm(runs, "runs", delay=2, leave=False):
         if len(run.images) < PAPER_IMAGES:
             raise UserError(f"{run.folder}: {len(run.images)} images, expected {PAPER_IMAGES}")
-        score = paper_score(evaluator.sample(run.images[:PAPER_IMAGES]), first)
+        score = evaluator.compare(evaluator.sample(run.images[:PAPER_IMAGES]), first)
         real = real_scores(run.settings["label"])
 
         record = {
@@ -1446,7 +1443,7 @@ def paper_protocol(evaluator: Evaluator, runs: Sequence[Run]) -> list[dict[str, 
             "draws": PAPER_DRAWS,
             "features": str(evaluator.extractor),
         }
-        for metric in score:  # the run's, and mean and central 95 % of real images'
+        for metric in PAPER_METRICS:  # the run's, and mean and central 95 % of real images'
             low, high = np.percentile(real[metric], [2.5, 97.5])
             record[metric] = {
                 "run": score[metric],
@@ -1455,14 +1452,6 @@ def paper_protocol(evaluator: Evaluator, runs: Sequence[Run]) -> list[dict[str, 
             }
         records.append(record)
     return records
-
-
-def paper_score(sample: Sample, first: Sample) -> dict[str, float]:
-    """FID and paired SSIM of a sample against the first training images."""
-    return {
-        "fid": frechet_distance(sample.features, first.features),
-        "ssim_paired": ssim(sample.images, first.images),
-    }
 
 
 def real_paper_scores(evaluator: Evaluator, label: int, first: Sample) -> pd.DataFrame:
@@ -1481,7 +1470,7 @@ def real_paper_scores(evaluator: Evaluator, label: int, first: Sample) -> pd.Dat
     scores = []
     for _ in range(PAPER_DRAWS):
         five = torch.randperm(len(order), generator=generator)[:PAPER_IMAGES]
-        scores.append(paper_score(pool.take(five), first))
+        scores.append(evaluator.compare(pool.take(five), first))
     return pd.DataFrame(scores)
 
 
@@ -1492,7 +1481,7 @@ def paper_table(
     rows = []
     for run, record in zip(runs, records, strict=True):
         row = [run.name, str(record["n_generated"]), str(record["n_real"]), record["features"]]
-        for metric in ("fid", "ssim_paired"):
+        for metric in PAPER_METRICS:
             score = record[metric]
             low, high = (show(value, "{:.4g}") for value in score["real_95"])
             row += [show(score["run"], "{:.4g}"), show(score["real_mean"], "{:.4g}")]

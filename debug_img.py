@@ -28,7 +28,7 @@ from scipy import ndimage
 from torch import Tensor
 
 import quantum_diffusion_mnist as mnist
-from quantum_diffusion_mnist import IMAGE_SIZE, TILE_PADDING, UserError, reading, tile
+from quantum_diffusion_mnist import IMAGE_SIZE, TILE_PADDING, UserError, reading, tile, write_atomic
 
 MAX_PIXELS = 50_000_000  # of a picture
 CONTRASTS = (128, 64, 32, 16, 8, 4)  # 8-bit levels by which a tile may differ from the ground
@@ -464,19 +464,7 @@ def save_figure(path: Path, draw: Callable[..., Figure], *arguments: Any, **opti
     write_atomic(path, buffer.getvalue())
 
 
-# ----------------------------------------------------- files, printing, errors, command line
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write aside and rename, so that the file is whole or as it was."""
-    aside = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    try:
-        aside.write_bytes(data)
-        os.replace(aside, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None  # the file that was meant
-    finally:
-        aside.unlink(missing_ok=True)
-
-
+# ------------------------------------------------------------ printing, errors, command line
 def say(text: str) -> None:
     """Print on stdout. A full disk is a note; a reader that has left (``| head``) is nothing."""
     try:
