@@ -1276,13 +1276,13 @@ def draw_panels(frame: pd.DataFrame, against_size: bool) -> Figure:
         heading = METRICS[metric].heading
         if has_differences:
             upper, lowest = part.subplots(2, 1, sharex=True, height_ratios=[2, 1])
-            draw_arms(lowest, differences, metric, names, places, against_size)
+            draw_arms(lowest, differences[metric], names, places, against_size)
             lowest.axhline(0, color=ARM_COLOURS[BASELINES[0]], linewidth=1)
             lowest.set_ylabel(f"{heading}\n− {BASELINES[0]}")
         else:
             upper = lowest = part.subplots()
 
-        draw_arms(upper, means, metric, names, places, against_size)
+        draw_arms(upper, means[metric], names, places, against_size)
         upper.set_ylabel(heading)
 
         # Many sizes, or near ones on a logarithmic axis, would overlap if written level.
@@ -1319,21 +1319,14 @@ def arm_places(sizes: pd.Series, names: Sequence[str], against_size: bool) -> pd
 
 
 def draw_arms(
-    axes: Axes,
-    means: pd.DataFrame,
-    metric: str,
-    names: Sequence[str],
-    places: pd.DataFrame,
-    with_lines: bool,
+    axes: Axes, values: pd.Series, names: Sequence[str], places: pd.DataFrame, with_lines: bool
 ) -> None:
-    """One panel: a metric of ``class_means`` as mean and interval over seeds, and a dot a seed.
+    """One panel: values by n_train, name and seed, as mean, interval and a dot a seed.
 
     ``names`` are all arms of the figure, ``places`` those of ``arm_places``; ``with_lines`` from
     size to size. FLOOR is a dashed line.
     """
-    statistics = over_seeds(means)
-    statistics = statistics[statistics["metric"] == metric]
-    for name, rows in statistics.groupby("name", observed=True):
+    for name, rows in over_seeds(values.to_frame()).groupby("name", observed=True):
         # The floor belongs to all arms of a size: a line over their whole width.
         here = places.loc[rows["n_train"]]
         if name == FLOOR:
@@ -1346,9 +1339,9 @@ def draw_arms(
         axes.errorbar(here[name], rows["mean"], rows["half"], label=name, linestyle=line, **style)
 
         # A dot a seed.
-        values = means[metric].xs(name, level="name").dropna()  # by n_train and seed
-        x = places.loc[values.index.get_level_values("n_train"), name]
-        axes.scatter(x, values, s=5, color=style["color"], alpha=0.4)
+        dots = values.xs(name, level="name").dropna()  # by n_train and seed
+        x = places.loc[dots.index.get_level_values("n_train"), name]
+        axes.scatter(x, dots, s=5, color=style["color"], alpha=0.4)
 
 
 def arm_style(name: str, names: Sequence[str]) -> dict[str, Any]:
