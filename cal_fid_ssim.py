@@ -1528,6 +1528,8 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
     options.device, _rank, _processes = mnist.this_process(options.device)
     if options.n_real <= NEIGHBOURS:
         raise UserError(f"--n_real {options.n_real}: expected more than {NEIGHBOURS}")
+    if not 0 <= options.seed < 2**32:
+        raise UserError(f"--seed {options.seed}: expected 0 to {2**32 - 1}")
     if options.protocol == "paper" and options.features == "none":
         raise UserError("--features none: --protocol paper needs features, use inception")
     if options.features is None:

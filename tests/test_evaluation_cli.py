@@ -615,6 +615,7 @@ MISTAKES = [  # how the run folders are made, more options, what the error says
     (lambda root: [root], (), "config.json: not a run's configuration"),
     (FIVE, ("--out", __file__), "File exists"),
     (FIVE, ("--n_real", 3), "--n_real 3: expected more than 3"),
+    (FIVE, ("--seed", -1), "--seed -1: expected 0 to"),
     (FIVE, ("--device", "cuda:99"), "--device cuda:99: expected auto, cpu"),
     (FIVE, ("--device", "meta"), "--device meta: expected auto, cpu"),
     (FIVE, ("--device", "hpu"), "--device hpu: expected auto, cpu"),
