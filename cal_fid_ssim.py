@@ -6,6 +6,7 @@ images (the floor).
 
     python cal_fid_ssim.py runs/classical_mnist3_nall_seed* runs/quantum_mnist3_nall_seed*
     python cal_fid_ssim.py runs/*mnist3* --out comparison           # csv, markdown, figures
+    python cal_fid_ssim.py runs/*mnist_conditional*                 # a row for each class
     python cal_fid_ssim.py runs/quantum_mnist3_nall_seed0 --protocol paper
 
 The file in its order: the metrics, which know arrays and images only; the networks that make
@@ -92,7 +93,7 @@ METRICS = {  # by their key in metrics.json
 
 # What is compared with what.
 FLOOR = "real images (floor)"
-PAIR = ["n_train", "label", "seed"]  # runs equal in these are compared with each other
+PAIR = ["conditional", "n_train", "label", "seed"]  # rows equal in these make a pair
 BUDGET = ["steps", "batch_size", "lr", "muon_lr", "ema_decay"]  # what all runs should have alike
 BUDGET += ["n_qubits", "n_layers", "timesteps", "sample_steps"]
 BASELINES = ("matched", "classical")  # control arms: every other arm is compared with each
@@ -100,7 +101,7 @@ DECIDING_SEEDS = 5  # with fewer seeds the verdict is "too few seeds"
 CLOSEST_PAIRS = 10  # of a run, in its closest_pairs.png
 
 # Figures.
-OVERVIEW_COLUMNS = 12  # images in a row of overview.png
+OVERVIEW_COLUMNS = 12  # images in a row of overview.png, about
 FIGURE_METRICS = ["fid", "kid", "precision", "recall"]
 FIGURE_METRICS += ["ssim_diversity", "label_accuracy", "distance_ratio", "near_copies"]
 FLOOR_COLOUR = "#666666"
@@ -615,10 +616,15 @@ class Run(NamedTuple):
     folder: Path
     name: str  # the folder's
     arm: str  # with its condition, as in tables: "quantum shots1000"
-    condition: str  # "": ideal
+    condition: str  # "": a single class's model, ideal; "conditional_shots1000"
     settings: dict[str, Any]  # config.json's
     trained_on: dict[str, Any]  # config.json's description of the training images
-    images: Tensor  # the final ones, (N, C, 28, 28) uint8
+    images: dict[int, Tensor]  # the final ones by class, each (n, C, 28, 28) uint8
+
+    @property
+    def conditional(self) -> bool:
+        """Whether one model made the images of several classes."""
+        return len(self.images) > 1
 
 
 def read_run(folder: Path, dataset: DataSet) -> Run:
@@ -635,11 +641,14 @@ def read_run(folder: Path, dataset: DataSet) -> Run:
     if not grid.exists():
         raise UserError(f"{folder}: not finished, no {grid.name}; {config.get('command', '')}")
     images = mnist.load_grid(grid)
-    if len(images) != config["n_eval"] or len(images) < 2:
+    classes = settings["classes"]
+    n = len(images) / len(classes)
+    if n != config["n_eval"] or n < 2:
         expected = f"expected n_eval = {config['n_eval']} of config.json, and at least 2"
-        raise UserError(f"{grid}: {len(images)} images, {expected}")
+        raise UserError(f"{grid}: {n:g} images of each class, {expected}")
 
-    condition = config["condition"]
+    conditional = "conditional" if len(classes) > 1 else ""
+    condition = "_".join(word for word in (conditional, config["condition"]) if word)
     return Run(
         folder=folder,
         name=folder.resolve().name,
@@ -647,7 +656,7 @@ def read_run(folder: Path, dataset: DataSet) -> Run:
         condition=condition,
         settings=settings,
         trained_on=config["images"],
-        images=images,
+        images=dict(zip(classes, images.chunk(len(classes)), strict=True)),
     )
 
 
@@ -789,31 +798,37 @@ class Evaluator:
             floor[key] = float(np.mean([metrics[key] for metrics in draws]))
         return floor
 
-    def training_images(self, run: Run) -> Tensor:
-        """The images (M, C, H, W) uint8 that a run was trained on, with symmetries if it was.
+    def training_images(self, run: Run) -> dict[int, Tensor]:
+        """What a run was trained on by class, each (M, C, H, W) uint8, with symmetries if it was.
 
         Raises UserError when they are not the ones that its configuration describes.
         """
         module = self.dataset.module
-        label, n_train, seed = (run.settings[key] for key in ("label", "n_train", "seed"))
-        images = module.select_images(*self.train, label, n_train, seed)
-        digest = hashlib.sha256(images.contiguous().numpy()).hexdigest()
+        n_train, seed = run.settings["n_train"], run.settings["seed"]
+        by_class = {
+            label: module.select_images(*self.train, label, n_train, seed) for label in run.images
+        }
+        together = torch.cat(list(by_class.values()))
+        digest = hashlib.sha256(together.contiguous().numpy()).hexdigest()
         if digest != run.trained_on.get("sha256"):
             place = self.options.data_dir
             raise UserError(f"{run.folder}: trained on other images than are in {place}")
-        return module.symmetries(images) if "symmetries" in run.trained_on else images
+
+        if "symmetries" in run.trained_on:
+            return {label: module.symmetries(images) for label, images in by_class.items()}
+        return by_class
 
     def measure_class(
-        self, images: Tensor, label: int, training: Tensor, which: int | str
-    ) -> tuple[dict[str, Any], dict[str, Any], ClosestPairs]:
+        self, images: Tensor, label: int, training: Tensor
+    ) -> tuple[dict[str, Any], ClosestPairs]:
         """Generated images (N, C, H, W) uint8 of a class beside real ones.
 
-        training: what the class was trained on, (M, C, H, W) uint8; which: the class or "all", the
-        reference. Returns the metrics, the floors and the closest pairs.
+        training: what the class was trained on, (M, C, H, W) uint8. Returns metrics, floors and
+        numbers of images, as in ``metrics.json``, and the closest pairs.
         """
-        reference, _held_out = self.real(which)
-
         # The generated images against the reference, and as many real ones against it.
+        which = label if self.options.reference == "class" else "all"
+        reference, _held_out = self.real(which)
         metrics = self.compare(self.sample(images), reference)
         floor = dict(self.floor(which, len(images)))  # a copy: other runs share the kept one
 
@@ -837,45 +852,108 @@ class Evaluator:
             distance=distance[closest],
             threshold=near_copy_threshold(usual),
         )
-        return metrics, floor, pairs
+        measured = {
+            "n_generated": len(images),
+            "n_real": len(reference.images),
+            "n_training": len(training),
+            "n_held_out": len(held_out),
+            "near_copy_threshold": pairs.threshold,
+            "metrics": metrics,
+            "floor": floor,
+        }
+        return measured, pairs
 
-    def measure(self, run: Run) -> tuple[dict[str, Any], ClosestPairs]:
-        """All figures of a run, as they go into ``metrics.json``, and its closest pairs."""
-        label = run.settings["label"]
-        which = label if self.options.reference == "class" else "all"
-        reference, _held_out = self.real(which)
+    def measure_together(self, run: Run, n_training: int) -> dict[str, Any]:
+        """A conditional run's images of all classes at once, beside real ones of all classes.
+
+        Returns the same as ``measure_class``, without copies: these are searched class by class.
+        """
+        # The images and the classes that they were asked to be.
+        images = torch.cat(list(run.images.values()))  # (N, C, H, W)
+        counts = torch.tensor([len(part) for part in run.images.values()])
+        labels = torch.tensor(list(run.images)).repeat_interleave(counts)  # (N,)
+
+        reference, _held_out = self.real("all")
+        metrics = self.compare(self.sample(images), reference)
+        floor = dict(self.floor("all", len(images)))
+        if self.classifier is not None:
+            metrics["label_accuracy"] = accuracy(self.classifier, images, labels)
+            floor["label_accuracy"] = accuracy(self.classifier, *self.held_out)
+        return {
+            "n_generated": len(images),
+            "n_real": len(reference.images),
+            "n_training": n_training,
+            "metrics": metrics,
+            "floor": floor,
+        }
+
+    def measure(self, run: Run) -> tuple[list[dict[str, Any]], dict[str, ClosestPairs]]:
+        """All figures of a run, a row for each class, and by the row's name its closest pairs.
+
+        Of a conditional run two rows follow: the mean over its classes ("mean"), and its images of
+        all classes together ("all").
+        """
         training = self.training_images(run)
-        metrics, floor, pairs = self.measure_class(run.images, label, training, which)
+        measured: dict[int | str, dict[str, Any]] = {}
+        pairs = {}
+        for label, images in run.images.items():
+            measured[label], closest = self.measure_class(images, label, training[label])
+            pairs[self.row_name(run, label)] = closest
 
-        # What a reader of the run's row must know.
+        if run.conditional:
+            n_training = sum(len(images) for images in training.values())
+            measured["mean"] = mean_over_classes(list(measured.values()))
+            measured["all"] = self.measure_together(run, n_training)
+        return [self.row(run, label, part) for label, part in measured.items()], pairs
+
+    def row(self, run: Run, label: int | str, measured: dict[str, Any]) -> dict[str, Any]:
+        """A row as it goes into ``metrics.json``."""
+        # What a reader of the row must know.
         notes = []
-        if self.extractor is not None and len(run.images) < FID_WARNING_BELOW:
+        if self.extractor is not None and measured["n_generated"] < FID_WARNING_BELOW:
             notes.append(f"FID biased upwards: n < {FID_WARNING_BELOW}")
         if "symmetries" in run.trained_on:
             notes.append("trained with augmentation")
-        if floor["n"] < len(run.images):
-            notes.append(f"floor at n = {floor['n']}")
+        if measured["floor"]["n"] < measured["n_generated"]:
+            notes.append(f"floor at n = {measured['floor']['n']}")
         if self.source in ("digits", "tissue"):
             notes.append(f"against embedded {self.source}")
 
-        result = {
-            "run": run.name,
+        return {
+            "run": self.row_name(run, label),
+            "label": label,
             "condition": run.condition,
             "settings": run.settings,
-            "reference": self.options.reference,
-            "n_generated": len(run.images),
-            "n_real": len(reference.images),
-            "n_training": len(training),
-            "n_held_out": len(self.held_out.of_class(label)),
+            "reference": "all" if label == "all" else self.options.reference,
             "features": str(self.extractor or "none"),
             "preprocessing": self.extractor and self.extractor.preprocessing,
             "classifier": self.classifier_record,
-            "near_copy_threshold": pairs.threshold,
-            "metrics": without_nan(metrics),
-            "floor": without_nan(floor),
+            **measured,
+            "metrics": without_nan(measured["metrics"]),
+            "floor": without_nan(measured["floor"]),
             "note": "; ".join(notes),
         }
-        return result, pairs
+
+    def row_name(self, run: Run, label: int | str) -> str:
+        """What a row of the tables is: the run, and if it has several classes which."""
+        if not run.conditional:
+            return run.name
+        names = self.dataset.module.CLASS_NAMES
+        return f"{run.name}: {names[label] if isinstance(label, int) else label}"
+
+
+def mean_over_classes(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The mean of what ``measure_class`` returns; NaN where a class has NaN, of texts the first."""
+
+    def mean(values: Sequence[Any]) -> Any:
+        if isinstance(values[0], dict):
+            return {key: mean([value[key] for value in values]) for key in values[0]}
+        if isinstance(values[0], str):
+            return values[0]
+        is_count = isinstance(values[0], int)
+        return round(np.mean(values)) if is_count else float(np.mean(values))
+
+    return mean(measured)
 
 
 def copy_statistics(
@@ -915,7 +993,7 @@ def comparison_csv(results: list[dict[str, Any]]) -> str:
     frame = pd.json_normalize(results, sep="_")
     frame.columns = [name.removeprefix("settings_").removeprefix("metrics_") for name in frame]
     floors = [name for name in frame if name.startswith("floor_")]
-    columns = ["run", "arm", "condition", "data", "label", "n_train", "seed"]
+    columns = ["run", "arm", "condition", "data", "label", "n_train", "seed"]  # label: or mean, all
     columns += BUDGET
     columns += ["features", "reference", "n_generated", "n_real", "n_training", "note"]
     columns += [*METRICS, "kid_standard_error"]
@@ -931,15 +1009,17 @@ def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
     ends with FLOOR.
     """
     # An empty cell is an empty text, or a number that is missing.
-    texts = ["run", "arm", "condition", "note"]
+    texts = ["run", "arm", "condition", "label", "note"]
     frame = pd.read_csv(
         file, dtype=dict.fromkeys(texts, str), keep_default_na=False, na_values=[""]
     )
     frame[texts] = frame[texts].fillna("")
     frame["n_train"] = frame["n_train"].fillna(np.inf)
 
-    # The part of the condition that is the circuit's: "shots10" of "shots10_steps2"; "": ideal.
-    frame["circuit"] = frame["condition"].str.replace(r"_?steps\d+$", "", regex=True)
+    # The parts of the condition: of "conditional_shots10_steps2" the circuit's is "shots10"; "":
+    # ideal.
+    frame["conditional"] = frame["condition"].str.startswith("conditional")
+    frame["circuit"] = frame["condition"].str.replace(r"^conditional_?|_?steps\d+$", "", regex=True)
 
     # Arms in their usual order, also in tables and figures.
     frame["name"] = (frame["arm"] + " " + frame["condition"]).str.strip()
@@ -953,6 +1033,11 @@ def order_of_arms(name: str) -> tuple[int, str]:
     arm = name.split()[0]
     place = list(ARMS).index(arm) if arm in ARMS else len(ARMS)
     return place, name
+
+
+def of_classes(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a class each, without those of a conditional run's mean and all classes."""
+    return frame[~frame["label"].isin(["mean", "all"])]
 
 
 def shared_classes(frame: pd.DataFrame, within: list[str], series: list[str]) -> pd.DataFrame:
@@ -996,7 +1081,7 @@ def pair_differences(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     is_baseline = frame["arm"] == baseline
     is_noiseless = frame["circuit"] == ""
     noiseless = frame[is_baseline & is_noiseless]
-    has_all_steps = noiseless["condition"] == ""
+    has_all_steps = ~noiseless["condition"].str.contains("steps")
 
     # The circuit's condition differs: quantum shots10_steps2 − quantum steps2.
     noisy = frame[is_baseline & ~is_noiseless]
@@ -1004,6 +1089,11 @@ def pair_differences(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
 
     # The sampler's steps differ: quantum steps2 − quantum.
     kinds.append((noiseless[~has_all_steps], noiseless[has_all_steps], PAIR))
+
+    # One model for all classes instead of one for each: quantum conditional − quantum.
+    alike = [column for column in PAIR if column != "conditional"]
+    of_all = noiseless["conditional"]
+    kinds.append((noiseless[of_all], noiseless[~of_all], [*alike, "sample_steps"]))
 
     # The arm differs, and perhaps the circuit's condition: quantum shots10_steps2 − matched steps2.
     if baseline in BASELINES:
@@ -1164,7 +1254,9 @@ FLOOR_TEXT = (
 
 def comparison_text(frame: pd.DataFrame) -> str:
     """The Markdown report on several runs."""
-    runs = comparable_runs(frame)
+    classes = of_classes(frame)
+    together = frame[frame["label"] == "all"]
+    runs = comparable_runs(classes)
     features = ", ".join(sorted(set(frame["features"])))
     paragraphs = [
         "# Comparison of runs",
@@ -1172,18 +1264,20 @@ def comparison_text(frame: pd.DataFrame) -> str:
         f"reference {frame['reference'][0]}. Mean over seeds ± half of the 95 % interval "
         f"(Student's t). {FLOOR}: held-out images, as many as generated.",
         FLOOR_TEXT,
-        f"Budget: {budget_text(frame)}.",
+        f"Budget: {budget_text(classes)}.",
         notes_text(frame),
         arm_table(runs),
     ]
-    if len(runs) < len(frame):
-        left_out = f"{len(frame) - len(runs)} of {len(frame)} runs are left out"
+    if len(runs) < len(classes):
+        left_out = f"{len(classes) - len(runs)} of {len(classes)} runs are left out"
         paragraphs.append(f"{left_out}: every arm and seed of that size must have the class.")
+    if len(together) > 0:
+        paragraphs += ["## All classes of a model together", arm_table(together)]
 
     # All arms against the two controls, then every arm's conditions against the arm itself.
     others = [arm for arm in ARMS if arm not in BASELINES]
     for baseline in (*BASELINES, *others):
-        all_pairs = pair_differences(frame, baseline)
+        all_pairs = pair_differences(classes, baseline)
         if len(all_pairs) > 0:
             paragraphs.append(f"## Paired differences against {baseline}")
             paragraphs += difference_paragraphs(all_pairs)
@@ -1231,20 +1325,24 @@ def notes_text(frame: pd.DataFrame) -> str:
 
 
 # ------------------------------------------------------------------------------------- figures
-def draw_closest_pairs(name: str, pairs: ClosestPairs) -> Figure:
-    """``closest_pairs.png``: generated images above the training images nearest to them."""
-    figure = Figure(figsize=(7.5, 2.1), layout="constrained")
-    axes = figure.subplots()
-    count = len(pairs.generated)
-    show_tiles(axes, torch.cat([pairs.generated, pairs.training]), columns=count)
+def draw_closest_pairs(pairs: dict[str, ClosestPairs]) -> Figure:
+    """``closest_pairs.png``: generated images above the training images nearest to them.
 
-    side = pairs.generated.shape[-1] + TILE_PADDING
-    axes.set_xticks((np.arange(count) + 0.5) * side, [f"{x:.3f}" for x in pairs.distance])
-    axes.set_yticks([0.5 * side, 1.5 * side], ["generated", "training"])
-    axes.tick_params(length=0, labelsize=7)
+    A panel a class, by its title.
+    """
+    figure = Figure(figsize=(7.5, 2.1 * len(pairs)), layout="constrained")
+    panels = figure.subplots(len(pairs), 1, squeeze=False).flat
+    for axes, (name, closest) in zip(panels, pairs.items(), strict=True):
+        count = len(closest.generated)
+        show_tiles(axes, torch.cat([closest.generated, closest.training]), columns=count)
 
-    title = f"{name}: closest pairs, RMS difference (near copy: ≤ {pairs.threshold:.3f})"
-    axes.set_title(title, fontsize=8)
+        side = closest.generated.shape[-1] + TILE_PADDING
+        axes.set_xticks((np.arange(count) + 0.5) * side, [f"{x:.3f}" for x in closest.distance])
+        axes.set_yticks([0.5 * side, 1.5 * side], ["generated", "training"])
+        axes.tick_params(length=0, labelsize=7)
+
+        title = f"{name}: closest pairs, RMS difference (near copy: ≤ {closest.threshold:.3f})"
+        axes.set_title(title, fontsize=8)
     return figure
 
 
@@ -1256,6 +1354,7 @@ def draw_panels(frame: pd.DataFrame, against_size: bool) -> Figure:
     line an arm. Below, when there are runs of ``matched``, the paired differences to it.
     """
     # What is drawn: every arm's means and, where there are pairs, their differences.
+    frame = of_classes(frame)
     means = class_means(with_floors(comparable_runs(frame)))
     differences = class_means(comparable_pairs(pair_differences(frame, BASELINES[0])))
     has_differences = len(differences) > 0
@@ -1357,80 +1456,91 @@ def arm_style(name: str, names: Sequence[str]) -> dict[str, Any]:
 
 
 def draw_overview(runs: Sequence[Run], evaluator: Evaluator) -> Figure:
-    """``overview.png``: real training images and, row by row, the first images of each arm.
+    """``overview.png``: real training images and the first images of each arm.
 
-    Each training-set size has such rows. The images are those of the lowest seed, as many of each
-    class, and OVERVIEW_COLUMNS in a row.
+    Of one class each arm has a row. Of several each class has a row, and the arms stand side by
+    side. The images are those of the lowest seed; each training-set size has such rows.
     """
-    rows = overview_rows(runs, evaluator)
-    labels = sorted({run.settings["label"] for run in runs})
-    each = max(1, OVERVIEW_COLUMNS // len(labels))  # images of a class
-    white = torch.full((each, *runs[0].images.shape[1:]), 255, dtype=torch.uint8)
+    series = overview_series(runs, evaluator)
+    labels = sorted({label for run in runs for label in run.images})
+    names = [evaluator.dataset.module.CLASS_NAMES[label] for label in labels]
+    channels = next(iter(runs[0].images.values())).shape[1]
 
-    # A panel for each row: its tiles fill about 5 of the figure's 6 inches, and are square.
-    row_height = 5 / each / len(labels)
+    # The cells of the picture: (row, column) -> images.
+    cells: dict[tuple[str, str], Tensor] = {}
+    for (n_train, arm), by_label in series.items():
+        ending = "" if n_train == math.inf else f", N = {n_train}"
+        for label, name in zip(labels, names, strict=True):
+            place = (arm + ending, name) if len(labels) == 1 else (name + ending, arm)
+            if label in by_label:
+                cells[place] = by_label[label]
+
+    # Every cell has the same number of images, white where some are missing.
+    rows = list(dict.fromkeys(row for row, _column in cells))
+    columns = list(dict.fromkeys(column for _row, column in cells))
+    each = max(1, OVERVIEW_COLUMNS // len(columns))
+    white = torch.full((each, channels, mnist.IMAGE_SIZE, mnist.IMAGE_SIZE), 255, dtype=torch.uint8)
+
+    # A panel for each cell. Its tiles are square, and all of them about 5 of the figure's 6 inches.
+    row_height = 5 / each / len(columns)
     figure = Figure(figsize=(6, 0.3 + row_height * len(rows)), layout="constrained")
-    panels = figure.subplots(len(rows), 1, squeeze=False).flat
-    style = {"va": "center", "rotation": 0, "fontsize": 7}
-    for axes, (title, by_label) in zip(panels, rows.items(), strict=True):
-        tiles = []
-        for label in labels:
-            images = by_label.get(label, white)[:each]
-            tiles += [images, white[len(images) :]]  # white where there are too few
-        show_tiles(axes, torch.cat(tiles), columns=each * len(labels))
-        axes.set_ylabel(title, ha="right", **style)
-
-    # The classes' names, nine pixels above the first row.
-    class_width = each * (white.shape[-1] + TILE_PADDING)
-    for k, label in enumerate(labels):
-        name = evaluator.dataset.module.CLASS_NAMES[label]
-        figure.axes[0].text((k + 0.5) * class_width, -9, name, ha="center", **style)
+    panels = figure.subplots(len(rows), len(columns), squeeze=False)
+    for row, in_row in zip(rows, panels, strict=True):
+        for column, axes in zip(columns, in_row, strict=True):
+            images = cells.get((row, column), white)[:each]
+            show_tiles(axes, torch.cat([images, white[len(images) :]]), columns=each)
+        in_row[0].set_ylabel(row, ha="right", va="center", rotation=0, fontsize=7)
+    for column, axes in zip(columns, panels[0], strict=True):
+        axes.set_title(column, fontsize=7)
     return figure
 
 
-def overview_rows(runs: Sequence[Run], evaluator: Evaluator) -> dict[str, dict[int, Tensor]]:
-    """The rows of ``overview.png`` by title: images (n, C, H, W) uint8 by label.
+def overview_series(
+    runs: Sequence[Run], evaluator: Evaluator
+) -> dict[tuple[float, str], dict[int, Tensor]]:
+    """What ``overview.png`` shows: by training-set size and arm, images (n, C, H, W) by label.
 
-    For each training size, the whole class last: real images, then the arms as in all tables.
+    For each size, the whole class (infinite) last: "real" images, then the arms as in all tables.
     """
 
     def place(run: Run) -> tuple:
         return run.settings["n_train"] or math.inf, order_of_arms(run.arm), run.settings["seed"]
 
-    rows: dict[str, dict[int, Tensor]] = {}
+    series: dict[tuple[float, str], dict[int, Tensor]] = {}
     for run in sorted(runs, key=place):
-        label, n_train, seed = (run.settings[name] for name in ("label", "n_train", "seed"))
-        ending = "" if n_train is None else f", N = {n_train}"
-
-        # What the first arm was trained on, and what each arm made; of each class the lowest seed.
-        real = rows.setdefault(f"real{ending}", {})
-        if label not in real:
-            select_images = evaluator.dataset.module.select_images
-            real[label] = select_images(*evaluator.train, label, n_train, seed)
-        generated = rows.setdefault(f"{run.arm}{ending}", {})
-        generated.setdefault(label, run.images)
-    return rows
+        n_train, seed = run.settings["n_train"], run.settings["seed"]
+        size = n_train or math.inf
+        for label, images in run.images.items():
+            # What the first arm was trained on, and what each arm made; of each the lowest seed.
+            real = series.setdefault((size, "real"), {})
+            if label not in real:
+                select_images = evaluator.dataset.module.select_images
+                real[label] = select_images(*evaluator.train, label, n_train, seed)
+            series.setdefault((size, run.arm), {}).setdefault(label, images)
+    return series
 
 
 # ----------------------------------------------------------------------- the published procedure
 # Published: 5 generated images against the first 5 training images of any class, FID and paired
 # SSIM. Beside it 5 real images of the run's own class, PAPER_DRAWS times, as a perfect generator
 # would draw them: how far chance alone moves both figures.
-def paper_protocol(evaluator: Evaluator, runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """The published evaluation of each run, as it goes into ``metrics_paper.json``.
+def paper_protocol(
+    evaluator: Evaluator, run: Run, first: Sample, real_scores: Callable[[int], pd.DataFrame]
+) -> list[dict[str, Any]]:
+    """The published evaluation of a run, a record a class, as it goes into ``metrics_paper.json``.
 
-    Raises UserError for runs with fewer than PAPER_IMAGES images.
+    first: the first training images; real_scores: ``real_paper_scores`` of a class. Raises
+    UserError for a run with fewer than PAPER_IMAGES images.
     """
-    first = evaluator.sample(evaluator.train.images[:PAPER_IMAGES])
-    real_scores = functools.cache(lambda label: real_paper_scores(evaluator, label, first))
     records = []
-    for run in tqdm(runs, "runs", delay=2, leave=False):
-        if len(run.images) < PAPER_IMAGES:
-            raise UserError(f"{run.folder}: {len(run.images)} images, expected {PAPER_IMAGES}")
-        score = evaluator.compare(evaluator.sample(run.images[:PAPER_IMAGES]), first)
-        real = real_scores(run.settings["label"])
+    for label, images in run.images.items():
+        if len(images) < PAPER_IMAGES:
+            raise UserError(f"{run.folder}: {len(images)} images, expected {PAPER_IMAGES}")
+        score = evaluator.compare(evaluator.sample(images[:PAPER_IMAGES]), first)
+        real = real_scores(label)
 
         record = {
+            "run": evaluator.row_name(run, label),
             "n_generated": PAPER_IMAGES,
             "n_real": PAPER_IMAGES,
             "draws": PAPER_DRAWS,
@@ -1467,13 +1577,11 @@ def real_paper_scores(evaluator: Evaluator, label: int, first: Sample) -> pd.Dat
     return pd.DataFrame(scores)
 
 
-def paper_table(
-    runs: Sequence[Run], records: Sequence[dict[str, Any]], withdrawn: dict[str, tuple]
-) -> str:
-    """A row a run; below them the paper's own figures."""
+def paper_table(records: Sequence[dict[str, Any]], withdrawn: dict[str, tuple]) -> str:
+    """A row a record; below them the paper's own figures."""
     rows = []
-    for run, record in zip(runs, records, strict=True):
-        row = [run.name, str(record["n_generated"]), str(record["n_real"]), record["features"]]
+    for record in records:
+        row = [record["run"], str(record["n_generated"]), str(record["n_real"]), record["features"]]
         for metric in PAPER_METRICS:
             score = record[metric]
             low, high = (show(value, "{:.4g}") for value in score["real_95"])
@@ -1547,11 +1655,12 @@ def read_runs(folders: Sequence[Path], dataset: DataSet) -> list[Run]:
     # Two runs of one cell of the table cannot both be shown.
     seen: dict[tuple, Run] = {}
     for run in runs:
-        key = (run.arm, *(run.settings[name] for name in PAIR))
-        other = seen.setdefault(key, run)
-        if other is not run:
-            alike = "have the same arm, condition, class, size and seed; evaluate each by itself"
-            raise UserError(f"{other.folder} and {run.folder} {alike}")
+        for label in run.images:
+            key = (run.arm, label, run.settings["n_train"], run.settings["seed"])
+            other = seen.setdefault(key, run)
+            if other is not run:
+                alike = "have the same arm, condition, class, size and seed"
+                raise UserError(f"{other.folder} and {run.folder} {alike}; evaluate each by itself")
     return runs
 
 
@@ -1582,10 +1691,10 @@ def evaluate_fully(evaluator: Evaluator, runs: Sequence[Run], out: Path | None) 
     # Each run's figures are written as soon as they are known.
     results = []
     for run in tqdm(runs, "runs", delay=2, leave=False):
-        result, pairs = evaluator.measure(run)
-        results.append(result)
-        write_json(run.folder / "metrics.json", result)
-        draw(run.folder / "closest_pairs.png", draw_closest_pairs, run.name, pairs)
+        rows, pairs = evaluator.measure(run)
+        results += rows
+        write_json(run.folder / "metrics.json", rows if run.conditional else rows[0])
+        draw(run.folder / "closest_pairs.png", draw_closest_pairs, pairs)
 
     # Printed before anything that may fail.
     csv = comparison_csv(results)
@@ -1607,11 +1716,15 @@ def evaluate_fully(evaluator: Evaluator, runs: Sequence[Run], out: Path | None) 
 
 def evaluate_as_published(evaluator: Evaluator, runs: Sequence[Run], out: Path | None) -> None:
     """The published procedure: into each run's folder, a table, and into ``out`` the table."""
-    records = paper_protocol(evaluator, runs)
-    for run, record in zip(runs, records, strict=True):
-        write_json(run.folder / "metrics_paper.json", record)
+    first = evaluator.sample(evaluator.train.images[:PAPER_IMAGES])
+    real_scores = functools.cache(lambda label: real_paper_scores(evaluator, label, first))
+    records = []
+    for run in tqdm(runs, "runs", delay=2, leave=False):
+        of_run = paper_protocol(evaluator, run, first, real_scores)
+        records += of_run
+        write_json(run.folder / "metrics_paper.json", of_run if run.conditional else of_run[0])
 
-    text = paper_table(runs, records, evaluator.dataset.withdrawn)
+    text = paper_table(records, evaluator.dataset.withdrawn)
     say(text)
     if out is not None:
         write_atomic(out / "paper_protocol.md", f"{text}\n")

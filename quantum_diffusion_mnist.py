@@ -88,14 +88,19 @@ SAMPLE_STEPS = 50  # network evaluations for a final image
 PREVIEW_STEPS = 25  # network evaluations for a preview
 CHECKPOINT_STEPS = 100  # a killed run loses at most so many steps
 
+# The classes.
 CLASS_NAMES = tuple("0123456789")
 CLASS_IDS = {name: k for k, name in enumerate(CLASS_NAMES)}
 CLASS_PREFIX = ""  # between data set and class in a run's name ("_" in the PathMNIST script)
+ALL_CLASSES = tuple(range(10))  # those that a run's name need not list
 DEFAULT_CLASS = {"mnist": "3", "digits": "3"}
 
+# The size of the U-Net and of a training.
+FOLD = 2  # squares of 2x2 pixels become channels before the first level
+WIDTHS = (48, 128)  # channels of each level, at 14x14 and 7x7 pixels
+CONDITIONAL_STEPS = 5000  # the default of one model for several classes
 
 RANGES = {  # lowest and highest value of each setting that is a number
-    "label": (0, len(CLASS_NAMES) - 1),
     "n_train": (1, 10**9),
     "seed": (0, 2**63 - 1),
     "steps": (1, 10**6),
@@ -130,8 +135,8 @@ class Settings:
     # What is trained on what.
     arm: str = "classical"  # a key of ARMS
     data: str = "digits"  # the data source
-    label: int = 3  # the class
-    n_train: int | None = None  # training images; None: all of the class
+    classes: tuple[int, ...] = (3,)  # more than one: one class-conditional model of them all
+    n_train: int | None = None  # training images of each class; None: all
     seed: int = 0  # of the initial weights, the data subset, the batches and all noise
 
     # The training.
@@ -148,7 +153,7 @@ class Settings:
 
     # What is looked at on the way.
     n_frames: int = 30  # previews
-    n_samples: int = 5  # images per preview
+    n_samples: int = 5  # images of each class per preview
 
     # The conditions: what may change when a trained model is sampled again (--weights).
     sample_steps: int = SAMPLE_STEPS  # network evaluations per image (the default at most T)
@@ -164,8 +169,12 @@ class Settings:
 
         # JSON and users give lists, too.
         object.__setattr__(self, "gate_noise", tuple(self.gate_noise))
+        object.__setattr__(self, "classes", tuple(sorted(set(self.classes))))
 
         # Ranges.
+        if not self.classes or not set(self.classes) <= set(range(len(CLASS_NAMES))):
+            expected = f"expected some of 0 to {len(CLASS_NAMES) - 1}"
+            raise UserError(f"classes {list(self.classes)}: {expected}")
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -191,6 +200,11 @@ class Settings:
             raise UserError(f"{found}, or --simulator exact")
 
     @property
+    def conditional(self) -> bool:
+        """Whether one model learns several classes, with the class as an input."""
+        return len(self.classes) > 1
+
+    @property
     def condition(self) -> str:
         """The conditions that differ from their defaults, for the name: ``shots1000_steps10``."""
         words = []
@@ -208,9 +222,19 @@ class Settings:
 
     @property
     def name(self) -> str:
-        """The run folder's name, for example ``quantum_mnist3_nall_seed0_shots1000``."""
-        label = CLASS_PREFIX + CLASS_NAMES[self.label]
-        name = f"{self.arm}_{self.data}{label}_n{self.n_train or 'all'}_seed{self.seed}"
+        """The run folder's name.
+
+        For example ``quantum_mnist3_nall_seed0_shots1000``, ``quantum_mnist_conditional_n25_seed0``
+        or, of two classes, ``quantum_mnist_conditional-3-8_n25_seed0``.
+        """
+        names = [CLASS_NAMES[label] for label in self.classes]
+        if not self.conditional:
+            of_classes = CLASS_PREFIX + names[0]
+        elif self.classes == ALL_CLASSES:
+            of_classes = "_conditional"
+        else:
+            of_classes = "-".join(["_conditional", *names])
+        name = f"{self.arm}_{self.data}{of_classes}_n{self.n_train or 'all'}_seed{self.seed}"
         return f"{name}_{self.condition}" if self.condition else name
 
 
@@ -867,11 +891,12 @@ class SelfAttention(nn.Module):
 
 
 class UNet(nn.Module):
-    """The denoiser: 28x28 folded to 14x14, then 7x7, where the gate sits; a skip at both.
+    """The denoiser: a residual block at each of WIDTHS' levels, down and up again, with skips.
 
-    channels: 1 or 3. gate: a function of the number of channels that makes the gate (None: no
-    gate), for example ``QuantumGate``. seed: of the initial weights, which are the same U-Net's
-    for every gate; torch's global generator is left alone.
+    channels: 1 or 3. gate: a function of the number of channels that makes the gate of the
+    coarsest level (None: no gate), for example ``QuantumGate``. seed: of the initial weights, which
+    are the same U-Net's for every gate; torch's global generator is left alone. n_classes: of a
+    class-conditional model; None: the class is no input.
     """
 
     def __init__(
@@ -879,66 +904,100 @@ class UNet(nn.Module):
         channels: int,
         gate: Callable[[int], nn.Module | None] = lambda channels: None,
         seed: int = 0,
+        n_classes: int | None = None,
     ):
         super().__init__()
         self.channels = channels
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.build(gate)
+            self.build(gate, n_classes)
         self.to(memory_format=torch.channels_last)  # a CPU's convolutions are faster so
 
-    def build(self, gate: Callable[[int], nn.Module | None]) -> None:
+    def build(self, gate: Callable[[int], nn.Module | None], n_classes: int | None) -> None:
         """Makes the layers, with random initial weights."""
-        width = 48  # channels at 14x14
-        bottleneck = 128  # and at 7x7
-        embedding = 128  # of the time
-        self.embed = nn.Sequential(
-            nn.Linear(64, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
-        )
-        self.stem = nn.Conv2d(4 * self.channels, width, 3, padding=1)
-        self.encode14 = ResBlock(width, embedding)
-        self.down = nn.Conv2d(width, bottleneck, 2, stride=2)
-        self.encode7 = ResBlock(bottleneck, embedding)
-        self.attention = SelfAttention(bottleneck)
-        self.merge7 = nn.Conv2d(2 * bottleneck, bottleneck, 1)
-        self.decode7 = ResBlock(bottleneck, embedding)
-        self.up = nn.ConvTranspose2d(bottleneck, width, 2, stride=2)
-        self.merge14 = nn.Conv2d(2 * width, width, 1)
-        self.decode14 = ResBlock(width, embedding)
-        self.norm = nn.GroupNorm(8, width)
-        self.head = start_at_zero(nn.Conv2d(width, 4 * self.channels, 3, padding=1))
-        self.gate = gate(bottleneck)  # last, so that a seed gives the same U-Net to all gates
+        size = 128  # of the embedding of time and class
+        self.embed_time = nn.Sequential(nn.Linear(64, size), nn.SiLU(), nn.Linear(size, size))
+        self.embed_class = None
+        if n_classes is not None:
+            self.embed_class = nn.Embedding(n_classes, size)
+            nn.init.zeros_(self.embed_class.weight)
 
-    def forward(self, x: Tensor, t: Tensor, generators: Sequence[torch.Generator] = ()) -> Tensor:
+        # The encoder: from each level to the next half as many pixels a side.
+        steps = list(itertools.pairwise(WIDTHS))
+        self.stem = nn.Conv2d(FOLD**2 * self.channels, WIDTHS[0], 3, padding=1)
+        self.encode = nn.ModuleList(ResBlock(width, size) for width in WIDTHS)
+        self.down = nn.ModuleList(nn.Conv2d(fine, coarse, 2, stride=2) for fine, coarse in steps)
+
+        # The bottleneck's attention; the decoder, which merges what comes up with the skip.
+        self.attention = SelfAttention(WIDTHS[-1])
+        self.merge = nn.ModuleList(nn.Conv2d(2 * width, width, 1) for width in WIDTHS)
+        self.decode = nn.ModuleList(ResBlock(width, size) for width in WIDTHS)
+        self.up = nn.ModuleList(
+            nn.ConvTranspose2d(coarse, fine, 2, stride=2) for fine, coarse in steps
+        )
+        self.norm = nn.GroupNorm(8, WIDTHS[0])
+        self.head = start_at_zero(nn.Conv2d(WIDTHS[0], FOLD**2 * self.channels, 3, padding=1))
+
+        self.gate = gate(WIDTHS[-1])  # last, so that a seed gives the same U-Net to all gates
+
+    def embed(self, t: Tensor, labels: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The embedding of timesteps t (B,), with that of the classes added: (B, 128)."""
+        embedding = self.embed_time(timestep_embedding(t, 64).to(dtype))
+        if self.embed_class is None:
+            if labels is not None:
+                raise UserError("labels: expected None, as the model is of one class")
+            return F.silu(embedding)
+        if labels is None:
+            raise UserError("labels None: expected (B,), the class of each image")
+        return F.silu(embedding + self.embed_class(labels))
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        labels: Tensor | None = None,
+        generators: Sequence[torch.Generator] = (),
+    ) -> Tensor:
         """Predicts v, shaped like x.
 
-        x: (B, channels, H, W), H and W multiples of 4; t: (B,) int64; generators: of the
-        circuit's shots, one for each sample. Raises UserError for a single image without B.
+        x: (B, channels, H, W), H and W multiples of 4; t: (B,) int64; labels: (B,) int64, of a
+        class-conditional model; generators: of the circuit's shots, one for each sample. Raises
+        UserError for a single image without B, and for labels where none belong, or none.
         """
         if x.ndim != 4:
             raise UserError(f"x of shape {tuple(x.shape)}: expected (B, {self.channels}, H, W)")
-        embedding = self.embed(timestep_embedding(t, 64).to(x.dtype))  # (B, 128)
+        embedding = self.embed(t, labels, x.dtype)  # (B, 128)
 
         # Encoder.
-        x = F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last)
-        h14 = self.encode14(self.stem(x), embedding)  # (B, 48, 14, 14)
-        h7 = self.encode7(self.down(h14), embedding)  # (B, 128, 7, 7)
+        x = F.pixel_unshuffle(x, FOLD).contiguous(memory_format=torch.channels_last)
+        h = self.stem(x)  # (B, WIDTHS[0], H / FOLD, W / FOLD)
+        skips = []
+        for level, block in enumerate(self.encode):
+            if level > 0:
+                h = self.down[level - 1](h)
+            h = block(h, embedding)
+            skips.append(h)
 
         # Bottleneck: h * (1 + g(mean(h))).
-        h = self.attention(h7)
+        h = self.attention(h)  # (B, 128, 7, 7)
         if self.gate is not None:
             g = self.gate(h.mean((2, 3)), generators)  # (B, 128)
             h = h * (1 + g)[:, :, None, None]
 
-        # Decoder.
-        h = self.decode7(self.merge7(torch.cat([h, h7], dim=1)), embedding)
-        h = self.decode14(self.merge14(torch.cat([self.up(h), h14], dim=1)), embedding)
-        return F.pixel_shuffle(self.head(F.silu(self.norm(h))), 2)
+        # Decoder, from the coarsest level to the finest.
+        for level in reversed(range(len(WIDTHS))):
+            h = self.merge[level](torch.cat([h, skips[level]], dim=1))
+            h = self.decode[level](h, embedding)
+            if level > 0:
+                h = self.up[level - 1](h)
+        return F.pixel_shuffle(self.head(F.silu(self.norm(h))), FOLD)
 
 
 def make_unet(channels: int, settings: Settings) -> UNet:
     """The U-Net of a run, with the gate of its arm and the initial weights of its seed."""
-    return UNet(channels, partial(make_gate, settings=settings), settings.seed)
+    seed = random_stream(settings.seed, settings.classes, "weights").initial_seed()
+    n_classes = len(CLASS_NAMES) if settings.conditional else None
+    return UNet(channels, partial(make_gate, settings=settings), seed, n_classes)
 
 
 # -------------------------------------------------------------------------------------- files
@@ -1085,7 +1144,7 @@ def unpack(raw: Path) -> None:
 
 
 def select_images(images: Tensor, labels: Tensor, label: int, n: int | None, seed: int) -> Tensor:
-    """The training images of a run: ``n`` of one class (None: all), drawn by the seed.
+    """The training images of one class: ``n`` of them (None: all), drawn by the seed.
 
     Subsets are nested: 25 are the first of 100. Raises UserError when the class has fewer.
     """
@@ -1095,7 +1154,7 @@ def select_images(images: Tensor, labels: Tensor, label: int, n: int | None, see
     if n is not None and n > len(of_class):
         found = f"class {CLASS_NAMES[label]} has {len(of_class)} training images"
         raise UserError(f"--n_train {n}: {found}, expected at most as many")
-    order = torch.randperm(len(of_class), generator=random_stream(seed, "subset"))
+    order = torch.randperm(len(of_class), generator=random_stream(seed, label, "subset"))
     return of_class[order[:n]]
 
 
@@ -1198,7 +1257,8 @@ def training_order(settings: Settings, n: int) -> Tensor:
     """
     count = settings.steps * settings.batch_size
     epochs = range(math.ceil(count / n))
-    streams = (random_stream(settings.seed, "shuffle", epoch) for epoch in epochs)
+    run = (settings.seed, settings.classes)
+    streams = (random_stream(*run, "shuffle", epoch) for epoch in epochs)
     order = torch.cat([torch.randperm(n, generator=stream) for stream in streams])
     return order[:count].view(settings.steps, settings.batch_size)
 
@@ -1209,7 +1269,7 @@ def training_noise(settings: Settings, x0: Tensor, step: int) -> tuple[Tensor, T
     The timesteps are stratified, one in each of B equal parts of 0 .. T-1, for a lower variance.
     """
     size, device = len(x0), x0.device
-    generator = random_stream(settings.seed, "noise", step, device=device)
+    generator = random_stream(settings.seed, settings.classes, "noise", step, device=device)
     uniform = torch.rand(size, generator=generator, device=device)
     t = (torch.arange(size, device=device) + uniform) * (settings.timesteps / size)
     t = t.long().clamp(max=settings.timesteps - 1)
@@ -1225,13 +1285,16 @@ def shot_generators(
     return [random_stream(settings.seed, *name, device=device) for name in names]
 
 
-def train(settings: Settings, images: Sequence, folder: Path, run_id: str) -> UNet:
+def train(
+    settings: Settings, images: Sequence, folder: Path, run_id: str, labels: Tensor | None = None
+) -> UNet:
     """Trains one model, from its checkpoint in the run folder if there is one.
 
     images: (n, C, 28, 28) uint8 on the device, with .device, .shape and [indices] as of a tensor.
     run_id: the ``run_hash`` of its configuration, kept in the checkpoint so that no other run
-    resumes it. Writes previews, ``loss.csv`` and checkpoints, and returns the model with averaged
-    weights. Raises UserError when it diverges.
+    resumes it. labels: the images' classes (n,), which a class-conditional model needs. Writes
+    previews, ``loss.csv`` and checkpoints, and returns the model with averaged weights. Raises
+    UserError when it diverges.
     """
     device = images.device
     channels = images.shape[1]
@@ -1253,12 +1316,12 @@ def train(settings: Settings, images: Sequence, folder: Path, run_id: str) -> UN
         x0 = to_float(images[order[step]])  # (B, C, 28, 28)
         t, noise = training_noise(settings, x0, step)
         x_t, v = diffusion.q_sample(x0, t, noise)
+        classes = labels[order[step]] if settings.conditional else None  # (B,)
 
         # The loss, and one step of both optimizers.
-        generators = shot_generators(
-            settings, [("circuit", step, k) for k in range(len(x0))], device
-        )
-        loss = F.mse_loss(model(x_t, t, generators), v)
+        names = [(settings.classes, "circuit", step, k) for k in range(len(x0))]
+        generators = shot_generators(settings, names, device)
+        loss = F.mse_loss(model(x_t, t, classes, generators), v)
         model.zero_grad()
         loss.backward()
         factor = learning_rate_factor(step, settings.steps)
@@ -1335,27 +1398,35 @@ def sample_images(
     steps: int,
     bar: tqdm | None = None,
 ) -> Tensor:
-    """Draws the images ``numbers`` of a series, (n, C, 28, 28) uint8 on the CPU.
+    """Draws the images ``numbers`` of each class, one class after the other.
 
-    Image k of a series, ``preview`` or ``image``, has random streams of its own and, but for
-    rounding, does not depend on those it is drawn with. bar: shows every network evaluation.
-    Raises UserError when an image is not a number.
+    Returns (classes * len(numbers), C, 28, 28) uint8 on the CPU. Image k of a class in a series,
+    ``preview`` or ``image``, has random streams of its own and, but for rounding, does not depend
+    on those it is drawn with. bar: shows every network evaluation. Raises UserError when an image
+    is not a number.
     """
     device = next(model.parameters()).device
     diffusion = GaussianDiffusion(settings.timesteps, device)
     shape = (model.channels, IMAGE_SIZE, IMAGE_SIZE)
-    streams = [random_stream(settings.seed, series, k, device=device) for k in numbers]
-    generators = shot_generators(settings, [(series, k, "shots") for k in numbers], device)
+
+    # The class of each image, and its streams.
+    pairs = [(label, k) for label in settings.classes for k in numbers]
+    labels = None
+    if settings.conditional:
+        labels = torch.tensor([label for label, _ in pairs], device=device)
+    names = [(label, series, k) for label, k in pairs]
+    streams = [random_stream(settings.seed, *name, device=device) for name in names]
+    generators = shot_generators(settings, [(*name, "shots") for name in names], device)
 
     def draw_noise(_: Tensor | None = None) -> Tensor:
-        """Noise of every image's own stream, (n, C, 28, 28); the sampler's image is not needed."""
+        """Noise of every image's own stream, (B, C, 28, 28); the sampler's image is not needed."""
         return torch.stack([torch.randn(shape, generator=s, device=device) for s in streams])
 
     def predict_v(x: Tensor, t: Tensor) -> Tensor:
         """The network's prediction, and progress."""
         if bar is not None:
             bar.update()
-        return model(x, t, generators)
+        return model(x, t, labels, generators)
 
     images = diffusion.sample(predict_v, draw_noise(), min(steps, settings.timesteps), draw_noise)
     if images.isnan().any():
@@ -1382,36 +1453,45 @@ def save_preview(folder: Path, settings: Settings, model: UNet, step: int) -> No
     numbers = range(settings.n_samples)
     images = sample_images(settings, model, "preview", numbers, steps)
     preview_path(folder, step).parent.mkdir(exist_ok=True)
-    save_grid(preview_path(folder, step), images)
+    columns = settings.n_samples if settings.conditional else None  # a row for each class
+    save_grid(preview_path(folder, step), images, columns)
 
 
 def sample_final(settings: Settings, model: UNet, folder: Path, n_eval: int, run_id: str) -> None:
-    """Brings ``samples_final.png`` to ``n_eval`` images; those already there are kept.
+    """Brings ``samples_final.png`` to ``n_eval`` images a class; those already there are kept.
 
     Raises UserError when the file is damaged or another run's.
     """
     path = folder / "samples_final.png"
+    n_classes = len(settings.classes)
     images = torch.empty(0, model.channels, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
     if path.exists():
         images = load_grid(path)
         if grid_description(path).get("run") != run_id:
             raise UserError(f"{path}: of a run with other settings; remove it to draw it again")
 
-    # A GPU takes hardly longer for more images at once.
+    images = images.unflatten(0, (n_classes, -1))  # (classes, n, C, 28, 28)
+
+    # How many of each class at once. A GPU takes hardly longer for more images.
     size = 64 if next(model.parameters()).device.type == "cpu" else 512
-    chunks = range(len(images), n_eval, size)
+    most = math.ceil(size / n_classes)
+    fewest = math.ceil(16 / n_classes)  # fewer than 16 images would round differently on a CPU
+
+    chunks = range(images.shape[1], n_eval, most)
     steps = min(settings.sample_steps, settings.timesteps)
     evaluations = len(GaussianDiffusion(settings.timesteps).sampling_levels(steps))
     with tqdm(total=len(chunks) * evaluations, desc="sampling", disable=not chunks) as bar:
         for first in chunks:
-            # Fewer than 16 images would round differently on a CPU: draw 16 and keep n.
-            n = min(size, n_eval - first)
-            numbers = range(first, first + max(n, 16))
+            # Draw at least the fewest and keep n.
+            n = min(most, n_eval - first)
+            numbers = range(first, first + max(n, fewest))
             new = sample_images(settings, model, "image", numbers, steps, bar)
-            images = torch.cat([images, new[:n]])
-            save_grid(path, images, run=run_id)
-    if read_config(folder / "config.json")["n_eval"] != len(images):
-        update_config(folder, n_eval=len(images))
+            new = new.unflatten(0, (n_classes, -1))[:, :n]
+            images = torch.cat([images, new], dim=1)
+            columns = images.shape[1] if settings.conditional else None  # a row for each class
+            save_grid(path, images.flatten(0, 1), columns, run_id)
+    if read_config(folder / "config.json")["n_eval"] != images.shape[1]:
+        update_config(folder, n_eval=images.shape[1])
 
 
 # ------------------------------------------------------------------------------------ pictures
@@ -1454,22 +1534,23 @@ def split_tiles(picture: np.ndarray, grid: dict) -> Tensor:
     return tiles[: grid["count"], :, half:-half, half:-half].contiguous()
 
 
-def save_grid(path: Path, images: Tensor, run: str = "") -> None:
+def save_grid(path: Path, images: Tensor, columns: int | None = None, run: str = "") -> None:
     """Saves images (N, C, H, W) uint8 as one lossless PNG, with a description to split it by.
 
-    The text chunk ``grid`` is JSON. Tile k stands at row k // columns, column k % columns. run: a
-    hash of the settings of the run that the images belong to.
+    The text chunk ``grid`` is JSON. Tile k stands at row k // columns, column k % columns. columns:
+    by default nearly a square, but at least five. run: a hash of the settings of the run that the
+    images belong to.
     """
-    # Nearly square, but of at least five columns; enlarged to about 640 pixels.
     n, channels, height, width = images.shape
-    columns = min(n, max(5, math.ceil(math.sqrt(n))))
+    if columns is None:
+        columns = min(n, max(5, math.ceil(math.sqrt(n))))
     description = {
         "count": n,
         "columns": columns,
         "tile_height": height,
         "tile_width": width,
         "padding": TILE_PADDING,
-        "scale": max(1, min(4, 640 // (columns * (width + TILE_PADDING)))),
+        "scale": max(1, min(4, 640 // (columns * (width + TILE_PADDING)))),  # to 640 pixels
         "channels": channels,
         "value_range": [-1.0, 1.0],
         "run": run,
@@ -1502,15 +1583,30 @@ def load_grid(path: Path) -> Tensor:
     return images
 
 
-def save_gif(path: Path, frames: Sequence[tuple[str, Tensor]], scale: int = 3) -> None:
-    """Saves (caption, images (N, C, H, W) uint8) frames, ten images each at most, as a GIF."""
+def save_gif(
+    path: Path, frames: Sequence[tuple[str, Tensor]], names: Sequence[str] = (), scale: int = 3
+) -> None:
+    """Saves (caption, images (N, C, H, W) uint8) frames as a GIF, in one row of ten at most.
+
+    names: of the classes of a conditional model, each of which then has a row, behind its name.
+    """
     pictures = []
     for caption, images in frames:
-        # A row of images, and white above it for the caption.
-        strip = Image.fromarray(tile(images[:10], 10, scale).squeeze()).convert("RGB")
-        canvas = ImageOps.expand(strip, (0, 7 * scale, 0, 0), "white")
-        ImageDraw.Draw(canvas).text((4, scale), caption, fill="black", font_size=5 * scale)
-        pictures.append(canvas.quantize(64))
+        # A row of images for each class.
+        images = images.unflatten(0, (max(1, len(names)), -1))[:, :10]  # (classes, n, C, H, W)
+        rows = tile(images.flatten(0, 1), images.shape[1], scale).squeeze()
+
+        # White above them for the caption, and to the left for the names.
+        size = 5 * scale  # of the letters
+        left = 3 * scale * max((len(name) for name in names), default=0)
+        top = 7 * scale
+        picture = ImageOps.expand(Image.fromarray(rows).convert("RGB"), (left, top, 0, 0), "white")
+        draw = ImageDraw.Draw(picture)
+        draw.text((4, scale), caption, fill="black", font_size=size)
+        for row, name in enumerate(names):
+            y = top + (row + 0.5) * len(rows) / len(names)
+            draw.text((left - 4, y), name, fill="black", font_size=size, anchor="rm")
+        pictures.append(picture.quantize(64))
 
     # The last frame stays for two seconds.
     durations = [200] * (len(pictures) - 1) + [2000]  # milliseconds
@@ -1585,12 +1681,13 @@ def draw_pictures(settings: Settings, folder: Path) -> None:
     if not path.exists():
         with decoration(path):
             previews = {k: preview_path(folder, k) for k in preview_steps(settings)}
+            names = [CLASS_NAMES[label] for label in settings.classes]
             frames = [
                 (f"step {k}  {settings.name}", load_grid(preview))
                 for k, preview in previews.items()
                 if preview.exists()
             ]
-            save_gif(path, frames)
+            save_gif(path, frames, names if settings.conditional else ())
 
     path = folder / "circuit.png"
     arm = ARMS[settings.arm]
@@ -1621,7 +1718,7 @@ def run_config(settings: Settings, images: Tensor, counts: dict, device: torch.d
     config = {
         "condition": settings.condition,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "settings": asdict(settings) | {"label_name": CLASS_NAMES[settings.label]},
+        "settings": asdict(settings) | {"class_names": [CLASS_NAMES[k] for k in settings.classes]},
         "images": {
             "split": "train",
             **counts,
@@ -1812,7 +1909,7 @@ def load_run(folder: Path | str, device: torch.device | str = "cpu") -> tuple[Se
     folder = Path(folder)
     config = read_config(folder / "config.json")
     with reading(folder / "config.json", "a run's configuration of this version"):
-        known = {key: value for key, value in config["settings"].items() if key != "label_name"}
+        known = {key: value for key, value in config["settings"].items() if key != "class_names"}
         settings = Settings(**known)
         before, now = config["circuit"]["operations"], circuit_text(settings)
         if before != now:
@@ -1824,7 +1921,7 @@ def load_run(folder: Path | str, device: torch.device | str = "cpu") -> tuple[Se
     with reading(path, "this run's weights; remove it to train again"):
         if hashlib.sha256(path.read_bytes()).hexdigest() != config["model_sha256"]:
             raise ValueError("its checksum is not that in config.json")
-        model = make_unet(state["stem.weight"].shape[1] // 4, settings).to(device)
+        model = make_unet(state["stem.weight"].shape[1] // FOLD**2, settings).to(device)
         model.load_state_dict(state)
     return settings, model
 
@@ -1851,13 +1948,14 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--n_train", nargs="+", type=whole_number_or_all, default=[None], metavar="N",
-        help="training images a run, list, or all (default: all)",
+        help="training images of each class, list, or all (default: all)",
     )  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="list (default: 0)")
 
     # Training.
     length = parser.add_mutually_exclusive_group()
-    add_setting(length, "steps", int, "optimizer steps")
+    default = f"{Settings.steps}, of a conditional model {CONDITIONAL_STEPS}"
+    length.add_argument("--steps", type=int, help=f"optimizer steps (default: {default})")
     length.add_argument("--epochs", type=int, help="passes over what is trained on")
     add_setting(parser, "batch_size", int, "images per step")
     add_setting(parser, "lr", float, "peak learning rate of Adam")
@@ -1867,7 +1965,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_setting(parser, "n_qubits", int, "qubits, or units of a classical gate")
     add_setting(parser, "n_layers", int, "circuit layers")
     add_setting(parser, "n_frames", int, "previews in a run")
-    add_setting(parser, "n_samples", int, "images per preview")
+    add_setting(parser, "n_samples", int, "images of each class per preview")
 
     # Conditions.
     add_setting(parser, "sample_steps", int, "network evaluations per image, at most")
@@ -1879,7 +1977,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_setting(parser, "readout_noise", float, "probability that a bit is flipped", "P")
 
     # What comes out, and where.
-    parser.add_argument("--n_eval", type=int, default=25, help="final images (default: 25)")
+    parser.add_argument(
+        "--n_eval", type=int, default=25, help="final images of each class (default: 25)"
+    )
     parser.add_argument(
         "--weights", type=Path, metavar="FOLDER", help="only sample the models of FOLDER's runs"
     )
@@ -1909,7 +2009,11 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of the data set."""
     parser.add_argument(
         "--digits", dest="classes", nargs="+", choices=[*CLASS_IDS, "all"], metavar="DIGIT",
-        help="list of 0-9, or all (default: 3)",
+        help="list of 0-9, or all (default: 3, with --conditional all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--conditional", action=argparse.BooleanOptionalAction, default=False,
+        help="one class-conditional model of all these digits, not a model each (default)",
     )  # fmt: skip
     parser.add_argument(
         "--data", choices=["auto", "mnist", "digits"], default="auto",
@@ -1977,15 +2081,24 @@ class DataSet(NamedTuple):
         wanted = torch.isin(self.labels, torch.tensor(label_ids))
         return self._replace(images=self.images[wanted], labels=self.labels[wanted])
 
-    def chosen_images(self, settings: Settings) -> Tensor:
-        """The images of a run's class and size, drawn by its seed."""
-        n_train, seed = settings.n_train, settings.seed
-        return select_images(self.images, self.labels, settings.label, n_train, seed)
+    def chosen_images(self, settings: Settings) -> tuple[Tensor, Tensor]:
+        """The images of a run, of each class as many, drawn by its seed, and their labels (n,)."""
+        parts = [
+            select_images(self.images, self.labels, label, settings.n_train, settings.seed)
+            for label in settings.classes
+        ]
+        counts = torch.tensor([len(part) for part in parts])
+        labels = torch.tensor(settings.classes).repeat_interleave(counts)
+        return torch.cat(parts), labels
 
-    def training_images(self, settings: Settings, device: torch.device) -> Sequence:
+    def training_images(self, settings: Settings, device: torch.device) -> tuple[Sequence, Tensor]:
         """What a run is trained on: these, or eight of each."""
-        images = self.chosen_images(settings).to(device)
-        return self.augment(images) if self.augment else images
+        images, labels = self.chosen_images(settings)
+        images, labels = images.to(device), labels.to(device)
+        if not self.augment:
+            return images, labels
+        augmented = self.augment(images)  # image k % n in its symmetry k // n
+        return augmented, labels.repeat(len(augmented) // len(labels))
 
 
 class Run(NamedTuple):
@@ -1997,9 +2110,12 @@ class Run(NamedTuple):
 
 def settings_of_flags(args: argparse.Namespace, arm: str, **others: object) -> Settings:
     """The settings of a run of an arm; a circuit's conditions only where there is a circuit."""
-    not_flags = ("arm", "data", "label", "n_train", "seed")
+    not_flags = ("arm", "data", "classes", "n_train", "seed")
     names = [field.name for field in fields(Settings) if field.name not in not_flags]
     values = {name: getattr(args, name) for name in names} | others
+    if values["steps"] is None:
+        several = len(others.get("classes", ())) > 1
+        values["steps"] = CONDITIONAL_STEPS if several else Settings.steps
     settings = Settings(arm, **values)  # checks all flags, those of no use to this arm too
     return replace(settings, **IDEAL) if ARMS[arm].circuit is None else settings
 
@@ -2009,11 +2125,11 @@ def plan_run(
 ) -> Run:
     """The settings and the configuration of a run. Raises UserError when it cannot be made.
 
-    others: the settings that are no flags: data, label, n_train and seed.
+    others: the settings that are no flags: data, classes, n_train and seed.
     """
     settings = settings_of_flags(args, arm, **others)
-    images = data.chosen_images(settings)
-    available = int((data.labels == settings.label).sum())
+    images, _ = data.chosen_images(settings)
+    available = sum(int((data.labels == label).sum()) for label in settings.classes)
     counts = {"total": data.total, "available": available}
     if data.augment:
         counts["symmetries"] = 8
@@ -2051,15 +2167,16 @@ def make_all(args: argparse.Namespace, augment: Callable | None = None) -> None:
 
     # The classes: as asked for, all, or the default.
     source, images, labels = load_images(args.data, args.data_dir)
-    names = args.classes or [DEFAULT_CLASS[source]]
+    names = args.classes or ["all" if args.conditional else DEFAULT_CLASS[source]]
     label_ids = labels.unique().tolist() if "all" in names else [CLASS_IDS[name] for name in names]
     data = DataSet(source, images, labels, len(labels), augment).of_classes(label_ids)
     del images, labels
 
-    # The grid of runs, dealt out to the processes.
+    # The grid of runs, dealt out to the processes: a model for all classes, or one for each.
+    models = [tuple(label_ids)] if args.conditional else [(k,) for k in dict.fromkeys(label_ids)]
     grid = [
-        (arm, {"data": data.source, "label": label, "n_train": n_train, "seed": seed})
-        for label in dict.fromkeys(label_ids)
+        (arm, {"data": data.source, "classes": classes, "n_train": n_train, "seed": seed})
+        for classes in models
         for n_train in dict.fromkeys(args.n_train)
         for arm in dict.fromkeys(arms)
         for seed in dict.fromkeys(args.seeds)
@@ -2093,8 +2210,8 @@ def make_run(args: argparse.Namespace, data: DataSet, device: torch.device, run:
             if not is_trained_here:
                 state = Path(config["weights_from"]).read_bytes()
             else:
-                images = data.training_images(settings, device)
-                state = train(settings, images, folder, run_hash(config)).state_dict()
+                images, labels = data.training_images(settings, device)
+                state = train(settings, images, folder, run_hash(config), labels).state_dict()
             write_atomic(model_path, state)
             digest = hashlib.sha256(model_path.read_bytes()).hexdigest()
             update_config(folder, model_sha256=digest)

@@ -32,9 +32,11 @@ def planned(*argv):
     return calls[0][1], [run for *_, run in calls]
 
 
-def test_adenocarcinoma_is_the_default(tmp_path):
+def test_one_model_of_all_tissues_is_the_default(tmp_path):
     write_npz(tmp_path)
     _, (run,) = planned("--data_dir", tmp_path)
+    assert run.settings.name == "classical_pathmnist_conditional_nall_seed0"
+    _, (run,) = planned("--data_dir", tmp_path, "--no-conditional")
     assert run.settings.name == "classical_pathmnist_adenocarcinoma_nall_seed0"
 
 
@@ -48,16 +50,17 @@ def test_adenocarcinoma_is_the_default(tmp_path):
 )
 def test_names_follow_medmnist(words, tmp_path):
     arrays = write_npz(tmp_path)
-    data, runs = planned("--data_dir", tmp_path, "--labels", *words)
+    data, runs = planned("--data_dir", tmp_path, "--no-conditional", "--labels", *words)
     assert len(runs) == 9
     for k, (settings, config) in enumerate(runs):
         name = settings.name.split("_")[2]
         official = medmnist.INFO["pathmnist"]["label"][str(k)]
         assert all(word in official for word in name.split("-"))
-        assert config["settings"]["label_name"] == name
+        assert config["settings"]["class_names"] == [name]
 
         real = arrays["train_images"][arrays["train_labels"][:, 0] == k]
-        images = data.training_images(settings, "cpu")
+        images, labels = data.training_images(settings, "cpu")
+        assert set(labels.tolist()) == {k} and len(labels) == len(images)
         assert len(images) == 8 * len(real) == 80
         assert images[torch.arange(80)].sum() == 8 * real.sum()
 

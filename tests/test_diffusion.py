@@ -404,7 +404,7 @@ def test_first_step_by_hand(tmp_path, monkeypatch):
     assert torch.allclose(moved[sure], -0.002 * gradient[sure].sign(), rtol=2e-3)
 
     # Muon's is orthogonal; only the last convolution has a gradient as yet.
-    assert torch.equal(model["down.weight"], before["down.weight"])
+    assert torch.equal(model["down.0.weight"], before["down.0.weight"])
     assert torch.allclose(
         average["head.weight"], 0.1 * before["head.weight"] + 0.9 * model["head.weight"]
     )
@@ -413,8 +413,8 @@ def test_first_step_by_hand(tmp_path, monkeypatch):
 def test_second_step_of_muon_by_hand(tmp_path, monkeypatch):
     settings = qd.Settings(steps=50, batch_size=4, timesteps=100, muon_lr=0.03, n_frames=1)
     first, second = watch(settings, tmp_path, monkeypatch, 2)
-    gradient = second[2]["down.weight"].flatten(1)
-    moved = (second[0]["down.weight"] - first[0]["down.weight"]).flatten(1)
+    gradient = second[2]["down.0.weight"].flatten(1)
+    moved = (second[0]["down.0.weight"] - first[0]["down.0.weight"]).flatten(1)
     rows, columns = gradient.shape
     expected = -0.03 * 0.4 * max(1, rows / columns) ** 0.5 * newton_schulz(gradient)
     assert (moved - expected).norm() < 1e-3 * expected.norm()
@@ -482,7 +482,7 @@ def test_a_step_never_makes_the_host_wait_for_the_device(arm, conditions, tmp_pa
 def test_training_makes_a_model_of_the_digit(tmp_path):
     _, digits, labels = qd.load_images("digits", tmp_path)
     settings = qd.Settings(
-        "quantum", steps=80, batch_size=8, timesteps=20, n_qubits=3, label=0, n_frames=1
+        "quantum", steps=80, batch_size=8, timesteps=20, n_qubits=3, classes=(0,), n_frames=1
     )
     images = qd.select_images(digits, labels, 0, None, 0)
     model = qd.train(settings, images, tmp_path, "hash")

@@ -37,6 +37,7 @@ TRAIN = evaluation.Split(*load_images("digits", None, "train")[1:])
 TEST = evaluation.Split(*load_images("digits", None, "test")[1:])
 TRAINED_THREES = TRAIN.of_class(3)
 THREES = TEST.of_class(3)
+FLOOR = evaluation.FLOOR
 RESULTS = Path(__file__).parents[1] / "result_gif" / "results"
 
 
@@ -47,9 +48,14 @@ def make_run(root, images, *, training=None, symmetries=None, **settings):
     training: the images that it was trained on (default: those that its settings select).
     """
     arm = settings.pop("arm", "classical")  # may be one that the training script does not know
-    settings = mnist.Settings(**{"data": "digits", "label": 3} | settings)
+    classes = settings.pop("classes", (settings.pop("label", 3),))
+    settings = mnist.Settings(**{"data": "digits", "classes": classes} | settings)
     if training is None:
-        training = select_images(*TRAIN, settings.label, settings.n_train, settings.seed)
+        parts = [
+            select_images(*TRAIN, label, settings.n_train, settings.seed)
+            for label in settings.classes
+        ]
+        training = torch.cat(parts)
     trained_on = {"sha256": hashlib.sha256(training.numpy().tobytes()).hexdigest()}
     if symmetries is not None:
         trained_on["symmetries"] = symmetries
@@ -63,7 +69,7 @@ def make_run(root, images, *, training=None, symmetries=None, **settings):
         "weights": {},
         "circuit": {},
         "model_sha256": None,
-        "n_eval": len(images),
+        "n_eval": len(images) // len(settings.classes),
     }
     (folder / "config.json").write_text(json.dumps(config))
     if len(images) > 0:
@@ -322,11 +328,12 @@ NOT_MEASURED = dict.fromkeys([*evaluation.METRICS, "kid_standard_error"])
 def fake(arm, label, seed, fid, *, n_train=None, condition="", sample_steps=50):
     """One run's metrics.json; but for FID nothing could be measured."""
     settings = mnist.Settings(
-        data="digits", label=label, n_train=n_train, seed=seed, sample_steps=sample_steps
+        data="digits", classes=(label,), n_train=n_train, seed=seed, sample_steps=sample_steps
     )
     floor = {"fid": label / 2 + 0.5, "n": 100, "from": "test split"}
     return {
         "run": "run",
+        "label": label,
         "condition": condition,
         "settings": asdict(settings) | {"arm": arm},
         "note": "",
@@ -572,6 +579,63 @@ def test_ten_arms_of_four_sizes_do_not_overlap(against_size):
 
 
 # ---------------------------------------------------------------------- published procedure
+def test_a_conditional_run_is_measured_class_by_class_and_together(tmp_path, evaluate, capsys):
+    # Classes 3 and 8, ten images each; the same images as those of two single models.
+    images = {label: noisy(TEST.of_class(label)[:10], seed=label) for label in (3, 8)}
+    both = make_run(tmp_path, torch.cat(list(images.values())), classes=(3, 8))
+    single = [make_run(tmp_path, images[label], classes=(label,)) for label in (3, 8)]
+    rows, three, eight = evaluate(both, *single, "--out", tmp_path / "out")
+    assert [row["label"] for row in rows] == [3, 8, "mean", "all"]
+    assert [row["run"].split(": ")[1] for row in rows] == ["3", "8", "mean", "all"]
+
+    # Class by class as the single models; then their mean.
+    for row, alone in zip(rows, (three, eight), strict=False):
+        for part in ("metrics", "floor", "n_generated", "n_real", "n_training", "note"):
+            assert row[part] == alone[part]
+    mean = rows[2]
+    for key in ("fid", "kid", "precision", "near_copies", "label_accuracy"):
+        for part in ("metrics", "floor"):
+            values = [three[part][key], eight[part][key]]
+            assert mean[part][key] == pytest.approx(np.mean(values))
+
+    # Together: against all classes, without a search for copies.
+    together = rows[3]
+    assert (together["n_generated"], together["reference"]) == (20, "all")
+    assert together["n_real"] == len(TRAIN.images)
+    assert together["n_training"] == three["n_training"] + eight["n_training"]
+    accuracies = [three["metrics"]["label_accuracy"], eight["metrics"]["label_accuracy"]]
+    assert together["metrics"]["label_accuracy"] == pytest.approx(np.mean(accuracies))
+    assert together["metrics"]["near_copies"] is None
+    assert together["metrics"]["fid"] > mean["metrics"]["fid"]  # eight classes are missing
+
+    # Printed in this order; in the table of arms beside the single models, over the same classes.
+    printed = [
+        line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if "|" in line
+    ]
+    assert printed[2:10:2] == [f"{both.name}: {name}" for name in ("3", "8", "mean", "all")]
+    report = tables((tmp_path / "out" / "comparison.md").read_text())
+    by_arm = {row["arm"]: row for row in report["Comparison of runs"]}
+    assert by_arm["classical conditional"]["FID"] == by_arm["classical"]["FID"]
+    assert by_arm["classical conditional"]["classes"] == "3/8"
+    (row,) = [row for row in report["All classes of a model together"] if row["arm"] != FLOOR]
+    assert row["classes"] == "all" and row["n generated"] == "20"
+    (row,) = [
+        row for row in report["Paired differences against classical"] if row["metric"] == "FID"
+    ]
+    assert (row["difference"], float(row["mean"])) == ("classical conditional − classical", 0)
+
+    # A row of pictures for each class, real images and both arms side by side.
+    pictures = Image.open(tmp_path / "out" / "overview.png")
+    assert pictures.size[0] > 2 * pictures.size[1]
+    assert Image.open(both / "closest_pairs.png").size[1] > 700
+
+
+def test_the_images_of_a_conditional_run_keep_their_classes(tmp_path, evaluate):
+    images = torch.cat([TEST.of_class(8)[:10], TEST.of_class(3)[:10]])  # exchanged
+    rows, *_ = evaluate(make_run(tmp_path, images, classes=(3, 8)))
+    assert [row["metrics"]["label_accuracy"] < 0.2 for row in rows] == [True] * 4
+
+
 def test_paper_protocol(tmp_path, evaluate, classifier):
     """Five images against the first five of the training split, whatever their class."""
     _, _, features_of = classifier

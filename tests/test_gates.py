@@ -133,7 +133,7 @@ def test_gate_multiplies_the_channels_by_hand():
     unet = leave_zero(unet_of("matched"), 0.3)
     seen = {}
     unet.attention.register_forward_hook(lambda _, inputs, out: seen.update(features=out))
-    unet.merge7.register_forward_pre_hook(lambda _, inputs: seen.update(merged=inputs[0]))
+    unet.merge[1].register_forward_pre_hook(lambda _, inputs: seen.update(merged=inputs[0]))
     unet.gate.register_forward_pre_hook(lambda _, inputs: seen.setdefault("gate_in", inputs[0]))
     unet(torch.randn(2, 1, 28, 28), torch.tensor([3, 700]))
 

@@ -149,7 +149,7 @@ def test_a_finished_run_is_loaded_as_a_library(finished):
 
 def test_captions_begin_with_the_step(run, monkeypatch):
     frames = []
-    monkeypatch.setattr(qd, "save_gif", lambda path, pictures: frames.extend(pictures))
+    monkeypatch.setattr(qd, "save_gif", lambda path, pictures, names: frames.extend(pictures))
     settings, _ = qd.load_run(run)
     (run / "training_progress.gif").unlink()
     qd.draw_pictures(settings, run)
@@ -328,7 +328,7 @@ FLAGS = {  # each with another value than its default
 
 
 def test_every_flag_of_a_setting_reaches_its_runs(tmp_path):
-    of_the_grid = {"arm", "data", "label", "n_train", "seed"}
+    of_the_grid = {"arm", "data", "classes", "n_train", "seed"}
     assert FLAGS.keys() | of_the_grid == {field.name for field in fields(qd.Settings)}
     words = []
     for name, value in FLAGS.items():
@@ -341,7 +341,7 @@ def test_every_flag_of_a_setting_reaches_its_runs(tmp_path):
     expected = []
     for label in (3, 8):
         for n_train in (6, None):
-            known = {"data": "digits", "label": label, "n_train": n_train, "seed": 4}
+            known = {"data": "digits", "classes": (label,), "n_train": n_train, "seed": 4}
             expected.append(qd.Settings("quantum", **known, **FLAGS))
             expected.append(qd.Settings("matched", **known, **FLAGS | qd.IDEAL))  # no circuit
     assert found == expected
