@@ -123,7 +123,7 @@ class Settings:
     seed: int = 0  # of the initial weights, the data subset, the batches and all noise
 
     # The training.
-    steps: int = 1250  # optimizer steps: 13 epochs over a digit, 100 over 100 tissue images
+    steps: int = 1250  # optimizer steps: 13 passes over the images of an MNIST digit
     batch_size: int = 64  # images per step
     lr: float = 3e-3  # peak learning rate of Adam
     muon_lr: float = 0.02  # peak learning rate of Muon, which trains the inner convolutions
@@ -336,10 +336,13 @@ class GaussianDiffusion:
             x0_last = x0
             h_last = h
 
-            # To the next level, where a share of the noise is drawn anew.
-            fresh = -math.expm1(-2 * h)
-            x = (sigma[k + 1] / sigma[k] * math.exp(-h)) * x + (alpha[k + 1] * fresh) * d
-            x = x + (self.NOISE_SCALE * sigma[k + 1] * math.sqrt(fresh)) * draw_noise(x)
+            # To the next level, where the share 1 - e^-2h of the noise is drawn anew:
+            # x' = (sigma' / sigma) e^-h x + alpha' (1 - e^-2h) d + sigma' sqrt(1 - e^-2h) noise.
+            share = -math.expm1(-2 * h)
+            of_x = sigma[k + 1] / sigma[k] * math.exp(-h)
+            of_d = alpha[k + 1] * share
+            of_noise = self.NOISE_SCALE * sigma[k + 1] * math.sqrt(share)
+            x = of_x * x + of_d * d + of_noise * draw_noise(x)
 
 
 # ---------------------------------------------------------------------------- circuits, arms
@@ -504,7 +507,7 @@ def expand_templates(operations: Sequence[qml.operation.Operator]) -> Iterator:
         if is_channel or operation.has_matrix or not operation.has_decomposition:
             yield operation
         else:
-            with qml.QueuingManager.stop_recording():
+            with qml.QueuingManager.stop_recording():  # else its parts join the circuit being read
                 parts = operation.decomposition()
             yield from expand_templates(parts)
 
@@ -583,7 +586,10 @@ class Recorded(NamedTuple):
     sources: tuple[tuple[str, int] | None, ...]  # ("x", 3): angle 3, ("w", 7): weight 7
 
     def __str__(self) -> str:
-        """For example ``RZ(w0) 0``, ``CNOT 0 1`` or ``PauliRot(w0) 0 1 pauli_word='XX'``."""
+        """The text by which circuits are compared, also of a run's ``config.json``.
+
+        For example ``RZ(w0) 0``, ``CNOT 0 1`` or ``PauliRot(w0) 0 1 pauli_word='XX'``.
+        """
         numbers = [np.round(qml.math.toarray(p), 9).tolist() for p in self.operation.parameters]
         words = [
             str(number) if source is None else f"{source[0]}{source[1]}"
@@ -608,9 +614,11 @@ def record(
     """Runs a circuit once on random numbers, to see which angle or weight each parameter is.
 
     For example RZ(layer[3, 0]) is recorded with 0.7312, which is the placeholder of weight 6, so
-    its source is ("w", 6). A parameter that is no placeholder is a constant, or was computed.
+    its source is ("w", 6). A parameter that is no placeholder is a constant, or was computed: then
+    it differs in a second recording, with ``sign`` -1 (see ``compile_circuit``).
     """
-    # The placeholders: positive numbers that all differ, or (sign -1) other ones, all negative.
+    # The placeholders: positive numbers that all differ, or (sign -1) other ones, all negative, so
+    # that an absolute value counts as computed.
     shape = (n_layers, n_qubits, n_weights)
     generator = random_stream(sign, "placeholders")
     angles = 6 * sign * torch.rand(n_qubits, dtype=torch.float64, generator=generator)
@@ -1188,7 +1196,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     x = matrix.mT if is_tall else matrix  # (k, l), k <= l
     x = x / (x.norm() + 1e-7)
 
-    # Three steps on G.
+    # Three steps on G. All p(G) commute, so their order does not matter.
     identity = torch.eye(len(x), dtype=x.dtype, device=x.device)
     product = identity  # of all p(G) so far
     gram = x @ x.mT  # (k, k)
@@ -1215,12 +1223,12 @@ class Muon(torch.optim.Optimizer):
         """One step along the gradients of the weights."""
         for group in self.param_groups:
             for weight in group["params"]:
-                # Nesterov momentum.
-                if "momentum" not in self.state[weight]:
-                    self.state[weight]["momentum"] = torch.zeros_like(weight)
-                momentum = self.state[weight]["momentum"]
-                momentum.lerp_(weight.grad, 1 - group["momentum"])
-                nesterov = weight.grad.lerp(momentum, group["momentum"])
+                # Nesterov momentum: a moving average of the gradients, and a step beyond it.
+                if "average" not in self.state[weight]:
+                    self.state[weight]["average"] = torch.zeros_like(weight)
+                average = self.state[weight]["average"]
+                average.lerp_(weight.grad, 1 - group["momentum"])
+                nesterov = weight.grad.lerp(average, group["momentum"])
 
                 # A step of orthogonal directions, larger for a matrix with more rows than columns.
                 matrix = nesterov.flatten(1)
@@ -1779,6 +1787,7 @@ def device_name(device: torch.device) -> str:
     return f"{device}, {hardware}, {torch.backends.cpu.get_cpu_capability()}"
 
 
+# The last is the evaluation's.
 PICTURES = ("loss_curve.png", "training_progress.gif", "circuit.png", "closest_pairs.png")
 
 # The parts of config.json that, if they differ, make it another run.
@@ -2258,11 +2267,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 #
 # Bonds. A matrix on two neighbours is a sum of r products of matrices on one (its operator-Schmidt
 # decomposition). CNOT = |0><0| x 1 + |1><1| x X has two terms, and since a density matrix is
-# multiplied from both sides, r = 2 * 2 = 4. If the control is only measured afterwards, only I and
-# Z of it count, and r = 2. The index of the sum is a bond between the two qubits; the bonds of
-# several gates together are one bond, of dimension 4 * 4 * 2 = 32 for three layers of CNOTs (with
-# noise behind the last ones 4 * 4 * 4). So a
-# circuit on a chain is exactly a product of small tensors, one a qubit, and nothing is truncated:
+# multiplied from both sides, r is 2 * 2. The index of the sum is a bond between the two qubits:
+#
+#     CNOT                                                              r = 4
+#     CNOT, the last operation on its control, of which only I and Z
+#     are read then                                                     r = 2
+#     the same with noise behind it, which is the last operation        r = 4
+#
+# The bonds of several gates are one bond, of dimension 4 * 4 * 2 = 32 for three layers of CNOTs. So
+# a circuit on a chain is exactly a product of small tensors, one a qubit; nothing is truncated:
 #
 #        left ---- qubit 0 ---- qubit 1 ---- ... ---- qubit n-1 ---- right
 #                     |            |                      |
@@ -2274,13 +2287,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 # as channels are matrices like gates.
 #
 # Two halves. What acts on a qubit up to its last input depends on the sample ("before"), all later
-# operations do not ("after"). So a qubit is two tensors, and the second, which is the larger one in
-# most circuits (their input comes first), is computed once for all samples.
-#
-# The bonds between two qubits are joined into one index in the order of time, the earliest slowest.
-# Both qubits meet the same bonds in the same order, so the index means the same to both, although
-# each splits it where its own "after" begins: of bonds a, b, c qubit 0 may have (a | b c) and
-# qubit 1 (a b | c). unflatten(1, (early, -1)) is that split.
+# operations do not ("after"). So a qubit is two tensors, and the second is computed once for all
+# samples. Of quantum_circuit "before" is RY(x)|0>, which has no bond, and "after" all the rest; of
+# reupload_circuit both have bonds.
 #
 # Letters: B samples, S shots, q qubits, F trigonometric functions; of a tensor: l and r bonds to
 # the left and right; o and i Pauli components after (out) and before (in).
@@ -2293,6 +2302,11 @@ WAY_OUT = "use --simulator lightning.qubit (2 to 7 seconds a step; with noise de
 PAULI = np.array([[[1, 0], [0, 1]], [[0, 1], [1, 0]], [[0, -1j], [1j, 0]], [[1, 0], [0, -1]]])
 PAULIS = {1: PAULI, 2: np.einsum("pab,qcd->pqacbd", PAULI, PAULI).reshape(16, 4, 4)}
 READ_OUT = [0, 3]  # I, for a qubit that is not measured, and Z
+
+# Factors without bonds, (F, l, r, o, i) = (1, 1, 1, o, i).
+ZERO = np.array([1.0, 0, 0, 1]).reshape(1, 1, 1, 4, 1)  # |0>
+READ_OUT_MATRIX = np.eye(4)[READ_OUT].reshape(1, 1, 1, 2, 4)
+NOTHING = np.eye(2).reshape(1, 1, 1, 2, 2)
 
 
 class Factor(NamedTuple):
@@ -2406,10 +2420,15 @@ def cut(coefficients: np.ndarray, is_last: tuple[bool, bool]) -> tuple[np.ndarra
     that qubit are ever read, and r may be smaller. Returns the low part (1, 1, r, o, 4) and the
     high part (F, r, 1, o, 4); o is 2 where it is the last operation, else 4.
     """
+    low_is_last, high_is_last = is_last
     tensor = coefficients.reshape(-1, 4, 4, 4, 4)  # (F, low o, high o, low i, high i)
-    if is_last[0]:
+
+    # The rows that are never read go before the SVD, which makes r smaller. The last operation on
+    # both qubits, a chain's last gate, keeps those of the high qubit until afterwards: else its r
+    # would differ from that of the chain's other gates, and both qubits be groups of their own.
+    if low_is_last:
         tensor = tensor[:, READ_OUT]
-    elif is_last[1]:
+    elif high_is_last:
         tensor = tensor[:, :, READ_OUT]
     n_functions, low_out, high_out = tensor.shape[:3]
 
@@ -2420,9 +2439,10 @@ def cut(coefficients: np.ndarray, is_last: tuple[bool, bool]) -> tuple[np.ndarra
 
     low = basis.T.reshape(1, 1, -1, low_out, 4)
     high = (basis.T @ matrix).reshape(-1, n_functions, high_out, 4)  # (r, F, high o, high i)
-    if all(is_last):  # behind the cut, so that this bond is as large as those of the other pairs
+    if low_is_last and high_is_last:
         high = high[:, :, READ_OUT]
-    return low, high.transpose(1, 0, 2, 3)[:, :, None]
+    high = high.transpose(1, 0, 2, 3)[:, :, None]  # (F, r, 1, high o, high i)
+    return low, high
 
 
 def factors_of_qubits(recorded: Sequence[Recorded], n_qubits: int) -> list[list[Factor]]:
@@ -2445,7 +2465,8 @@ def factors_of_qubits(recorded: Sequence[Recorded], n_qubits: int) -> list[list[
             found = f"{operation.name} on qubits {wires[0]} and {wires[1]}"
             raise UserError(f"{found}: the exact simulation knows neighbours only; {WAY_OUT}")
 
-        # One operation of each kind is fitted and cut.
+        # One operation of each kind is fitted and cut. Operations of a kind are equal on qubits 0
+        # and 1 with every variable parameter at 0.5.
         variable = tuple(source is not None for source in sources)
         is_last = tuple(last[wire] == k for wire in wires)
         values = zip(operation.parameters, variable, strict=True)
@@ -2470,13 +2491,14 @@ def factors_of_qubits(recorded: Sequence[Recorded], n_qubits: int) -> list[list[
     # Where the last operation was not cut, I and Z are read out by a factor of its own.
     for own in factors:
         if not own or own[-1].coefficients.shape[3] == 4:
-            own.append(Factor(np.eye(4)[None, None, None, READ_OUT]))
+            own.append(Factor(READ_OUT_MATRIX))
     return factors
 
 
 def fuse_constants(factors: Sequence[Factor]) -> list[Factor]:
     """The same product with constant factors multiplied into their neighbours."""
-    # Two factors with parameters each stay apart; any other pair becomes one.
+    # Two factors with parameters each stay apart. Any other pair becomes one, as one of the two has
+    # F = 1.
     fused = []
     for factor in factors:
         if not fused or (fused[-1].sources and factor.sources):
@@ -2497,14 +2519,14 @@ def split_at_last_input(factors: Sequence[Factor]) -> tuple[list[Factor], list[F
     """A qubit's factors before and after its last input, of which the first begin with |0>."""
     inputs = [k for k, f in enumerate(factors) if any(kind == "x" for kind, _ in f.sources)]
     split = max(inputs, default=-1) + 1
-    zero = Factor(np.array([1.0, 0, 0, 1]).reshape(1, 1, 1, 4, 1))
-    before = fuse_constants([zero, *factors[:split]])
+    before = fuse_constants([Factor(ZERO), *factors[:split]])
     after = fuse_constants(factors[split:])
-    if not after:  # the readout's rows are in the first half then
-        after = [Factor(np.eye(2)[None, None, None])]
+    if not after:  # a gate with an input is the last on this qubit, and reads out I and Z
+        after = [Factor(NOTHING)]
 
-    # Components in between that are always zero are left out, as Y of RY(x)|0>.
-    is_used = before[-1].coefficients.any(axis=(0, 1, 2, 4))
+    # Components in between that are always zero are left out, as Y of RY(x)|0>: rows o of the last
+    # factor before, columns i of the first after.
+    is_used = before[-1].coefficients.any(axis=(0, 1, 2, 4))  # (o,)
     before[-1] = before[-1]._replace(coefficients=before[-1].coefficients[:, :, :, is_used])
     after[0] = after[0]._replace(coefficients=after[0].coefficients[..., is_used])
     return before, after
@@ -2610,8 +2632,10 @@ def factor_matrices(factor: Factor, features: dict[str, Tensor]) -> Tensor:
     features: ``harmonics`` of the angles "x" (n, B, 5) and of the weights "w" (L n k, 1, 5), which
     are the same for all samples.
     """
+    # A constant: its F = 1 is taken for a B of 1, the same for all samples.
     if not factor.sources:
-        return factor.coefficients  # (q, 1, l, r, o, i): F = 1 stands where B does
+        return factor.coefficients  # (q, 1, l, r, o, i)
+
     # The features: products of one function of each parameter.
     product = None
     for kind, index in factor.sources:
@@ -2632,7 +2656,8 @@ def multiply_factors(factors: Sequence[Factor], features: dict[str, Tensor]) -> 
     for factor in factors[1:]:
         new = factor_matrices(factor, features)  # (q, B, m, s, o, j), bonds m and s
 
-        # Sum over the component j in between (einsum broadcasts a b of 1). Bonds: earlier slowest.
+        # Sum over the component j in between, which the new factor turns into o (einsum broadcasts
+        # a b of 1). The bonds l, m become one to the left and r, s one to the right.
         product = torch.einsum("qbmsoj,qbjilr->qboilmrs", new, product)
         product = product.flatten(6, 7).flatten(4, 5)
     return product
@@ -2669,6 +2694,11 @@ def step_right(left: Tensor, site: tuple[Tensor, Tensor]) -> tuple[Tensor, Tenso
     """The chain up to a qubit, from that before it; this qubit is read out as I, and as Z.
 
     left: (B, bonds to the left). Returns two tensors (B, bonds to the right).
+
+    The bonds between two qubits are one index in the order of time, the earliest slowest. Both
+    qubits meet the same bonds in the same order, so that it means the same to both, although each
+    splits it where its own "after" begins: of bonds a, b, c a qubit may have (a | b c) and its
+    neighbour (a b | c). unflatten(1, (early, -1)) is that split.
     """
     before, after = site
     left = left.unflatten(1, (before.shape[2], -1))  # (B, l, m): early bonds l, late ones m
@@ -2685,7 +2715,7 @@ def step_left(right: Tensor, site: tuple[Tensor, Tensor]) -> Tensor:
     """
     before, after = site
     right = right.unflatten(1, (before.shape[3], -1))  # (B, r, s): early bonds r, late ones s
-    read_i = after.flatten(0, 1)[:, : right.shape[2]]  # (i m, s)
+    read_i = after.flatten(0, 1)[:, : right.shape[2]]  # (i m, s), the half that reads out I
     state = (right @ read_i.mT).unflatten(2, (before.shape[1], -1))  # (B, r, i, m)
     return torch.einsum("bilr,brim->blm", before, state).flatten(1)
 
@@ -2724,7 +2754,8 @@ def sample_outcomes(sites: Sequence[tuple[Tensor, Tensor]], uniform: Tensor) -> 
     left = left.expand(*uniform.shape[:2], -1)  # (B, S, bonds)
     outcomes = []
     for i, (site, right) in enumerate(zip(sites, chains_beyond(sites), strict=True)):
-        # Both halves of the qubit as one matrix, since it serves all shots of a sample.
+        # Both halves of the qubit as one matrix, since it serves all shots of a sample: from the
+        # joined left bonds l m to the readout o and the joined right bonds r s.
         before, after = site
         after = after.unflatten(2, (2, -1))  # (i, m, o, s)
         matrix = torch.einsum("bilr,imos->blmors", before, after)
