@@ -81,7 +81,7 @@ DEFAULT_CLASS = {"pathmnist": "adenocarcinoma", "tissue": "immunohistochemistry"
 # The size of the U-Net and of a training.
 FOLD = 1  # no squares of pixels become channels before the first level
 WIDTHS = (24, 48, 128)  # channels of each level, at 28x28, 14x14 and 7x7 pixels
-CONDITIONAL_STEPS = 7500  # the default of one model for several classes
+CONDITIONAL_STEPS = 5000  # the default of one model for several classes
 
 RANGES = {  # lowest and highest value of each setting that is a number
     "n_train": (1, 10**9),

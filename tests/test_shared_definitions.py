@@ -20,7 +20,6 @@ DIFFERENT = {
     "DEFAULT_CLASS": "of each data set",
     "FOLD": "digits are folded, tissue is not",
     "WIDTHS": "tissue has a level of 28x28 pixels",
-    "CONDITIONAL_STEPS": "of each data set",
     "load_images": "the data set",
     "add_data_flags": "--digits, but --labels and --augment",
     "main": "--augment for tissue",
