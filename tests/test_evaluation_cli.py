@@ -303,7 +303,8 @@ def test_overview_shows_the_lowest_seeds_images(tmp_path, evaluate):
     )
     evaluator = evaluation.Evaluator(evaluation.MNIST, "digits", options)
     runs = evaluation.read_runs(folders, evaluation.MNIST)
-    panels = evaluation.draw_overview(runs, evaluator).axes
+    results = [row for run in runs for row in evaluator.measure(run)[0]]
+    panels = evaluation.draw_overview(runs, frame_of(results), evaluator).axes
     titles = [axes.get_ylabel() for axes in panels]
     small = ["real, N = 10", "matched, N = 10", "quantum, N = 10"]
     assert titles == [*small, "real", "matched", "quantum"]
@@ -547,11 +548,11 @@ def test_arms_of_the_users_own_have_their_place_and_look(monkeypatch):
     """More arms than colours: each looks different from all others."""
     arms = {**mnist.ARMS, **{f"own{k}": "the user's" for k in range(3)}}
     monkeypatch.setattr(evaluation, "ARMS", arms)
-    looks = [evaluation.arm_style(arm, list(arms)) for arm in arms]
+    looks = [evaluation.variant_style(arm, list(arms)) for arm in arms]
     assert len({tuple(sorted(look.items())) for look in looks}) == len(arms)
 
     runs = [fake(arm, 3, seed, k + seed) for k, arm in enumerate(arms) for seed in (0, 1)]
-    (*names, floor) = frame_of(runs)["name"].cat.categories
+    (*names, floor) = frame_of(runs)["variant"].cat.categories
     assert names == list(arms)
     (axes, *_) = evaluation.draw_panels(frame_of(runs), against_size=False).axes
     assert [bar.get_label() for bar in axes.containers] == names
