@@ -1124,8 +1124,8 @@ def pair_differences(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
         pair(own & ~noiseless, noiseless, same_steps),
         pair(noiseless & ~ideal, noiseless & ideal, SAME_IN_A_PAIR),
         pair(
-            noiseless & frame["conditional"],
-            noiseless & ~frame["conditional"],
+            noiseless & ideal & frame["conditional"],
+            noiseless & ideal & ~frame["conditional"],
             [column for column in same_steps if column != "conditional"],
         ),
     ]

@@ -508,6 +508,27 @@ def test_a_baseline_belongs_to_its_condition():
     }
 
 
+def test_a_conditional_model_has_one_base_in_each_table():
+    """With other sampling steps it is compared with its own ideal, not with single models too."""
+    fids = {  # FID by condition and sampling steps
+        ("", 50): 1,
+        ("steps2", 2): 4,
+        ("conditional", 50): 10,
+        ("conditional_steps2", 2): 30,
+    }
+    runs = []
+    for (condition, steps), fid in fids.items():
+        for seed in range(5):
+            runs.append(
+                fake("quantum", 3, seed, fid + seed, condition=condition, sample_steps=steps)
+            )
+    assert means_of(difference_rows(runs, "quantum")) == {
+        "quantum steps2 − quantum": "+3",
+        "quantum conditional − quantum": "+9",
+        "quantum conditional_steps2 − quantum conditional": "+20",
+    }
+
+
 def means_of(rows):
     """The mean differences by the rows' first cell."""
     return {name: row["mean"] for name, row in rows.items()}
