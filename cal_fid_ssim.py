@@ -7,12 +7,14 @@ images (the floor).
     python cal_fid_ssim.py runs/classical_mnist3_nall_seed* runs/quantum_mnist3_nall_seed*
     python cal_fid_ssim.py runs/*mnist3* --out comparison           # csv, markdown, figures
     python cal_fid_ssim.py runs/*mnist_conditional*                 # a row for each class
+    python cal_fid_ssim.py runs/* more/* --out study --margin 3     # FID: different, equivalent?
     python cal_fid_ssim.py runs/quantum_mnist3_nall_seed0 --protocol paper
 
 The file in its order: the metrics, which know arrays and images only; the networks that make
-features of images; a run and the real images beside it; tables; figures; the published procedure;
-the command line. cal_fid_ssim_medmnist.py does the same for PathMNIST. debug_img.py splits
-pictures, and holds what all three command lines share: printing, errors, figures.
+features of images; a run and the real images beside it; what is compared with what, and the tests
+of relative differences; tables; figures; the published procedure; the command line.
+cal_fid_ssim_medmnist.py does the same for PathMNIST. debug_img.py splits pictures, and holds what
+all three command lines share: printing, errors, figures.
 """
 
 import argparse
@@ -96,12 +98,14 @@ METRICS = {  # by their key in metrics.json
 
 # What is compared with what.
 FLOOR = "real images (floor)"
-SAME_IN_A_PAIR = ["conditional", "n_train", "label", "seed"]
+SAME_IN_A_PAIR = ["data", "conditional", "n_train", "label", "seed"]
 BUDGET = ["steps", "batch_size", "lr", "muon_lr", "ema_decay"]  # what all runs should have alike
 BUDGET += ["n_qubits", "n_layers", "timesteps", "sample_steps"]
 BASELINES = ("matched", "classical")  # control arms: every other arm is compared with each
 FIGURE_BASELINE = "matched"  # the differences to it are drawn
-DECIDING_SEEDS = 5  # with fewer seeds the verdict is "too few seeds"
+DECIDING_UNITS = 5  # seeds, or independent pairs: with fewer the verdict is "too few"
+SIGNIFICANCE = 0.05  # of the tests of relative differences
+MARGIN = 4.0  # per cent of FID: a mean difference within it is none
 CLOSEST_PAIRS = 10  # of a run, in its closest_pairs.png
 
 # Figures.
@@ -1009,7 +1013,7 @@ def without_nan(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# -------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------ what is compared with what
 def comparison_csv(results: list[dict[str, Any]]) -> str:
     """``comparison.csv``: one row per result with settings, metrics ("fid"), floors ("floor_fid").
 
@@ -1030,8 +1034,8 @@ def comparison_csv(results: list[dict[str, Any]]) -> str:
 def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
     """``comparison.csv``, one row per result: all tables and figures are made of this.
 
-    ``n_train`` is infinite for a whole class. ``variant`` is the arm with its condition, an ordered
-    category that ends with FLOOR.
+    ``n_train`` is infinite for a whole class. ``variant`` is the arm with its condition and with
+    ``other_steps``, an ordered category that ends with FLOOR.
     """
     # Nothing but an empty cell is missing; of these columns it is an empty text.
     texts = dict.fromkeys(["run", "arm", "condition", "label", "note"], "")
@@ -1043,8 +1047,18 @@ def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
     frame["conditional"] = frame["condition"].str.startswith("conditional")
     frame["circuit"] = frame["condition"].str.replace(r"^conditional_?|_?steps\d+$", "", regex=True)
 
+    # An arm may be trained with two numbers of steps. The one that most rows of that size have is
+    # usual (of a tie the largest), another is told: "1150 steps".
+    usual = frame.groupby(["data", "conditional", "n_train"])["steps"].transform(
+        lambda steps: steps.mode().max()
+    )
+    counts = frame.groupby(["data", "n_train", "arm", "condition"])["steps"].transform("nunique")
+    is_other = (counts > 1) & (frame["steps"] != usual)
+    frame["other_steps"] = (frame["steps"].astype(str) + " steps").where(is_other, "")
+
     # Variants in the usual order of their arms, also in tables and figures.
-    frame["variant"] = (frame["arm"] + " " + frame["condition"]).str.strip()
+    words = frame["arm"] + " " + frame["condition"] + " " + frame["other_steps"]
+    frame["variant"] = words.str.split().str.join(" ")
     variants = sorted(frame["variant"].unique(), key=order_of_variants)
     frame["variant"] = pd.Categorical(frame["variant"], [*variants, FLOOR], ordered=True)
     return frame
@@ -1108,11 +1122,15 @@ def pair_differences(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
         matched shots10_steps2   matched steps2         the circuit's condition
         matched steps2           matched                the sampling steps
         matched conditional      matched                one model for all classes instead of each
+        matched 1150 steps       matched                the training steps
         quantum shots10_steps2   matched steps2         the arm, and perhaps the circuit's condition
 
-    The last kind is there for BASELINES only. Columns of the base run end with "_base".
+    The last kind is there for BASELINES only. Columns of the base run end with "_base". With other
+    training steps than usual a run is compared with its own arm and condition, and nothing else.
     """
-    own = frame["arm"] == baseline
+    of_arm = frame["arm"] == baseline
+    usual = frame["other_steps"] == ""
+    own = of_arm & usual
     noiseless = own & (frame["circuit"] == "")
     ideal = frame["condition"].isin(["", "conditional"])
     same_steps = [*SAME_IN_A_PAIR, "sample_steps"]
@@ -1128,9 +1146,10 @@ def pair_differences(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
             noiseless & ideal & ~frame["conditional"],
             [column for column in same_steps if column != "conditional"],
         ),
+        pair(of_arm & ~usual, own, [*SAME_IN_A_PAIR, "condition"]),
     ]
     if baseline in BASELINES:
-        kinds.append(pair(~own, noiseless, same_steps))
+        kinds.append(pair(usual & ~of_arm, noiseless, same_steps))
 
     pairs = pd.concat(kinds, ignore_index=True)
     return pairs.assign(**{key: pairs[key] - pairs[f"{key}_base"] for key in METRICS})
@@ -1170,7 +1189,116 @@ def paired_differences(pairs: pd.DataFrame) -> pd.DataFrame:
     return differences
 
 
-# From here on numbers become text.
+def baselines() -> list[str]:
+    """All arms, the two controls first: what is compared is compared with one of these."""
+    return [*BASELINES, *(arm for arm in ARMS if arm not in BASELINES)]
+
+
+# ------------------------------------------------ relative differences of FID and their tests
+COMPARISON = ["baseline", "data", "n_train", "variant", "variant_base"]  # what is compared
+
+
+def relative_differences(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row per pair of ``pair_differences``, in all tables: COMPARISON, class, seed, "percent".
+
+    "percent" is the relative difference of FID of a run a and its base b,
+    100 (a - b) / ((a + b) / 2). matched - classical is left out beside classical - matched.
+    """
+    classes = of_classes(frame)
+    parts = [pair_differences(classes, arm).assign(baseline=arm) for arm in baselines()]
+    pairs = pd.concat(parts, ignore_index=True)
+    pairs["baseline"] = pd.Categorical(pairs["baseline"], baselines())  # for their order
+
+    first, second = BASELINES
+    is_repeated = (pairs["baseline"] == second) & (pairs["arm"] == first)
+    pairs["percent"] = 100 * pairs["fid"] / (pairs["fid_base"] + pairs["fid"] / 2)
+    columns = [*COMPARISON, "conditional", "label", "seed", "percent"]
+    return pairs.loc[~is_repeated, columns].dropna(subset="percent")
+
+
+def independent_units(pairs: pd.DataFrame) -> pd.Series:
+    """The independent relative differences of one comparison, in per cent.
+
+    Of single-class models every pair is one: initial weights and all random streams depend on class
+    and seed. The classes of a conditional model share them: a seed is one, the mean of its classes.
+    """
+    if not pairs["conditional"].all():
+        return pairs["percent"]
+    return comparable_pairs(pairs).groupby("seed")["percent"].mean()
+
+
+def fid_comparisons(frame: pd.DataFrame, margin: float) -> pd.DataFrame:
+    """One row per comparison and training-set size: statistics of the units and the verdict.
+
+    frame: ``read_comparison`` of one table, or several of these below each other. margin: in per
+    cent. The p of each test are adjusted over all rows.
+    """
+    rows = []
+    for key, pairs in relative_differences(frame).groupby(COMPARISON, observed=True):
+        values = independent_units(pairs)
+        unit = "seed" if pairs["conditional"].all() else "class × seed"
+        rows.append(
+            dict(zip(COMPARISON, key, strict=True))
+            | {"unit": unit, "n": len(values)}
+            | unit_statistics(values, margin)
+        )
+    if len(rows) == 0:
+        return pd.DataFrame(rows)
+
+    comparisons = pd.DataFrame(rows)
+    for test in ("p_different", "p_equivalent"):
+        comparisons[test] = holm(comparisons[test])
+    return comparisons.assign(verdict=comparisons.apply(verdict, axis=1))
+
+
+def unit_statistics(values: pd.Series, margin: float) -> dict[str, float]:
+    """Mean and SD of the units, Student's t intervals and p; NaN where the units have no spread.
+
+    p_different: two-sided t test of mean 0. p_equivalent: two one-sided t tests (TOST; Schuirmann
+    1987) of a mean above -margin and below +margin, the larger p.
+    """
+    statistics = {"mean": values.mean(), "sd": values.std()}
+    for name in ("low_90", "high_90", "low_95", "high_95", "p_different", "p_equivalent"):
+        statistics[name] = math.nan
+    if values.nunique() < 2:
+        return statistics
+
+    student = {"df": len(values) - 1, "loc": values.mean(), "scale": values.sem()}
+    statistics["low_90"], statistics["high_90"] = stats.t.interval(0.90, **student)
+    statistics["low_95"], statistics["high_95"] = stats.t.interval(0.95, **student)
+
+    statistics["p_different"] = stats.ttest_1samp(values, 0).pvalue
+    above = stats.ttest_1samp(values, -margin, alternative="greater").pvalue
+    below = stats.ttest_1samp(values, margin, alternative="less").pvalue
+    statistics["p_equivalent"] = max(above, below)
+    return statistics
+
+
+def holm(p: pd.Series) -> pd.Series:
+    """Holm's adjustment (1979) for several tests.
+
+    The smallest of m values is multiplied by m, the next by m - 1 and so on; at most 1, and never
+    below the one before. NaN is no test, and stays.
+    """
+    rising = p.dropna().sort_values()
+    adjusted = rising * np.arange(len(rising), 0, -1)
+    return adjusted.cummax().clip(upper=1).reindex(p.index)
+
+
+def verdict(comparison: pd.Series) -> str:
+    """What both adjusted tests say together, at the level SIGNIFICANCE."""
+    if comparison["n"] < DECIDING_UNITS:
+        return "too few"
+    is_different = comparison["p_different"] < SIGNIFICANCE
+    is_equivalent = comparison["p_equivalent"] < SIGNIFICANCE
+    if is_different and is_equivalent:
+        return "different but within the margin"
+    if is_different:
+        return "different"
+    return "equivalent" if is_equivalent else "undecided"
+
+
+# -------------------------------------------------------------- tables: numbers become text
 def show(value: float, form: str, missing: str = "–") -> str:
     """A number for a table; a dash for what could not be measured.
 
@@ -1205,7 +1333,8 @@ def result_table(frame: pd.DataFrame) -> str:
     for run in frame.to_dict("records"):
         compared = [str(run["n_real"]), run["features"]]
         cells = metric_cells(run, prefix="")
-        rows.append([run["run"], str(run["n_generated"]), *compared, *cells, run["note"]])
+        name = f"{run['run']} {run['other_steps']}".strip()
+        rows.append([name, str(run["n_generated"]), *compared, *cells, run["note"]])
         cells = metric_cells(run, prefix="floor_")
         rows.append([f"  {FLOOR}", str(run["floor_n"]), *compared, *cells, run["floor_from"]])
 
@@ -1266,13 +1395,38 @@ def difference_table(differences: pd.DataFrame) -> str:
             limits = f"[{low}, {high}]" + (" *" if item.leaves_zero_out else "")
 
         verdict = "yes" if item.leaves_zero_out else "no"
-        if item.seeds < DECIDING_SEEDS:
+        if item.seeds < DECIDING_UNITS:
             verdict = "too few seeds"
         rows.append([*row, limits, verdict])
 
     header = ["difference", "N", "metric", "pairs", "seeds", "mean", "95 % interval", "clear of 0"]
     return table(header, rows)
 
+
+def relative_table(comparisons: pd.DataFrame) -> str:
+    """One row per comparison of ``fid_comparisons``."""
+    rows = []
+    several_sources = comparisons["data"].nunique() > 1
+    for item in comparisons.itertuples():
+        source = f", {item.data}" if several_sources else ""
+        row = [f"{item.variant} − {item.variant_base}{source}", show_size(item.n_train)]
+        row += [item.unit, str(item.n), show(item.mean, "{:+.2f}"), show(item.sd, "{:.2f}")]
+        for low, high in ((item.low_95, item.high_95), (item.low_90, item.high_90)):
+            row.append(f"[{low:+.2f}, {high:+.2f}]" if np.isfinite(low) else "–")
+        row += [show(item.p_different, "{:.2g}"), show(item.p_equivalent, "{:.2g}"), item.verdict]
+        rows.append(row)
+
+    header = ["difference", "N", "unit", "n", "mean %", "SD", "95 % interval", "90 % interval"]
+    return table([*header, "p different", "p equivalent", "verdict"], rows)
+
+
+RELATIVE_TEXT = (
+    "The relative difference of a pair is 100 (a − b) / ((a + b) / 2) in per cent. A unit is a "
+    "class and seed of single-class models, or a seed of conditional models, whose classes are "
+    "averaged first. p different: two-sided t test; p equivalent: two one-sided t tests with a "
+    "margin of ±{margin:g} %. Both are Holm-adjusted over the rows of this table, and decide at "
+    "{level:g} %."
+)
 
 FLOOR_TEXT = (
     "A floor is the mean over draws of as many held-out images as were generated, and the ± of its "
@@ -1281,8 +1435,8 @@ FLOOR_TEXT = (
 )
 
 
-def comparison_text(frame: pd.DataFrame) -> str:
-    """The Markdown report on several runs."""
+def comparison_text(frame: pd.DataFrame, margin: float = MARGIN) -> str:
+    """The Markdown report on several runs; margin: of equivalence, in per cent of FID."""
     classes = of_classes(frame)
     together = frame[frame["label"] == "all"]
     runs = comparable_runs(classes)
@@ -1304,12 +1458,19 @@ def comparison_text(frame: pd.DataFrame) -> str:
         paragraphs += ["## All classes of a model together", arm_table(together)]
 
     # All arms against the two controls, then every arm's conditions against the arm itself.
-    others = [arm for arm in ARMS if arm not in BASELINES]
-    for baseline in (*BASELINES, *others):
+    for baseline in baselines():
         all_pairs = pair_differences(classes, baseline)
         if len(all_pairs) > 0:
             paragraphs.append(f"## Paired differences against {baseline}")
             paragraphs += difference_paragraphs(all_pairs)
+
+    comparisons = fid_comparisons(frame, margin)
+    if len(comparisons) > 0:
+        paragraphs += [
+            "## Relative differences of FID",
+            RELATIVE_TEXT.format(margin=margin, level=100 * SIGNIFICANCE),
+        ]
+        paragraphs.append(relative_table(comparisons))
 
     paragraphs += ["## Runs", result_table(frame)]
     return "\n\n".join(text for text in paragraphs if text) + "\n"
@@ -1656,6 +1817,8 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
     add("--out", type=Path, metavar="DIR",
         help="write comparison.csv, .md, .png and overview.png; with several sizes scaling.png; "
         "with --protocol paper only paper_protocol.md")
+    add("--margin", type=float, default=MARGIN, metavar="PER CENT",
+        help=f"relative differences of FID within it are equivalent {default}")
     add("--protocol", choices=["full", "paper"], default="full",
         help=f"paper: 5 images against the first 5 training images, as published {default}")
     add("--seed", type=int, default=0, help=f"of classifier, subsets and floors {default}")
@@ -1669,6 +1832,8 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
         raise UserError(f"--n_real {options.n_real}: expected more than {NEIGHBOURS}")
     if not 0 <= options.seed < 2**32:
         raise UserError(f"--seed {options.seed}: expected 0 to {2**32 - 1}")
+    if not 0 < options.margin < math.inf:
+        raise UserError(f"--margin {options.margin:g}: expected per cent above 0")
     if options.protocol == "paper" and options.features == "none":
         raise UserError("--features none: --protocol paper needs features, use inception")
     if options.features is None:
@@ -1687,10 +1852,10 @@ def read_runs(folders: Sequence[Path], dataset: DataSet) -> list[Run]:
     seen: dict[tuple, Run] = {}
     for run in runs:
         for label in run.images:
-            settings = [run.settings[name] for name in ("arm", "n_train", "seed")]
+            settings = [run.settings[name] for name in ("arm", "n_train", "seed", "steps")]
             other = seen.setdefault((run.condition, label, *settings), run)
             if other is not run:
-                alike = "have the same arm, condition, class, size and seed"
+                alike = "have the same arm, condition, class, size, seed and steps"
                 raise UserError(f"{other.folder} and {run.folder} {alike}; evaluate each by itself")
     return runs
 
@@ -1735,7 +1900,7 @@ def evaluate_fully(evaluator: Evaluator, runs: Sequence[Run], out: Path | None) 
         return
 
     write_atomic(out / "comparison.csv", csv)
-    write_atomic(out / "comparison.md", comparison_text(frame))
+    write_atomic(out / "comparison.md", comparison_text(frame, evaluator.options.margin))
     draw(out / "comparison.png", draw_panels, frame, against_size=False)
     draw(out / "overview.png", draw_overview, runs, frame, evaluator)
     if frame["n_train"].nunique() > 1:
