@@ -110,6 +110,7 @@ CLOSEST_PAIRS = 10  # of a run, in its closest_pairs.png
 
 # Figures.
 OVERVIEW_COLUMNS = 12  # images in a row of overview.png, about
+FOREST_LINE = 32  # characters of a comparison that forest.png has in one line
 FIGURE_METRICS = ["fid", "kid", "precision", "recall"]
 FIGURE_METRICS += ["ssim_diversity", "label_accuracy", "distance_ratio", "near_copies"]
 FLOOR_COLOUR = "#666666"
@@ -1648,6 +1649,54 @@ def variant_style(variant: str, variants: Sequence[str]) -> dict[str, Any]:
     return {"color": colour_of(variant), "marker": marker, **sizes}
 
 
+def draw_forest(comparisons: pd.DataFrame, margin: float) -> Figure:
+    """``forest.png``: one row per comparison of ``fid_comparisons``, from above.
+
+    The mean as a point, the 90 % interval thick, the 95 % interval thin; the margin in per cent as
+    a band.
+    """
+    places = np.arange(len(comparisons))
+    colours = [colour_of(variant) for variant in comparisons["variant"]]
+    figure = Figure(figsize=(7, 1.2 + 0.32 * len(comparisons)), layout="constrained")
+    axes = figure.subplots()
+    axes.axvspan(-margin, margin, color="#E5E5E5", label=f"margin ±{margin:g} %")
+    axes.axvline(0, color=FLOOR_COLOUR, linewidth=0.8)
+    for confidence, width in ((95, 1.2), (90, 4)):
+        low = comparisons[f"low_{confidence}"]
+        high = comparisons[f"high_{confidence}"]
+        name = f"{confidence} % interval"
+        axes.hlines(places, low, high, colours, linewidth=width, label=name)
+    style = {"s": 30, "c": colours, "edgecolors": "white", "zorder": 3}
+    axes.scatter(comparisons["mean"], places, label="mean", **style)
+
+    # Comparisons at the left, numbers of units at the right.
+    axes.set_yticks(places, forest_labels(comparisons))
+    axes.set_ylim(len(comparisons) - 0.4, -0.6)
+    right = axes.secondary_yaxis("right")
+    right.set_yticks(places, [f"n = {n}" for n in comparisons["n"]])
+    for side in (axes, right):
+        side.tick_params(axis="y", length=0, labelsize=8)
+
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_xlabel("relative difference of FID, %", fontsize=9)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    return figure
+
+
+def forest_labels(comparisons: pd.DataFrame) -> list[str]:
+    """What is compared, with size and data source where there are several; if long in two lines."""
+    sizes = comparisons["n_train"]
+    sources = comparisons["data"]
+    labels = []
+    for item in comparisons.itertuples():
+        ending = f", N = {show_size(item.n_train)}" if sizes.nunique() > 1 else ""
+        ending += f", {item.data}" if sources.nunique() > 1 else ""
+        length = len(item.variant) + len(item.variant_base) + len(ending)
+        space = "\n" if length > FOREST_LINE else " "
+        labels.append(f"{item.variant}{space}− {item.variant_base}{ending}")
+    return labels
+
+
 def draw_overview(runs: Sequence[Run], frame: pd.DataFrame, evaluator: Evaluator) -> Figure:
     """``overview.png``: real training images and the first images of each variant.
 
@@ -1816,7 +1865,7 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
         help=f"data set; keeps classifier, features {default}")
     add("--out", type=Path, metavar="DIR",
         help="write comparison.csv, .md, .png and overview.png; with several sizes scaling.png; "
-        "with --protocol paper only paper_protocol.md")
+        "with pairs of runs forest.png; with --protocol paper only paper_protocol.md")
     add("--margin", type=float, default=MARGIN, metavar="PER CENT",
         help=f"relative differences of FID within it are equivalent {default}")
     add("--protocol", choices=["full", "paper"], default="full",
@@ -1907,6 +1956,12 @@ def evaluate_fully(evaluator: Evaluator, runs: Sequence[Run], out: Path | None) 
         draw(out / "scaling.png", draw_panels, frame, against_size=True)
     else:
         (out / "scaling.png").unlink(missing_ok=True)  # of other runs
+
+    comparisons = fid_comparisons(frame, evaluator.options.margin)
+    if len(comparisons) > 0:
+        draw(out / "forest.png", draw_forest, comparisons, evaluator.options.margin)
+    else:
+        (out / "forest.png").unlink(missing_ok=True)
     say(f"written to {out}")
 
 

@@ -260,7 +260,7 @@ def test_comparison_files(tmp_path, evaluate):
     out = tmp_path / "out"
     results = evaluate(*runs, "--out", out)
     pictures = {path.name for path in out.glob("*.png")}
-    assert pictures == {"comparison.png", "scaling.png", "overview.png"}
+    assert pictures == {"comparison.png", "scaling.png", "overview.png", "forest.png"}
 
     frame = pd.read_csv(out / "comparison.csv")
     assert list(frame["run"]) == [run.name for run in runs]
@@ -763,6 +763,64 @@ def test_a_run_of_other_steps_beside_the_usual_one(tmp_path, evaluate):
     assert arms == ["quantum", "quantum 1150 steps", FLOOR]
 
 
+def test_forest_has_a_row_for_each_comparison():
+    runs = []
+    for seed, percent in enumerate((1, 2, 4, 3, 2)):
+        runs += pair_of(percent, seed)
+        runs.append(fake("quantum", 3, seed, 20 + seed, steps=1150))
+        runs += pair_of(-percent, seed, n_train=10, arm="published")
+    comparisons = evaluation.fid_comparisons(frame_of(runs), margin=3.0)
+    axes, *_ = evaluation.draw_forest(comparisons, 3.0).axes
+
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == [
+        "published − matched, N = 10",
+        "quantum − matched, N = all",
+        "quantum 1150 steps\n− quantum, N = all",
+    ]
+    assert axes.get_yticks().tolist() == [0, 1, 2]
+    assert axes.yaxis_inverted()
+    (right,) = axes.child_axes
+    assert [label.get_text() for label in right.get_yticklabels()] == ["n = 5"] * 3
+
+    # Points, thin and thick lines, and the band.
+    thin, thick, points = axes.collections
+    x, y = np.asarray(points.get_offsets()).T
+    assert x == pytest.approx(comparisons["mean"].to_numpy())
+    assert y.tolist() == [0, 1, 2]
+    assert x[:2] == pytest.approx([-2.4, 2.4])
+    for lines, confidence in ((thin, 95), (thick, 90)):
+        ends = [[low, high] for (low, _), (high, _) in lines.get_segments()]
+        columns = [f"low_{confidence}", f"high_{confidence}"]
+        assert np.array(ends) == pytest.approx(comparisons[columns].to_numpy())
+    assert thick.get_linewidth()[0] > 2 * thin.get_linewidth()[0]
+    (band,) = axes.patches
+    assert (band.get_x(), band.get_x() + band.get_width()) == (-3, 3)
+
+
+def test_texts_of_a_large_forest_do_not_overlap():
+    noise = "gate0.001-0.01_readout0.02"
+    runs = []
+    for seed, n_train in itertools.product(range(5), (25, None)):
+        for arm, condition in itertools.product(
+            ("matched", "quantum", "published"), ("", "conditional")
+        ):
+            runs.append(fake(arm, 3, seed, 9 + seed, n_train=n_train, condition=condition))
+        for condition in (noise, f"conditional_{noise}"):
+            runs.append(fake("quantum", 3, seed, 10, n_train=n_train, condition=condition))
+    comparisons = evaluation.fid_comparisons(frame_of(runs), 4.0)
+    figure = evaluation.draw_forest(comparisons, 4.0)
+    figure.draw_without_rendering()
+
+    axes = figure.axes[0]
+    boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
+    assert len(boxes) == len(comparisons) > 20
+    assert all(below.y1 < above.y0 for above, below in itertools.pairwise(boxes))
+    panel = axes.get_window_extent()
+    assert all(box.x0 > 0 and box.x1 < panel.x0 for box in boxes)
+    assert panel.width > 0.4 * figure.bbox.width
+
+
 def test_several_tables_below_each_other():
     """Runs of two data sets make no pair, and the text says which they are of."""
     frames = []
@@ -771,10 +829,12 @@ def test_several_tables_below_each_other():
         frames.append(frame_of(runs))
     comparisons = evaluation.fid_comparisons(pd.concat(frames, ignore_index=True), 4.0)
     assert comparisons["mean"].tolist() == pytest.approx([5, 8])
-    assert comparisons["data"].tolist() == ["digits", "mnist"]
+    assert evaluation.forest_labels(comparisons) == [
+        "quantum − matched, digits", "quantum − matched, mnist",
+    ]  # fmt: skip
 
 
-def test_margin_decides(tmp_path, evaluate):
+def test_margin_decides_and_without_pairs_there_is_no_forest(tmp_path, evaluate):
     out = tmp_path / "out"
     runs = []
     for (arm, noise), seed in itertools.product({"quantum": 30, "matched": 32}.items(), range(5)):
@@ -787,9 +847,11 @@ def test_margin_decides(tmp_path, evaluate):
         assert f"margin of ±{margin} %" in text
         (row,) = tables(text)["Relative differences of FID"]
         words[margin] = row["p equivalent"]
+    assert Image.open(out / "forest.png").size[0] > 1000
     assert words["1"] != words["1000"]
 
     evaluate(runs[0], "--out", out)
+    assert not (out / "forest.png").exists()
     assert "Relative differences" not in (out / "comparison.md").read_text()
 
 
