@@ -7,12 +7,14 @@ images (the floor).
     python cal_fid_ssim.py runs/classical_mnist3_nall_seed* runs/quantum_mnist3_nall_seed*
     python cal_fid_ssim.py runs/*mnist3* --out comparison           # csv, markdown, figures
     python cal_fid_ssim.py runs/*mnist_conditional*                 # a row for each class
+    python cal_fid_ssim.py runs/* more/* --out study --margin 3     # FID: different, equivalent?
     python cal_fid_ssim.py runs/quantum_mnist3_nall_seed0 --protocol paper
 
 The file in its order: the metrics, which know arrays and images only; the networks that make
-features of images; a run and the real images beside it; tables; figures; the published procedure;
-the command line. cal_fid_ssim_medmnist.py does the same for PathMNIST. debug_img.py splits
-pictures, and holds what all three command lines share: printing, errors, figures.
+features of images; a run and the real images beside it; what is compared with what, and the tests
+of relative differences; tables; figures; the published procedure; the command line.
+cal_fid_ssim_medmnist.py does the same for PathMNIST. debug_img.py splits pictures, and holds what
+all three command lines share: printing, errors, figures.
 """
 
 import argparse
@@ -34,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 from scipy import linalg, stats
 from skimage.metrics import structural_similarity
 from torch import Tensor, nn
@@ -59,8 +62,10 @@ FID_INFINITY_SIZES = 15  # subsets
 NEIGHBOURS = 3  # k of precision and recall
 SSIM_PAIRS = 2000  # at most so many pairs make ssim_diversity
 FLOOR_DRAWS = 5  # samples of real images whose mean is the floor
+ONE_DRAW_ABOVE = 1000  # images: of larger samples one is enough
+SSIM_BORDER = 3  # pixels: half of SSIM's 7x7 window
 SSIM_CHUNK = 100  # images at once, each with a dozen arrays of its size in float64
-CHUNK = 500  # rows of a distance or kernel matrix that are in memory at once
+CHUNK = 500  # images, or rows of a kernel or distance matrix, that are in memory at once
 CLASSIFIER_STEPS = 1000
 CLASSIFIER_BATCH = 128  # images
 
@@ -93,19 +98,23 @@ METRICS = {  # by their key in metrics.json
 
 # What is compared with what.
 FLOOR = "real images (floor)"
-PAIR = ["conditional", "n_train", "label", "seed"]  # rows equal in these make a pair
+SAME_IN_A_PAIR = ["data", "conditional", "n_train", "label", "seed"]
 BUDGET = ["steps", "batch_size", "lr", "muon_lr", "ema_decay"]  # what all runs should have alike
 BUDGET += ["n_qubits", "n_layers", "timesteps", "sample_steps"]
 BASELINES = ("matched", "classical")  # control arms: every other arm is compared with each
-DECIDING_SEEDS = 5  # with fewer seeds the verdict is "too few seeds"
+FIGURE_BASELINE = "matched"  # the differences to it are drawn
+DECIDING_UNITS = 5  # seeds, or independent pairs: with fewer the verdict is "too few"
+SIGNIFICANCE = 0.05  # of the tests of relative differences
+MARGIN = 4.0  # per cent of FID: a mean difference within it is none
 CLOSEST_PAIRS = 10  # of a run, in its closest_pairs.png
 
 # Figures.
 OVERVIEW_COLUMNS = 12  # images in a row of overview.png, about
+FOREST_LINE = 32  # characters of a comparison that forest.png has in one line
 FIGURE_METRICS = ["fid", "kid", "precision", "recall"]
 FIGURE_METRICS += ["ssim_diversity", "label_accuracy", "distance_ratio", "near_copies"]
 FLOOR_COLOUR = "#666666"
-OTHER_COLOUR = "#999999"  # of arms that have none below; their markers tell them apart
+OTHER_COLOUR = "#999999"  # of the user's own arms; their markers tell them apart
 ARM_COLOURS = {  # Okabe & Ito
     "classical": "#000000",
     "matched": "#E69F00",
@@ -115,32 +124,32 @@ ARM_COLOURS = {  # Okabe & Ito
     "frozen": "#CC79A7",
     "se": "#56B4E9",
 }
-MARKERS = "os^DvpP*X"  # of the names that share a colour: an arm's conditions
+MARKERS = "os^DvpP*X"  # of the variants that share a colour: an arm under its conditions
 
 
 # ----------------------------------------------------------------------------------- metrics
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Fréchet distance of two Gaussians fitted to features (n, d) and (m, d) (Heusel et al. 2017).
 
-        |mean_a - mean_b|^2 + tr A + tr B - 2 tr (A B)^(1/2)        A, B the covariances, n - 1
+        |mean_a - mean_b|^2 + tr A + tr B - 2 tr (A B)^(1/2)
 
-    tr (A B)^(1/2) is the sum of the singular values of X Y.T, where A = X.T X and B = Y.T Y. Taking
-    it so works for covariances of any rank; scipy's sqrtm does not. Both sets have 2 or more
-    images. Raises UserError for features that are not finite.
+    A and B are the covariances (divided by n - 1). Let A = X.T X and B = Y.T Y: the eigenvalues of
+    A B are those of (X Y.T)(X Y.T).T, the squared singular values of X Y.T, and the trace of the
+    root is their sum. This works for covariances of any rank; scipy's sqrtm does not. Both sets
+    have 2 or more images. Raises UserError for features that are not finite.
     """
     means = []
-    roots = []  # X and Y, (at most d, d)
+    factors = []  # X (min(n, d), d) and Y (min(m, d), d)
     for features in (a, b):
         if not np.isfinite(features).all():
             raise UserError("features are not finite: the images or the weights are bad")
         mean = features.mean(axis=0, dtype=np.float64)
         centred = (features - mean) / np.sqrt(len(features) - 1)  # centred.T centred = covariance
         means.append(mean)
-        # R of QR: R.T R = centred.T centred, with at most d rows.
-        roots.append(np.linalg.qr(centred, mode="r"))
+        factors.append(np.linalg.qr(centred, mode="r"))  # R.T R = centred.T centred
 
     # The three terms of the formula.
-    x, y = roots
+    x, y = factors
     between_means = ((means[0] - means[1]) ** 2).sum()
     traces = (x**2).sum() + (y**2).sum()
     cross = linalg.svdvals(x @ y.T).sum()
@@ -176,7 +185,7 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
 
     Bińkowski et al. 2018, section 4, over all pairs instead of random blocks; a (n, d), b (m, d).
     The standard error is the two-sample jackknife's, which leaves out each image once; NaN for
-    fewer than 3 images. It is conservative near zero, where the estimator is degenerate.
+    fewer than 3 images. It is too large where both sets have one distribution.
     """
     n, d = a.shape
     m = len(b)
@@ -198,6 +207,9 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     # across_a[i] from ab.
     without_a = unbiased_mmd(aa - 2 * within_a, bb, ab - across_a, n - 1, m)  # (n,)
     without_b = unbiased_mmd(aa, bb - 2 * within_b, ab - across_b, n, m - 1)  # (m,)
+
+    # The jackknife's variance of a set: (n - 1) / n times the sum of squared deviations from the
+    # mean, hence (n - 1) var, as numpy's var divides by n. Those of the two sets add.
     variance = (n - 1) * without_a.var() + (m - 1) * without_b.var()
     return distance, float(np.sqrt(variance))
 
@@ -211,10 +223,10 @@ def kernel_row_sums(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.concatenate(sums)
 
 
-def unbiased_mmd(aa: Any, bb: Any, ab: Any, n: int, m: int) -> Any:
+def unbiased_mmd(aa: ArrayLike, bb: ArrayLike, ab: ArrayLike, n: int, m: int) -> np.ndarray:
     """Squared MMD from kernel sums: aa, bb within each set (no image with itself), ab across.
 
-    The sums are numbers, or arrays of as many cases; n and m are the sets' sizes.
+    n and m are the sets' sizes. A sum is an array where it has a value for each image left out.
     """
     return aa / (n * (n - 1)) + bb / (m * (m - 1)) - 2 * ab / (n * m)
 
@@ -260,19 +272,20 @@ def ssim(a: Tensor, b: Tensor) -> float:
     """
     n = min(len(a), len(b))
     width = a.shape[-1]
-    means = []  # an image
+    means = []  # one value for each image, in chunks
     for start in range(0, n, SSIM_CHUNK):
         end = min(start + SSIM_CHUNK, n)
 
-        # One call for all images, stacked into one tall picture. Windows across the border of two
-        # images mix them, but only within three pixels of it, and SSIM leaves those out anyway.
+        # One call for all images, stacked into one tall picture (chunk C H, W). Windows across the
+        # border of two images mix them, but only within SSIM_BORDER of it, which SSIM leaves out.
         _mean, values = structural_similarity(
             a[start:end].reshape(-1, width).numpy(),
             b[start:end].reshape(-1, width).numpy(),
             data_range=255,
             full=True,
         )  # values: (chunk C H, W)
-        values = values.reshape(end - start, *a.shape[1:])[..., 3:-3, 3:-3]
+        inner = slice(SSIM_BORDER, -SSIM_BORDER)
+        values = values.reshape(end - start, *a.shape[1:])[..., inner, inner]
         means.append(values.mean(axis=(1, 2, 3)))
     return float(np.concatenate(means).mean())
 
@@ -295,28 +308,30 @@ def ssim_diversity(images: Tensor, seed: int) -> float:
 
 
 def pixels(images: Tensor) -> Tensor:
-    """The images as they are. Of digits the search for copies compares these."""
+    """What of digits is compared in the search for copies: the images as they are."""
     return images
 
 
 def nearest_images(
-    images: Tensor, training: Tensor, compared: Callable[[Tensor], Tensor] = pixels
+    images: Tensor, training: Tensor, copy_features: Callable[[Tensor], Tensor] = pixels
 ) -> tuple[np.ndarray, np.ndarray]:
     """For each image its nearest training image: (distance, index), each (N,).
 
-    Images (N, C, H, W) and (M, C, H, W) uint8. ``compared`` makes whole numbers of them, and the
-    distance is the root mean square difference of these over 255: for pixels black to white is 1.
-    Integers below 2^53 are exact in float64, so a copy has distance 0 exactly.
+    Images (N, C, H, W) and (M, C, H, W) uint8. ``copy_features`` makes whole numbers of them, and
+    the distance is the root mean square difference of these over 255: of pixels 1 from black to
+    white.
     """
-    a = compared(images).flatten(1).double()  # (N, d)
+    a = copy_features(images).flatten(1).double()  # (N, d)
     a_squared = a.square().sum(dim=1, keepdim=True)  # (N, 1)
 
     # The nearest so far; the training images in pieces, as a whole class may be 100,000.
     smallest = torch.full((len(a),), math.inf, dtype=torch.float64)
     index = torch.zeros(len(a), dtype=torch.int64)
     for start in range(0, len(training), CHUNK):
-        b = compared(training[start : start + CHUNK]).flatten(1).double()  # (chunk, d)
-        squared = a_squared + b.square().sum(dim=1) - 2 * (a @ b.T)  # |x - y|^2, (N, chunk)
+        b = copy_features(training[start : start + CHUNK]).flatten(1).double()  # (chunk, d)
+
+        # |x - y|^2, (N, chunk): exact (a copy has 0), as float64 holds whole numbers below 2^53.
+        squared = a_squared + b.square().sum(dim=1) - 2 * (a @ b.T)
         nearest = squared.min(dim=1)
         is_nearer = nearest.values < smallest
         smallest = torch.where(is_nearer, nearest.values, smallest)
@@ -358,18 +373,13 @@ class Extractor:
         return features
 
 
-def cached_features(extractor: Extractor, images: Tensor, folder: Path) -> np.ndarray:
-    """Features (N, d); read from ``folder`` when the same images and weights made them before."""
-    made_from = {
-        "images": content_hash(images),
-        "network": str(extractor),
-        "preprocessing": extractor.preprocessing,
-    }
-
-    def make() -> dict[str, Tensor]:
-        return {"features": torch.from_numpy(extractor.features(images))}
-
-    return cached(folder, "features", made_from, make)["features"].numpy()
+@contextlib.contextmanager
+def optional(path: Path) -> Iterator[None]:
+    """Makes a file that is not worth stopping for: when that fails, a note says so."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        note(f"{path} not written ({one_line(error)})")
 
 
 def content_hash(*tensors: Tensor) -> str:
@@ -401,13 +411,18 @@ def cached(
     return state
 
 
-@contextlib.contextmanager
-def optional(path: Path) -> Iterator[None]:
-    """Makes a file that is not worth stopping for: when that fails, a note says so."""
-    try:
-        yield
-    except (UserError, OSError) as error:
-        note(f"{path} not written ({one_line(error)})")
+def cached_features(extractor: Extractor, images: Tensor, folder: Path) -> np.ndarray:
+    """Features (N, d); read from ``folder`` when the same images and weights made them before."""
+    made_from = {
+        "images": content_hash(images),
+        "network": str(extractor),
+        "preprocessing": extractor.preprocessing,
+    }
+
+    def make() -> dict[str, Tensor]:
+        return {"features": torch.from_numpy(extractor.features(images))}
+
+    return cached(folder, "features", made_from, make)["features"].numpy()
 
 
 def inception_extractor(weights: Path | None, device: torch.device | str) -> Extractor:
@@ -424,12 +439,17 @@ def inception_extractor(weights: Path | None, device: torch.device | str) -> Ext
     if weights is None:
         cache = Path(torch.hub.get_dir()) / "checkpoints"
         weights = cache / Path(official.url).name
-        fetch = functools.partial(official.get_state_dict, check_hash=True)
-        failure = mnist.download(cache, weights.name, lambda folder: fetch(model_dir=str(folder)))
+
+        def fetch(folder: Path) -> None:
+            official.get_state_dict(model_dir=str(folder), check_hash=True)
+
+        # Into a temporary folder, then moved; None, or in words why it failed.
+        failure = mnist.download(cache, weights.name, fetch)
         if failure is not None:
             raise UserError(f"{failure}; {way_out}")
 
-    # Without the auxiliary head.
+    # Without the auxiliary head. transform_input: from ImageNet's normalisation, which the
+    # preprocessing ends with, to the one that the weights were trained with.
     with reading(weights, f"InceptionV3's weights; {way_out}"):
         state = torch.load(weights, map_location="cpu", weights_only=True)
         model = inception_v3(aux_logits=False, transform_input=True, init_weights=False)
@@ -454,7 +474,7 @@ def classifier_extractor(classifier: nn.Sequential, device: torch.device | str) 
     return Extractor(
         name="classifier",
         preprocessing="x / 127.5 - 1",
-        model=copy.deepcopy(classifier[:-1]).to(device),
+        model=copy.deepcopy(classifier[:-1]).to(device),  # a copy: to() moves what it is called on
         prepare=to_float,
         channels=classifier[0].in_channels,
         size=64,
@@ -496,7 +516,7 @@ def train_classifier(images: Tensor, labels: Tensor, seed: int) -> nn.Sequential
 
     # One stream draws the passes and the shifts.
     generator = random_stream(seed, "classifier")
-    order = torch.empty(0, dtype=torch.int64)  # images whose turn is next
+    order = torch.empty(0, dtype=torch.int64)  # what is left of the pass, as image numbers
     for _ in tqdm(range(CLASSIFIER_STEPS), "classifier", delay=2, leave=False):
         # The next batch; another pass begins where too few are left of this one.
         while len(order) < CLASSIFIER_BATCH:
@@ -520,12 +540,12 @@ def train_classifier(images: Tensor, labels: Tensor, seed: int) -> nn.Sequential
 
 
 def scale_features(classifier: nn.Sequential, images: Tensor) -> None:
-    """Bring the features' root mean square over the images to 1, which KID's kernel expects.
+    """Bring the features' root mean square over the images to 1, as KID's kernel adds 1 to x.y / d.
 
     Dividing the layer before the ReLU and multiplying the one after it by the same number changes
     no output.
     """
-    before_features = classifier[-3]  # Linear, before the ReLU
+    before_features = classifier[-3]  # Linear, ReLU behind it
     after_features = classifier[-1]  # Linear, to the classes
     with torch.no_grad():
         scale = classifier[:-1](to_float(images)).square().mean().sqrt()
@@ -557,9 +577,9 @@ def load_classifier(
 ) -> tuple[nn.Sequential, dict[str, Any]]:
     """The data set's classifier and its record, trained when ``folder`` has none of that record.
 
-    The record: source, seed, steps, content hash of the training images and labels, and its
-    accuracy on the splits that it is tested on, by their names. Raises UserError when there is but
-    one class.
+    The record: source, seed, steps, content hash of the training images and labels, and for each
+    split that it is tested on "n_test" images and "test_accuracy". Raises UserError when there is
+    but one class.
     """
     if len(train.labels.unique()) < 2:
         ways_out = "--features none or inception, or leave --features out"
@@ -593,20 +613,20 @@ def load_classifier(
 class DataSet:
     """What differs between the MNIST and the PathMNIST command line."""
 
-    module: Any  # the training script
-    sources: dict[str, str]  # data source, as in a run's settings: the split that is held out
-    withdrawn: dict[str, tuple[float, float]]  # the paper's FID and paired SSIM, by arm
-    features: dict[str, Callable[[Tensor], Extractor]]  # --features of its own; the first: default
-    # What of the images (N, C, H, W) uint8 is compared in the search for copies: whole numbers.
-    compared: Callable[[Tensor], Tensor]
+    module: Any  # the training script: load_images, select_images, symmetries, CLASS_NAMES
+    held_out_split: dict[str, str]  # by data source, as in a run's settings, for example "test"
+    paper_scores: dict[str, tuple[float, float]]  # by arm: FID and paired SSIM that it printed
+    own_extractors: dict[str, Callable[[Tensor], Extractor]]  # more --features; the first: default
+    # What of images (N, C, H, W) uint8 is compared in the search for copies: whole numbers.
+    copy_features: Callable[[Tensor], Tensor]
 
 
 MNIST = DataSet(
     module=mnist,
-    sources={"mnist": "test", "digits": "test"},
-    withdrawn={"classical": (271.05, 0.1085), "quantum": (259.25, 0.1263)},
-    features={},
-    compared=pixels,
+    held_out_split={"mnist": "test", "digits": "test"},
+    paper_scores={"classical": (271.05, 0.1085), "quantum": (259.25, 0.1263)},
+    own_extractors={},
+    copy_features=pixels,
 )
 
 
@@ -614,9 +634,7 @@ class Run(NamedTuple):
     """A finished run."""
 
     folder: Path
-    name: str  # the folder's
-    arm: str  # with its condition, as in tables: "quantum shots1000"
-    condition: str  # "": a single class's model, ideal; "conditional_shots1000"
+    condition: str  # for example "conditional_shots1000"; "": a single class's model, ideal
     settings: dict[str, Any]  # config.json's
     trained_on: dict[str, Any]  # config.json's description of the training images
     images: dict[int, Tensor]  # the final ones by class, each (n, C, 28, 28) uint8
@@ -632,14 +650,15 @@ def read_run(folder: Path, dataset: DataSet) -> Run:
     config = mnist.read_config(folder / "config.json")
     settings = config["settings"]
     source = settings.get("data")
-    if source not in dataset.sources:
+    if source not in dataset.held_out_split:
         scripts = "cal_fid_ssim.py measures MNIST, cal_fid_ssim_medmnist.py PathMNIST"
         raise UserError(f"{folder}: data set {source}; {scripts}")
 
-    # Its final images; while they are sampled there are other than n_eval.
+    # Its final images: n_eval, or fewer while they are still sampled.
     grid = folder / "samples_final.png"
     if not grid.exists():
-        raise UserError(f"{folder}: not finished, no {grid.name}; {config.get('command', '')}")
+        command = config.get("command", "")  # makes the run, or finishes it
+        raise UserError(f"{folder}: not finished, no {grid.name}; {command}")
     images = mnist.load_grid(grid)
     classes = settings["classes"]
     n = len(images) / len(classes)
@@ -651,8 +670,6 @@ def read_run(folder: Path, dataset: DataSet) -> Run:
     condition = "_".join(word for word in (conditional, config["condition"]) if word)
     return Run(
         folder=folder,
-        name=folder.resolve().name,
-        arm=f"{settings['arm']} {condition}".strip(),
         condition=condition,
         settings=settings,
         trained_on=config["images"],
@@ -671,13 +688,20 @@ class Sample(NamedTuple):
         return Sample(self.images[index], self.features[index])
 
 
+class Real(NamedTuple):
+    """Real images of a class, or of all classes."""
+
+    reference: Sample  # of the training split
+    held_out: Sample
+
+
 class ClosestPairs(NamedTuple):
     """The generated images of a run that are nearest to a training image."""
 
     generated: Tensor  # (n, C, H, W) uint8
     training: Tensor  # (n, C, H, W) uint8
     distance: np.ndarray  # (n,), rising
-    threshold: float  # at most so far is a near-copy
+    threshold: float  # ``near_copy_threshold``
 
 
 class Evaluator:
@@ -693,9 +717,9 @@ class Evaluator:
         self.real = functools.cache(self.measure_real)
         self.floor = functools.cache(self.measure_floor)
 
-        # Held-out images are new to the models and have the training images' distribution.
-        # PathMNIST's test split comes from another clinic, so its val split is held out.
-        self.held_out_name = dataset.sources[source]
+        # Held-out images are new to the models and have the training images' distribution. The
+        # classifier is tested on them and on the test split, which may be the same.
+        self.held_out_name = dataset.held_out_split[source]
         splits = {}
         for name in dict.fromkeys(["train", self.held_out_name, "test"]):  # each once
             _source, images, labels = dataset.module.load_images(source, options.data_dir, name)
@@ -720,14 +744,14 @@ class Evaluator:
         elif options.features == "inception":
             self.extractor = inception_extractor(options.inception_weights, options.device)
         else:
-            self.extractor = dataset.features[options.features](self.train.images)
+            self.extractor = dataset.own_extractors[options.features](self.train.images)
 
     def stream(self, *name: object) -> torch.Generator:
         """The evaluation's randomness for one purpose."""
         return random_stream(self.options.seed, "evaluation", *name)
 
     def sample(self, images: Tensor, keep: bool = False) -> Sample:
-        """Images (N, C, H, W) uint8 with features, kept for other evaluations or not."""
+        """Images (N, C, H, W) uint8 with features. keep: for other evaluations, in a file."""
         if self.extractor is None:
             features = np.empty((len(images), 0))
         elif keep:
@@ -736,8 +760,8 @@ class Evaluator:
             features = self.extractor.features(images)
         return Sample(images, features)
 
-    def measure_real(self, which: int | str) -> tuple[Sample, Sample]:
-        """Reference images (training split) and held-out images of a class or of "all".
+    def measure_real(self, which: int | str) -> Real:
+        """The real images of a class or of "all".
 
         At most ``--n_real`` of each: a random subset, in the split's order, the same for every run.
         """
@@ -747,7 +771,7 @@ class Evaluator:
             order = torch.randperm(len(images), generator=self.stream("reference"))
             chosen = order[: self.options.n_real].sort().values
             samples.append(self.sample(images[chosen], keep=True))
-        return samples[0], samples[1]
+        return Real(*samples)
 
     def compare(self, sample: Sample, reference: Sample) -> dict[str, float]:
         """The metrics that compare two sets of images; NaN: not measured here."""
@@ -775,117 +799,107 @@ class Evaluator:
     def measure_floor(self, which: int | str, n: int) -> dict[str, Any]:
         """What n real images of a class or of "all" score against the reference: mean over draws.
 
-        Drawn from the held-out split or, if it has fewer than n, from the reference: at most half
-        of it, compared with the other part. Above FID_WARNING_BELOW images one draw is enough.
+        They are drawn from the held-out images (at most ``--n_real``). If these are fewer than n,
+        they are drawn from the reference: at most half of it, compared with the other part.
         """
         reference, held_out = self.real(which)
-        pool = held_out
-        origin = f"{self.held_out_name} split"
-        if n > len(held_out.images):
-            pool = reference
-            n = min(n, len(reference.images) // 2)
-            origin = "training split, set aside"
+        enough = n <= len(held_out.images)
+        size = n if enough else min(n, len(reference.images) // 2)
+        pool = held_out if enough else reference
 
         # Random draws are compared as if they were generated.
         draws = []
-        for draw in range(FLOOR_DRAWS if n <= FID_WARNING_BELOW else 1):
+        for draw in range(FLOOR_DRAWS if size <= ONE_DRAW_ABOVE else 1):
             order = torch.randperm(len(pool.images), generator=self.stream("floor", draw))
-            rest = reference.take(order[n:]) if pool is reference else reference
-            draws.append(self.compare(pool.take(order[:n]), rest))
+            rest = reference if enough else reference.take(order[size:])
+            draws.append(self.compare(pool.take(order[:size]), rest))
 
-        floor = {"n": n, "draws": len(draws), "from": origin}
+        origin = f"{self.held_out_name} split" if enough else "training split, set aside"
+        floor = {"n": size, "draws": len(draws), "from": origin}
         for key in draws[0]:  # the metrics
             floor[key] = float(np.mean([metrics[key] for metrics in draws]))
         return floor
 
     def training_images(self, run: Run) -> dict[int, Tensor]:
-        """What a run was trained on by class, each (M, C, H, W) uint8, with symmetries if it was.
+        """What a run was trained on, by class: (M, C, H, W) uint8, with --augment turned as well.
 
         Raises UserError when they are not the ones that its configuration describes.
         """
         module = self.dataset.module
         n_train, seed = run.settings["n_train"], run.settings["seed"]
+        images, labels = self.train
         by_class = {
-            label: module.select_images(*self.train, label, n_train, seed) for label in run.images
+            label: module.select_images(images, labels, label, n_train, seed)
+            for label in run.images
         }
+
+        # The training script's checksum, of the pixels alone.
         together = torch.cat(list(by_class.values()))
         digest = hashlib.sha256(together.contiguous().numpy()).hexdigest()
         if digest != run.trained_on.get("sha256"):
-            place = self.options.data_dir
-            raise UserError(f"{run.folder}: trained on other images than are in {place}")
+            found = f"trained on other images than are in {self.options.data_dir}"
+            raise UserError(f"{run.folder}: {found}")
 
         if "symmetries" in run.trained_on:
             return {label: module.symmetries(images) for label, images in by_class.items()}
         return by_class
 
-    def measure_class(
-        self, images: Tensor, label: int, training: Tensor
-    ) -> tuple[dict[str, Any], ClosestPairs]:
-        """Generated images (N, C, H, W) uint8 of a class beside real ones.
+    def measure_images(
+        self,
+        images: Tensor,
+        labels: Tensor | int,
+        which: int | str,
+        held_out: tuple[Tensor, Tensor | int],
+    ) -> dict[str, Any]:
+        """Generated images (N, C, H, W) uint8 beside real ones, as in ``metrics.json``.
 
-        training: what the class was trained on, (M, C, H, W) uint8. Returns metrics, floors and
-        numbers of images, as in ``metrics.json``, and the closest pairs.
+        labels: the classes that were asked for, (N,) or one; which: the real images that they are
+        compared with, a class or "all"; held_out: images and labels for the label accuracy's floor.
         """
-        # The generated images against the reference, and as many real ones against it.
-        which = label if self.options.reference == "class" else "all"
-        reference, _held_out = self.real(which)
+        reference = self.real(which).reference
         metrics = self.compare(self.sample(images), reference)
         floor = dict(self.floor(which, len(images)))  # a copy: other runs share the kept one
-
-        # Copies: the training image nearest to each generated and to each held-out image.
-        held_out = self.held_out.of_class(label)
-        compared = self.dataset.compared
-        distance, nearest = nearest_images(images, training, compared)
-        usual, usual_nearest = nearest_images(held_out, training, compared)
-        metrics |= copy_statistics(images, training[nearest], distance, usual)
-        floor |= copy_statistics(held_out, training[usual_nearest], usual, usual)
-
-        # Labels: the share that the classifier takes for the class.
-        if self.classifier is not None:
-            metrics["label_accuracy"] = accuracy(self.classifier, images, label)
-            floor["label_accuracy"] = accuracy(self.classifier, held_out, label)
-
-        closest = np.argsort(distance, kind="stable")[:CLOSEST_PAIRS]
-        pairs = ClosestPairs(
-            generated=images[closest],
-            training=training[nearest[closest]],
-            distance=distance[closest],
-            threshold=near_copy_threshold(usual),
-        )
-        measured = {
-            "n_generated": len(images),
-            "n_real": len(reference.images),
-            "n_training": len(training),
-            "n_held_out": len(held_out),
-            "near_copy_threshold": pairs.threshold,
-            "metrics": metrics,
-            "floor": floor,
-        }
-        return measured, pairs
-
-    def measure_together(self, run: Run, n_training: int) -> dict[str, Any]:
-        """A conditional run's images of all classes at once, beside real ones of all classes.
-
-        Returns the same as ``measure_class``, without copies: these are searched class by class.
-        """
-        # The images and the classes that they were asked to be.
-        images = torch.cat(list(run.images.values()))  # (N, C, H, W)
-        counts = torch.tensor([len(part) for part in run.images.values()])
-        labels = torch.tensor(list(run.images)).repeat_interleave(counts)  # (N,)
-
-        reference, _held_out = self.real("all")
-        metrics = self.compare(self.sample(images), reference)
-        floor = dict(self.floor("all", len(images)))
         if self.classifier is not None:
             metrics["label_accuracy"] = accuracy(self.classifier, images, labels)
-            floor["label_accuracy"] = accuracy(self.classifier, *self.held_out)
+            floor["label_accuracy"] = accuracy(self.classifier, *held_out)
         return {
             "n_generated": len(images),
             "n_real": len(reference.images),
-            "n_training": n_training,
             "metrics": metrics,
             "floor": floor,
         }
+
+    def measure_class(
+        self, images: Tensor, label: int, training: Tensor
+    ) -> tuple[dict[str, Any], ClosestPairs]:
+        """Generated images (N, C, H, W) uint8 of a class, with a search for copies.
+
+        training: what the class was trained on, (M, C, H, W) uint8.
+        """
+        which = label if self.options.reference == "class" else "all"
+        unseen = self.held_out.of_class(label)
+        measured = self.measure_images(images, label, which, (unseen, label))
+
+        # The training image nearest to each generated and to each held-out image.
+        copy_features = self.dataset.copy_features
+        distance, nearest = nearest_images(images, training, copy_features)
+        usual_distance, usual_nearest = nearest_images(unseen, training, copy_features)
+        threshold = near_copy_threshold(usual_distance)
+
+        # These fill what ``compare`` has left NaN.
+        of_copies = copy_statistics(images, training[nearest], distance, usual_distance)
+        of_unseen = copy_statistics(unseen, training[usual_nearest], usual_distance, usual_distance)
+        measured["metrics"] |= of_copies
+        measured["floor"] |= of_unseen
+        measured["n_training"] = len(training)
+        measured["n_held_out"] = len(unseen)
+        measured["near_copy_threshold"] = threshold
+
+        closest = np.argsort(distance, kind="stable")[:CLOSEST_PAIRS]
+        pairs = ClosestPairs(
+            images[closest], training[nearest[closest]], distance[closest], threshold
+        )
+        return measured, pairs
 
     def measure(self, run: Run) -> tuple[list[dict[str, Any]], dict[str, ClosestPairs]]:
         """All figures of a run, a row for each class, and by the row's name its closest pairs.
@@ -901,9 +915,15 @@ class Evaluator:
             pairs[self.row_name(run, label)] = closest
 
         if run.conditional:
-            n_training = sum(len(images) for images in training.values())
             measured["mean"] = mean_over_classes(list(measured.values()))
-            measured["all"] = self.measure_together(run, n_training)
+
+            # All classes at once; copies are searched class by class alone.
+            images = torch.cat(list(run.images.values()))  # (N, C, H, W)
+            each = len(images) // len(run.images)  # every class has as many
+            labels = torch.tensor(list(run.images)).repeat_interleave(each)  # (N,)
+            together = self.measure_images(images, labels, "all", self.held_out)
+            together["n_training"] = sum(len(of_class) for of_class in training.values())
+            measured["all"] = together
         return [self.row(run, label, part) for label, part in measured.items()], pairs
 
     def row(self, run: Run, label: int | str, measured: dict[str, Any]) -> dict[str, Any]:
@@ -937,45 +957,53 @@ class Evaluator:
     def row_name(self, run: Run, label: int | str) -> str:
         """What a row of the tables is: the run, and if it has several classes which."""
         if not run.conditional:
-            return run.name
-        names = self.dataset.module.CLASS_NAMES
-        return f"{run.name}: {names[label] if isinstance(label, int) else label}"
+            return run.folder.resolve().name
+        name = self.dataset.module.CLASS_NAMES[label] if isinstance(label, int) else label
+        return f"{run.folder.resolve().name}: {name}"
 
 
 def mean_over_classes(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The mean of what ``measure_class`` returns; NaN where a class has NaN, of texts the first."""
+    """The mean of what ``measure_class`` returns of each class; NaN where a class has NaN."""
+    parts = {key: mean_of([one[key] for one in measured]) for key in ("metrics", "floor")}
+    numbers = [{key: one[key] for key in one if key not in parts} for one in measured]
+    return mean_of(numbers) | parts
 
-    def mean(values: Sequence[Any]) -> Any:
-        if isinstance(values[0], dict):
-            return {key: mean([value[key] for value in values]) for key in values[0]}
-        if isinstance(values[0], str):
-            return values[0]
-        is_count = isinstance(values[0], int)
-        return round(np.mean(values)) if is_count else float(np.mean(values))
 
-    return mean(measured)
+def mean_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The mean of each entry: counts are rounded, and of texts it is the first."""
+    mean = {}
+    for key, first in rows[0].items():
+        if isinstance(first, str):
+            mean[key] = first
+        else:
+            value = float(np.mean([row[key] for row in rows]))
+            mean[key] = round(value) if isinstance(first, int) else value
+    return mean
 
 
 def copy_statistics(
-    images: Tensor, nearest: Tensor, distance: np.ndarray, usual: np.ndarray
+    images: Tensor, nearest: Tensor, distance: np.ndarray, usual_distance: np.ndarray
 ) -> dict[str, float]:
     """How near images (N, C, H, W) uint8 are to their ``nearest`` training images.
 
-    distance (N,): from each image to its nearest; usual (n,): the same of held-out images. The
-    ratio is NaN where at least half of these are copies.
+    distance (N,): from each image to its nearest; usual_distance (n,): the same of held-out images.
+    The ratio is NaN where at least half of these are copies.
     """
-    median = np.median(usual)
+    median = np.median(usual_distance)
     ratio = np.median(distance) / median if median > 0 else math.nan
     return {
         "ssim_nearest": ssim(images, nearest),
         "distance_ratio": float(ratio),
-        "near_copies": float((distance <= near_copy_threshold(usual)).mean()),
+        "near_copies": float((distance <= near_copy_threshold(usual_distance)).mean()),
     }
 
 
-def near_copy_threshold(usual: np.ndarray) -> float:
-    """At most so far is a near-copy: 1 % of the held-out images, whose distances these are."""
-    return float(np.percentile(usual, 1))
+def near_copy_threshold(usual_distance: np.ndarray) -> float:
+    """The distance that 1 % of the held-out images do not exceed.
+
+    A generated image that is this near to a training image counts as a copy.
+    """
+    return float(np.percentile(usual_distance, 1))
 
 
 def without_nan(values: dict[str, Any]) -> dict[str, Any]:
@@ -986,86 +1014,99 @@ def without_nan(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# -------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------ what is compared with what
 def comparison_csv(results: list[dict[str, Any]]) -> str:
-    """``comparison.csv``: a row a run with settings, metrics (``fid``), floors (``floor_fid``)."""
-    # Nested entries become columns: settings_steps, metrics_fid, floor_fid; two prefixes go.
-    frame = pd.json_normalize(results, sep="_")
-    frame.columns = [name.removeprefix("settings_").removeprefix("metrics_") for name in frame]
-    floors = [name for name in frame if name.startswith("floor_")]
-    columns = ["run", "arm", "condition", "data", "label", "n_train", "seed"]  # label: or mean, all
-    columns += BUDGET
+    """``comparison.csv``: one row per result with settings, metrics ("fid"), floors ("floor_fid").
+
+    results: rows of ``metrics.json``. A label is a class, or "mean" or "all".
+    """
+    rows = []
+    for result in results:
+        floors = {f"floor_{key}": value for key, value in result["floor"].items()}
+        rows.append(result["settings"] | result | result["metrics"] | floors)
+
+    columns = ["run", "arm", "condition", "data", "label", "n_train", "seed", *BUDGET]
     columns += ["features", "reference", "n_generated", "n_real", "n_training", "note"]
     columns += [*METRICS, "kid_standard_error"]
-    columns += floors
-    return frame[columns].astype({"n_train": "Int64"}).to_csv(index=False)
+    columns += [f"floor_{key}" for key in results[0]["floor"]]
+    return pd.DataFrame(rows)[columns].astype({"n_train": "Int64"}).to_csv(index=False)
 
 
 def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
-    """``comparison.csv``, a row a run.
+    """``comparison.csv``, one row per result: all tables and figures are made of this.
 
-    Tables and figures are made of the csv, so that they can be made of it again. ``n_train`` is
-    infinite for a whole class. ``name`` is the arm with its condition, an ordered category that
-    ends with FLOOR.
+    ``n_train`` is infinite for a whole class. ``variant`` is the arm with its condition and with
+    ``other_steps``, an ordered category that ends with FLOOR.
     """
-    # An empty cell is an empty text, or a number that is missing.
-    texts = ["run", "arm", "condition", "label", "note"]
-    frame = pd.read_csv(
-        file, dtype=dict.fromkeys(texts, str), keep_default_na=False, na_values=[""]
-    )
-    frame[texts] = frame[texts].fillna("")
-    frame["n_train"] = frame["n_train"].fillna(np.inf)
+    # Nothing but an empty cell is missing; of these columns it is an empty text.
+    texts = dict.fromkeys(["run", "arm", "condition", "label", "note"], "")
+    frame = pd.read_csv(file, dtype=dict.fromkeys(texts, str), keep_default_na=False, na_values="")
+    frame = frame.fillna(texts | {"n_train": np.inf})
 
-    # The parts of the condition: of "conditional_shots10_steps2" the circuit's is "shots10"; "":
-    # ideal.
+    # The parts of the condition: "conditional_shots10_steps2" is conditional, its circuit's part is
+    # "shots10", its sampling steps are a column of their own.
     frame["conditional"] = frame["condition"].str.startswith("conditional")
     frame["circuit"] = frame["condition"].str.replace(r"^conditional_?|_?steps\d+$", "", regex=True)
 
-    # Arms in their usual order, also in tables and figures.
-    frame["name"] = (frame["arm"] + " " + frame["condition"]).str.strip()
-    names = sorted(frame["name"].unique(), key=order_of_arms)
-    frame["name"] = pd.Categorical(frame["name"], [*names, FLOOR], ordered=True)
+    # An arm may be trained with two numbers of steps. The one that most rows of that size have is
+    # usual (of a tie the largest), another is told: "1150 steps".
+    usual = frame.groupby(["data", "conditional", "n_train"])["steps"].transform(
+        lambda steps: steps.mode().max()
+    )
+    counts = frame.groupby(["data", "n_train", "arm", "condition"])["steps"].transform("nunique")
+    is_other = (counts > 1) & (frame["steps"] != usual)
+    frame["other_steps"] = (frame["steps"].astype(str) + " steps").where(is_other, "")
+
+    # Variants in the usual order of their arms, also in tables and figures.
+    words = frame["arm"] + " " + frame["condition"] + " " + frame["other_steps"]
+    frame["variant"] = words.str.split().str.join(" ")
+    variants = sorted(frame["variant"].unique(), key=order_of_variants)
+    frame["variant"] = pd.Categorical(frame["variant"], [*variants, FLOOR], ordered=True)
     return frame
 
 
-def order_of_arms(name: str) -> tuple[int, str]:
+def order_of_variants(variant: str) -> tuple[int, str]:
     """A sorting key: arms as in ARMS, each with its conditions; then arms that it does not know."""
-    arm = name.split()[0]
+    arm = variant.split()[0]
     place = list(ARMS).index(arm) if arm in ARMS else len(ARMS)
-    return place, name
+    return place, variant
 
 
 def of_classes(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a class each, without those of a conditional run's mean and all classes."""
+    """The rows of single classes, without the "mean" and "all" of conditional runs."""
     return frame[~frame["label"].isin(["mean", "all"])]
 
 
 def shared_classes(frame: pd.DataFrame, within: list[str], series: list[str]) -> pd.DataFrame:
     """Keep only the classes that every series has, so that all means are over the same classes.
 
-    ``within`` splits the table into blocks, ``series`` a block into series: every arm and seed.
+    ``within`` splits the table into blocks, ``series`` each block into series. For example
+    "quantum" has classes 0 and 1 at seed 0, and "matched" has class 0 at seed 1: only 0 is kept.
     """
-    kept = [frame[:0]]
+    kept = [frame[:0]]  # keeps the columns where there are no rows
     for _, rows in frame.groupby(within, observed=True):
-        classes = rows.groupby(series, observed=True)["label"].agg(set)  # by series
+        classes = rows.groupby(series, observed=True)["label"].agg(set)  # one set per series
         kept.append(rows[rows["label"].isin(set.intersection(*classes))])
     return pd.concat(kept).sort_index()
 
 
 def comparable_runs(frame: pd.DataFrame) -> pd.DataFrame:
-    """The runs of those classes that every arm and seed has at a training-set size."""
-    return shared_classes(frame, within=["n_train"], series=["name", "seed"])
+    """The runs of those classes that every variant and seed has at a training-set size."""
+    return shared_classes(frame, within=["n_train"], series=["variant", "seed"])
 
 
 def comparable_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
-    """The pairs of those classes that every seed has, for each arm and training-set size."""
-    return shared_classes(pairs, within=["n_train", "name"], series=["seed"])
+    """The pairs of those classes that every seed has, for each variant and training-set size."""
+    return shared_classes(pairs, within=["n_train", "variant"], series=["seed"])
 
 
 def with_floors(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs, and below them their floors as rows of one seed that are named FLOOR."""
+    """The runs, and below them their floors as rows of the variant FLOOR.
+
+    All have one seed, so that ``class_means`` takes the mean of a class's floors as well.
+    """
     floors = runs.assign(
-        name=pd.Categorical([FLOOR] * len(runs), dtype=runs["name"].dtype),
+        variant=pd.Categorical([FLOOR] * len(runs), dtype=runs["variant"].dtype),
         seed=0,
         **{key: runs[f"floor_{key}"] for key in METRICS},
     )
@@ -1073,58 +1114,66 @@ def with_floors(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def pair_differences(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """A row a pair of runs: the metrics of a run minus those of its baseline run.
+    """One row per pair of runs: the metrics of a run minus those of its base run.
 
-    The two runs of a pair have the same class, training-set size and seed. "name_base" is the
-    baseline run's arm and condition. One thing differs, and the baseline run is noiseless.
+    The base is a noiseless run of the arm ``baseline``, of the same class, training-set size and
+    seed. For example
+
+        run                      minus its base         which differs in
+        matched shots10_steps2   matched steps2         the circuit's condition
+        matched steps2           matched                the sampling steps
+        matched conditional      matched                one model for all classes instead of each
+        matched 1150 steps       matched                the training steps
+        quantum shots10_steps2   matched steps2         the arm, and perhaps the circuit's condition
+
+    The last kind is there for BASELINES only. Columns of the base run end with "_base". With other
+    training steps than usual a run is compared with its own arm and condition, and nothing else.
     """
-    is_baseline = frame["arm"] == baseline
-    is_noiseless = frame["circuit"] == ""
-    noiseless = frame[is_baseline & is_noiseless]
-    has_all_steps = ~noiseless["condition"].str.contains("steps")
+    of_arm = frame["arm"] == baseline
+    usual = frame["other_steps"] == ""
+    own = of_arm & usual
+    noiseless = own & (frame["circuit"] == "")
+    ideal = frame["condition"].isin(["", "conditional"])
+    same_steps = [*SAME_IN_A_PAIR, "sample_steps"]
 
-    # The circuit's condition differs: quantum shots10_steps2 − quantum steps2.
-    noisy = frame[is_baseline & ~is_noiseless]
-    kinds = [(noisy, noiseless, [*PAIR, "sample_steps"])]
+    def pair(runs: pd.Series, base: pd.Series, on: list[str]) -> pd.DataFrame:
+        return frame[runs].merge(frame[base], on=on, suffixes=("", "_base"))
 
-    # The sampler's steps differ: quantum steps2 − quantum.
-    kinds.append((noiseless[~has_all_steps], noiseless[has_all_steps], PAIR))
-
-    # One model for all classes instead of one for each: quantum conditional − quantum.
-    alike = [column for column in PAIR if column != "conditional"]
-    of_all = noiseless["conditional"]
-    kinds.append((noiseless[of_all], noiseless[~of_all], [*alike, "sample_steps"]))
-
-    # The arm differs, and perhaps the circuit's condition: quantum shots10_steps2 − matched steps2.
+    kinds = [
+        pair(own & ~noiseless, noiseless, same_steps),
+        pair(noiseless & ~ideal, noiseless & ideal, SAME_IN_A_PAIR),
+        pair(
+            noiseless & ideal & frame["conditional"],
+            noiseless & ideal & ~frame["conditional"],
+            [column for column in same_steps if column != "conditional"],
+        ),
+        pair(of_arm & ~usual, own, [*SAME_IN_A_PAIR, "condition"]),
+    ]
     if baseline in BASELINES:
-        kinds.append((frame[~is_baseline], noiseless, [*PAIR, "sample_steps"]))
+        kinds.append(pair(usual & ~of_arm, noiseless, same_steps))
 
-    # Columns "fid" and "fid_base" and so on, then their difference as "fid".
-    pairs = pd.concat(
-        [runs.merge(base, on=alike, suffixes=("", "_base")) for runs, base, alike in kinds],
-        ignore_index=True,
-    )
+    pairs = pd.concat(kinds, ignore_index=True)
     return pairs.assign(**{key: pairs[key] - pairs[f"{key}_base"] for key in METRICS})
 
 
 def class_means(frame: pd.DataFrame) -> pd.DataFrame:
-    """Means over the classes: index n_train, name, seed, columns METRICS.
+    """Means over the classes: index n_train, variant, seed, columns METRICS.
 
     NaN when one class is NaN, so that all means are over the same classes.
     """
-    groups = frame.groupby(["n_train", "name", "seed"], observed=True)[[*METRICS]]
-    complete = groups.count().eq(groups.size(), axis=0)
+    groups = frame.groupby(["n_train", "variant", "seed"], observed=True)[[*METRICS]]
+    complete = groups.count().eq(groups.size(), axis=0)  # False where a class is NaN
     return groups.mean()[complete]
 
 
 def over_seeds(means: pd.DataFrame) -> pd.DataFrame:
     """Mean over seeds of ``class_means`` and half-width of its 95 % interval by Student's t.
 
-    A row a name, n_train and metric that was measured; the half-width is NaN for one seed.
+    One row for each variant, n_train and measured metric; the half-width is NaN for one seed.
     """
-    values = means.reset_index().melt(["name", "n_train", "seed"], var_name="metric").dropna()
+    values = means.reset_index().melt(["variant", "n_train", "seed"], var_name="metric").dropna()
     values["metric"] = pd.Categorical(values["metric"], METRICS)  # for their order
-    groups = values.groupby(["name", "n_train", "metric"], observed=True)["value"]
+    groups = values.groupby(["variant", "n_train", "metric"], observed=True)["value"]
     statistics = groups.agg(seeds="count", mean="mean", sem="sem").reset_index()
     quantile = stats.t.ppf(0.975, statistics["seeds"] - 1)
     return statistics.assign(half=quantile * statistics["sem"])
@@ -1132,16 +1181,125 @@ def over_seeds(means: pd.DataFrame) -> pd.DataFrame:
 
 def paired_differences(pairs: pd.DataFrame) -> pd.DataFrame:
     """``over_seeds`` of comparable pairs, what each row is made of, and whether 0 is outside."""
-    series = ["name", "n_train"]
+    series = ["variant", "n_train"]  # with one baseline each has the same base in all pairs
     groups = pairs.groupby(series, observed=True)
-    made_of = groups.agg(name_base=("name_base", "first"), classes=("label", "nunique"))
+    made_of = groups.agg(variant_base=("variant_base", "first"), classes=("label", "nunique"))
     differences = over_seeds(class_means(pairs)).merge(made_of, on=series)
     differences["pairs"] = differences["seeds"] * differences["classes"]
     differences["leaves_zero_out"] = differences["mean"].abs() > differences["half"]
     return differences
 
 
-# From here on numbers become text.
+def baselines() -> list[str]:
+    """All arms, the two controls first: what is compared is compared with one of these."""
+    return [*BASELINES, *(arm for arm in ARMS if arm not in BASELINES)]
+
+
+# ------------------------------------------------ relative differences of FID and their tests
+COMPARISON = ["baseline", "data", "n_train", "variant", "variant_base"]  # what is compared
+
+
+def relative_differences(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row per pair of ``pair_differences``, in all tables: COMPARISON, class, seed, "percent".
+
+    "percent" is the relative difference of FID of a run a and its base b,
+    100 (a - b) / ((a + b) / 2). matched - classical is left out beside classical - matched.
+    """
+    classes = of_classes(frame)
+    parts = [pair_differences(classes, arm).assign(baseline=arm) for arm in baselines()]
+    pairs = pd.concat(parts, ignore_index=True)
+    pairs["baseline"] = pd.Categorical(pairs["baseline"], baselines())  # for their order
+
+    first, second = BASELINES
+    is_repeated = (pairs["baseline"] == second) & (pairs["arm"] == first)
+    pairs["percent"] = 100 * pairs["fid"] / (pairs["fid_base"] + pairs["fid"] / 2)
+    columns = [*COMPARISON, "conditional", "label", "seed", "percent"]
+    return pairs.loc[~is_repeated, columns].dropna(subset="percent")
+
+
+def independent_units(pairs: pd.DataFrame) -> pd.Series:
+    """The independent relative differences of one comparison, in per cent.
+
+    Of single-class models every pair is one: initial weights and all random streams depend on class
+    and seed. The classes of a conditional model share them: a seed is one, the mean of its classes.
+    """
+    if not pairs["conditional"].all():
+        return pairs["percent"]
+    return comparable_pairs(pairs).groupby("seed")["percent"].mean()
+
+
+def fid_comparisons(frame: pd.DataFrame, margin: float) -> pd.DataFrame:
+    """One row per comparison and training-set size: statistics of the units and the verdict.
+
+    frame: ``read_comparison`` of one table, or several of these below each other. margin: in per
+    cent. The p of each test are adjusted over all rows.
+    """
+    rows = []
+    for key, pairs in relative_differences(frame).groupby(COMPARISON, observed=True):
+        values = independent_units(pairs)
+        unit = "seed" if pairs["conditional"].all() else "class × seed"
+        rows.append(
+            dict(zip(COMPARISON, key, strict=True))
+            | {"unit": unit, "n": len(values)}
+            | unit_statistics(values, margin)
+        )
+    if len(rows) == 0:
+        return pd.DataFrame(rows)
+
+    comparisons = pd.DataFrame(rows)
+    for test in ("p_different", "p_equivalent"):
+        comparisons[test] = holm(comparisons[test])
+    return comparisons.assign(verdict=comparisons.apply(verdict, axis=1))
+
+
+def unit_statistics(values: pd.Series, margin: float) -> dict[str, float]:
+    """Mean and SD of the units, Student's t intervals and p; NaN where the units have no spread.
+
+    p_different: two-sided t test of mean 0. p_equivalent: two one-sided t tests (TOST; Schuirmann
+    1987) of a mean above -margin and below +margin, the larger p.
+    """
+    statistics = {"mean": values.mean(), "sd": values.std()}
+    for name in ("low_90", "high_90", "low_95", "high_95", "p_different", "p_equivalent"):
+        statistics[name] = math.nan
+    if values.nunique() < 2:
+        return statistics
+
+    student = {"df": len(values) - 1, "loc": values.mean(), "scale": values.sem()}
+    statistics["low_90"], statistics["high_90"] = stats.t.interval(0.90, **student)
+    statistics["low_95"], statistics["high_95"] = stats.t.interval(0.95, **student)
+
+    statistics["p_different"] = stats.ttest_1samp(values, 0).pvalue
+    above = stats.ttest_1samp(values, -margin, alternative="greater").pvalue
+    below = stats.ttest_1samp(values, margin, alternative="less").pvalue
+    statistics["p_equivalent"] = max(above, below)
+    return statistics
+
+
+def holm(p: pd.Series) -> pd.Series:
+    """Holm's adjustment (1979) for several tests.
+
+    The smallest of m values is multiplied by m, the next by m - 1 and so on; at most 1, and never
+    below the one before. NaN is no test, and stays.
+    """
+    rising = p.dropna().sort_values()
+    adjusted = rising * np.arange(len(rising), 0, -1)
+    return adjusted.cummax().clip(upper=1).reindex(p.index)
+
+
+def verdict(comparison: pd.Series) -> str:
+    """What both adjusted tests say together, at the level SIGNIFICANCE."""
+    if comparison["n"] < DECIDING_UNITS:
+        return "too few"
+    is_different = comparison["p_different"] < SIGNIFICANCE
+    is_equivalent = comparison["p_equivalent"] < SIGNIFICANCE
+    if is_different and is_equivalent:
+        return "different but within the margin"
+    if is_different:
+        return "different"
+    return "equivalent" if is_equivalent else "undecided"
+
+
+# -------------------------------------------------------------- tables: numbers become text
 def show(value: float, form: str, missing: str = "–") -> str:
     """A number for a table; a dash for what could not be measured.
 
@@ -1171,12 +1329,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def result_table(frame: pd.DataFrame) -> str:
-    """One row a run, below it what real images score at the same n."""
+    """One row per result, below it what real images score at the same n."""
     rows = []
     for run in frame.to_dict("records"):
         compared = [str(run["n_real"]), run["features"]]
         cells = metric_cells(run, prefix="")
-        rows.append([run["run"], str(run["n_generated"]), *compared, *cells, run["note"]])
+        name = f"{run['run']} {run['other_steps']}".strip()
+        rows.append([name, str(run["n_generated"]), *compared, *cells, run["note"]])
         cells = metric_cells(run, prefix="floor_")
         rows.append([f"  {FLOOR}", str(run["floor_n"]), *compared, *cells, run["floor_from"]])
 
@@ -1192,7 +1351,7 @@ def metric_cells(run: dict[str, Any], prefix: str) -> list[str]:
 
 
 def arm_table(runs: pd.DataFrame) -> str:
-    """Per training-set size and arm: mean over seeds and 95 % interval; then the floor.
+    """Per training-set size and variant: mean over seeds and 95 % interval; then the floor.
 
     ``runs`` are comparable.
     """
@@ -1202,14 +1361,14 @@ def arm_table(runs: pd.DataFrame) -> str:
     for item in over_seeds(class_means(frame)).itertuples():
         form = METRICS[item.metric].form
         text = show(item.mean, form) + show(item.half, f" ± {form}", missing="")
-        cells[item.n_train, item.name, item.metric] = text
+        cells[item.n_train, item.variant, item.metric] = text
 
     rows = []
-    for (size, name), group in frame.groupby(["n_train", "name"], observed=True):
-        seeds = "–" if name == FLOOR else each_once(group["seed"])
-        row = [show_size(size), name, each_once(group["label"]), seeds]
+    for (size, variant), group in frame.groupby(["n_train", "variant"], observed=True):
+        seeds = "–" if variant == FLOOR else each_once(group["seed"])
+        row = [show_size(size), variant, each_once(group["label"]), seeds]
         row += [each_once(group["n_generated"]), each_once(group["n_real"])]
-        row += [cells.get((size, name, key), "–") for key in keys]
+        row += [cells.get((size, variant, key), "–") for key in keys]
         rows.append(row)
 
     header = ["N", "arm", "classes", "seeds", "n generated", "n real"]
@@ -1222,12 +1381,12 @@ def each_once(values: pd.Series) -> str:
 
 
 def difference_table(differences: pd.DataFrame) -> str:
-    """A row a difference; a star where the interval leaves zero out."""
+    """One row per difference; a star where the interval leaves zero out."""
     rows = []
     for item in differences.itertuples():
         metric = METRICS[item.metric]
         signed = metric.form.replace("{:", "{:+")  # "+0.12"
-        row = [f"{item.name} − {item.name_base}", show_size(item.n_train), metric.heading]
+        row = [f"{item.variant} − {item.variant_base}", show_size(item.n_train), metric.heading]
         row += [str(item.pairs), str(item.seeds), show(item.mean, signed)]
 
         limits = "–"
@@ -1237,13 +1396,38 @@ def difference_table(differences: pd.DataFrame) -> str:
             limits = f"[{low}, {high}]" + (" *" if item.leaves_zero_out else "")
 
         verdict = "yes" if item.leaves_zero_out else "no"
-        if item.seeds < DECIDING_SEEDS:
+        if item.seeds < DECIDING_UNITS:
             verdict = "too few seeds"
         rows.append([*row, limits, verdict])
 
     header = ["difference", "N", "metric", "pairs", "seeds", "mean", "95 % interval", "clear of 0"]
     return table(header, rows)
 
+
+def relative_table(comparisons: pd.DataFrame) -> str:
+    """One row per comparison of ``fid_comparisons``."""
+    rows = []
+    several_sources = comparisons["data"].nunique() > 1
+    for item in comparisons.itertuples():
+        source = f", {item.data}" if several_sources else ""
+        row = [f"{item.variant} − {item.variant_base}{source}", show_size(item.n_train)]
+        row += [item.unit, str(item.n), show(item.mean, "{:+.2f}"), show(item.sd, "{:.2f}")]
+        for low, high in ((item.low_95, item.high_95), (item.low_90, item.high_90)):
+            row.append(f"[{low:+.2f}, {high:+.2f}]" if np.isfinite(low) else "–")
+        row += [show(item.p_different, "{:.2g}"), show(item.p_equivalent, "{:.2g}"), item.verdict]
+        rows.append(row)
+
+    header = ["difference", "N", "unit", "n", "mean %", "SD", "95 % interval", "90 % interval"]
+    return table([*header, "p different", "p equivalent", "verdict"], rows)
+
+
+RELATIVE_TEXT = (
+    "The relative difference of a pair is 100 (a − b) / ((a + b) / 2) in per cent. A unit is a "
+    "class and seed of single-class models, or a seed of conditional models, whose classes are "
+    "averaged first. p different: two-sided t test; p equivalent: two one-sided t tests with a "
+    "margin of ±{margin:g} %. Both are Holm-adjusted over the rows of this table, and decide at "
+    "{level:g} %."
+)
 
 FLOOR_TEXT = (
     "A floor is the mean over draws of as many held-out images as were generated, and the ± of its "
@@ -1252,8 +1436,8 @@ FLOOR_TEXT = (
 )
 
 
-def comparison_text(frame: pd.DataFrame) -> str:
-    """The Markdown report on several runs."""
+def comparison_text(frame: pd.DataFrame, margin: float = MARGIN) -> str:
+    """The Markdown report on several runs; margin: of equivalence, in per cent of FID."""
     classes = of_classes(frame)
     together = frame[frame["label"] == "all"]
     runs = comparable_runs(classes)
@@ -1275,12 +1459,19 @@ def comparison_text(frame: pd.DataFrame) -> str:
         paragraphs += ["## All classes of a model together", arm_table(together)]
 
     # All arms against the two controls, then every arm's conditions against the arm itself.
-    others = [arm for arm in ARMS if arm not in BASELINES]
-    for baseline in (*BASELINES, *others):
+    for baseline in baselines():
         all_pairs = pair_differences(classes, baseline)
         if len(all_pairs) > 0:
             paragraphs.append(f"## Paired differences against {baseline}")
             paragraphs += difference_paragraphs(all_pairs)
+
+    comparisons = fid_comparisons(frame, margin)
+    if len(comparisons) > 0:
+        paragraphs += [
+            "## Relative differences of FID",
+            RELATIVE_TEXT.format(margin=margin, level=100 * SIGNIFICANCE),
+        ]
+        paragraphs.append(relative_table(comparisons))
 
     paragraphs += ["## Runs", result_table(frame)]
     return "\n\n".join(text for text in paragraphs if text) + "\n"
@@ -1310,7 +1501,9 @@ def difference_paragraphs(all_pairs: pd.DataFrame) -> list[str]:
 def budget_text(frame: pd.DataFrame) -> str:
     """What the runs were allowed, in bold where they differ."""
     texts = []
-    for column in frame.columns.intersection([*BUDGET, "n_generated"], sort=False):
+    for column in [*BUDGET, "n_generated"]:
+        if column not in frame:  # of an older version
+            continue
         values = frame[column].unique()
         heading = "images" if column == "n_generated" else column
         text = f"{heading} {' / '.join(str(value) for value in values)}"
@@ -1328,7 +1521,7 @@ def notes_text(frame: pd.DataFrame) -> str:
 def draw_closest_pairs(pairs: dict[str, ClosestPairs]) -> Figure:
     """``closest_pairs.png``: generated images above the training images nearest to them.
 
-    A panel a class, by its title.
+    pairs: for each class by its name, which has a panel of its own.
     """
     figure = Figure(figsize=(7.5, 2.1 * len(pairs)), layout="constrained")
     panels = figure.subplots(len(pairs), 1, squeeze=False).flat
@@ -1347,23 +1540,23 @@ def draw_closest_pairs(pairs: dict[str, ClosestPairs]) -> Figure:
 
 
 def draw_panels(frame: pd.DataFrame, against_size: bool) -> Figure:
-    """``comparison.png``, or ``against_size`` ``scaling.png``: a panel a metric.
+    """``comparison.png``, or ``against_size`` ``scaling.png``: one panel per metric.
 
-    Above, each arm's mean and 95 % interval over seeds, small dots for the seeds, the floor as a
-    dashed line; training-set sizes side by side or, ``against_size``, on a logarithmic axis with a
-    line an arm. Below, when there are runs of ``matched``, the paired differences to it.
+    Above, each variant's mean and 95 % interval over seeds, small dots for the seeds, the floor as
+    a dashed line; training-set sizes side by side or, ``against_size``, on a logarithmic axis with
+    a line for each variant. Below, when there are runs of FIGURE_BASELINE, the paired differences.
     """
-    # What is drawn: every arm's means and, where there are pairs, their differences.
+    # What is drawn: every variant's means and, where there are pairs, their differences.
     frame = of_classes(frame)
     means = class_means(with_floors(comparable_runs(frame)))
-    differences = class_means(comparable_pairs(pair_differences(frame, BASELINES[0])))
+    differences = class_means(comparable_pairs(pair_differences(frame, FIGURE_BASELINE)))
     has_differences = len(differences) > 0
     metrics = [key for key in FIGURE_METRICS if frame[key].notna().any()]
 
     # Where it is drawn.
-    names = [name for name in frame["name"].cat.categories if name != FLOOR]
+    variants = [name for name in frame["variant"].cat.categories if name != FLOOR]
     sizes = frame.groupby("n_train")["n_training"].mean()  # training images, by n_train
-    places = arm_places(sizes, names, against_size)
+    places = variant_places(sizes, variants, against_size)
     ticks = [f"{size:.0f}" if against_size else show_size(n) for n, size in sizes.items()]
 
     # Four metrics side by side, the differences below each.
@@ -1375,13 +1568,13 @@ def draw_panels(frame: pd.DataFrame, against_size: bool) -> Figure:
         heading = METRICS[metric].heading
         if has_differences:
             upper, lowest = part.subplots(2, 1, sharex=True, height_ratios=[2, 1])
-            draw_arms(lowest, differences[metric], names, places, against_size)
-            lowest.axhline(0, color=ARM_COLOURS[BASELINES[0]], linewidth=1)
-            lowest.set_ylabel(f"{heading}\n− {BASELINES[0]}")
+            draw_variants(lowest, differences[metric], variants, places, against_size)
+            lowest.axhline(0, color=ARM_COLOURS[FIGURE_BASELINE], linewidth=1)
+            lowest.set_ylabel(f"{heading}\n− {FIGURE_BASELINE}")
         else:
             upper = lowest = part.subplots()
 
-        draw_arms(upper, means[metric], names, places, against_size)
+        draw_variants(upper, means[metric], variants, places, against_size)
         upper.set_ylabel(heading)
 
         # Many sizes, or near ones on a logarithmic axis, would overlap if written level.
@@ -1395,83 +1588,132 @@ def draw_panels(frame: pd.DataFrame, against_size: bool) -> Figure:
     return figure
 
 
-def arm_places(sizes: pd.Series, names: Sequence[str], against_size: bool) -> pd.DataFrame:
-    """Where the arms stand on the horizontal axis: a row a training-set size, a column an arm.
+def variant_places(sizes: pd.Series, variants: Sequence[str], against_size: bool) -> pd.DataFrame:
+    """Where the variants stand on the horizontal axis: a row per training-set size.
 
     ``sizes`` are numbers of training images by n_train. Sizes stand at 0, 1, 2 and so on or,
-    ``against_size``, at their decimal logarithms. The arms stand side by side around that place,
-    the column "middle". The columns "left" and "right" are the ends of the floor.
+    ``against_size``, at their decimal logarithms: the column "middle". The variants, a column each,
+    stand side by side around it. The columns "left" and "right" are the ends of the floor.
     """
-    arms = len(names)
+    count = len(variants)
     if against_size:
         middle = np.log10(sizes)
-        slot = min(0.06, middle.diff().min() / arms)  # no size reaches the next
+        slot = min(0.06, middle.diff().min() / count)  # no size reaches the next
     else:
         middle = pd.Series(np.arange(len(sizes)), index=sizes.index)
-        slot = 1 / arms
+        slot = 1 / count
 
-    # A slot an arm, and a gap between sizes.
-    places = {name: middle + 0.8 * slot * (k - (arms - 1) / 2) for k, name in enumerate(names)}
-    half = 0.45 * slot * arms
+    # Marks within 0.4 of the slots' sum on both sides of the middle, the floor's line within 0.45.
+    offsets = 0.8 * slot * (np.arange(count) - (count - 1) / 2)
+    places = {variant: middle + offset for variant, offset in zip(variants, offsets, strict=True)}
+    half = 0.45 * slot * count
     places |= {"middle": middle, "left": middle - half, "right": middle + half}
     return pd.DataFrame(places)
 
 
-def draw_arms(
-    axes: Axes, values: pd.Series, names: Sequence[str], places: pd.DataFrame, with_lines: bool
+def draw_variants(
+    axes: Axes, values: pd.Series, variants: Sequence[str], places: pd.DataFrame, with_lines: bool
 ) -> None:
-    """One panel: values by n_train, name and seed, as mean, interval and a dot a seed.
+    """One panel: values by n_train, variant and seed, as mean, interval and a dot for each seed.
 
-    ``names`` are all arms of the figure, ``places`` those of ``arm_places``; ``with_lines`` from
-    size to size. FLOOR is a dashed line.
+    ``variants`` are all of the figure's, ``places`` those of ``variant_places``; ``with_lines``
+    from size to size. FLOOR is a dashed line.
     """
-    for name, rows in over_seeds(values.to_frame()).groupby("name", observed=True):
-        # The floor belongs to all arms of a size: a line over their whole width.
+    for variant, rows in over_seeds(values.to_frame()).groupby("variant", observed=True):
+        # The floor belongs to all variants of a size: a line over their whole width.
         here = places.loc[rows["n_train"]]
-        if name == FLOOR:
+        if variant == FLOOR:
             ends = here["left"], here["right"]
             axes.hlines(rows["mean"], *ends, FLOOR_COLOUR, "--", label=FLOOR, linewidth=1)
             continue
 
-        style = arm_style(name, names)
-        line = "-" if with_lines else "none"
-        axes.errorbar(here[name], rows["mean"], rows["half"], label=name, linestyle=line, **style)
+        style = variant_style(variant, variants) | {"linestyle": "-" if with_lines else "none"}
+        axes.errorbar(here[variant], rows["mean"], rows["half"], label=variant, **style)
 
-        # A dot a seed.
-        dots = values.xs(name, level="name").dropna()  # by n_train and seed
-        x = places.loc[dots.index.get_level_values("n_train"), name]
+        # A dot for each seed.
+        dots = values.xs(variant, level="variant").dropna()  # by n_train and seed
+        x = places.loc[dots.index.get_level_values("n_train"), variant]
         axes.scatter(x, dots, s=5, color=style["color"], alpha=0.4)
 
 
-def arm_style(name: str, names: Sequence[str]) -> dict[str, Any]:
-    """How an arm is drawn: in its colour, with a marker of its own among those of this colour."""
+def colour_of(variant: str) -> str:
+    """The colour of a variant's arm."""
+    return ARM_COLOURS.get(variant.split()[0], OTHER_COLOUR)
 
-    def colour_of(other: str) -> str:
-        return ARM_COLOURS.get(other.split()[0], OTHER_COLOUR)
 
-    alike = [other for other in names if colour_of(other) == colour_of(name)]
-    marker = MARKERS[alike.index(name) % len(MARKERS)]
+def variant_style(variant: str, variants: Sequence[str]) -> dict[str, Any]:
+    """How a variant is drawn: its arm's colour, and among those of this colour its own marker."""
+    alike = [other for other in variants if colour_of(other) == colour_of(variant)]
+    marker = MARKERS[alike.index(variant) % len(MARKERS)]
     sizes = {"linewidth": 1, "elinewidth": 0.8, "capsize": 2, "markersize": 4}
-    return {"color": colour_of(name), "marker": marker, **sizes}
+    return {"color": colour_of(variant), "marker": marker, **sizes}
 
 
-def draw_overview(runs: Sequence[Run], evaluator: Evaluator) -> Figure:
-    """``overview.png``: real training images and the first images of each arm.
+def draw_forest(comparisons: pd.DataFrame, margin: float) -> Figure:
+    """``forest.png``: one row per comparison of ``fid_comparisons``, from above.
 
-    Of one class each arm has a row. Of several each class has a row, and the arms stand side by
-    side. The images are those of the lowest seed; each training-set size has such rows.
+    The mean as a point, the 90 % interval thick, the 95 % interval thin; the margin in per cent as
+    a band.
     """
-    series = overview_series(runs, evaluator)
+    places = np.arange(len(comparisons))
+    colours = [colour_of(variant) for variant in comparisons["variant"]]
+    figure = Figure(figsize=(7, 1.2 + 0.32 * len(comparisons)), layout="constrained")
+    axes = figure.subplots()
+    axes.axvspan(-margin, margin, color="#E5E5E5", label=f"margin ±{margin:g} %")
+    axes.axvline(0, color=FLOOR_COLOUR, linewidth=0.8)
+    for confidence, width in ((95, 1.2), (90, 4)):
+        low = comparisons[f"low_{confidence}"]
+        high = comparisons[f"high_{confidence}"]
+        name = f"{confidence} % interval"
+        axes.hlines(places, low, high, colours, linewidth=width, label=name)
+    style = {"s": 30, "c": colours, "edgecolors": "white", "zorder": 3}
+    axes.scatter(comparisons["mean"], places, label="mean", **style)
+
+    # Comparisons at the left, numbers of units at the right.
+    axes.set_yticks(places, forest_labels(comparisons))
+    axes.set_ylim(len(comparisons) - 0.4, -0.6)
+    right = axes.secondary_yaxis("right")
+    right.set_yticks(places, [f"n = {n}" for n in comparisons["n"]])
+    for side in (axes, right):
+        side.tick_params(axis="y", length=0, labelsize=8)
+
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_xlabel("relative difference of FID, %", fontsize=9)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    return figure
+
+
+def forest_labels(comparisons: pd.DataFrame) -> list[str]:
+    """What is compared, with size and data source where there are several; if long in two lines."""
+    sizes = comparisons["n_train"]
+    sources = comparisons["data"]
+    labels = []
+    for item in comparisons.itertuples():
+        ending = f", N = {show_size(item.n_train)}" if sizes.nunique() > 1 else ""
+        ending += f", {item.data}" if sources.nunique() > 1 else ""
+        length = len(item.variant) + len(item.variant_base) + len(ending)
+        space = "\n" if length > FOREST_LINE else " "
+        labels.append(f"{item.variant}{space}− {item.variant_base}{ending}")
+    return labels
+
+
+def draw_overview(runs: Sequence[Run], frame: pd.DataFrame, evaluator: Evaluator) -> Figure:
+    """``overview.png``: real training images and the first images of each variant.
+
+    Of one class each variant has a row. Of several each class has a row, and the variants stand
+    side by side. The images are those of the lowest seed; each training-set size has such rows.
+    """
+    series = overview_series(runs, frame, evaluator)
     labels = sorted({label for run in runs for label in run.images})
     names = [evaluator.dataset.module.CLASS_NAMES[label] for label in labels]
-    channels = next(iter(runs[0].images.values())).shape[1]
+    channels = evaluator.train.images.shape[1]
 
     # The cells of the picture: (row, column) -> images.
     cells: dict[tuple[str, str], Tensor] = {}
-    for (n_train, arm), by_label in series.items():
-        ending = "" if n_train == math.inf else f", N = {n_train}"
+    for (n_train, variant), by_label in series.items():
+        ending = "" if n_train is None else f", N = {n_train}"
         for label, name in zip(labels, names, strict=True):
-            place = (arm + ending, name) if len(labels) == 1 else (name + ending, arm)
+            place = (variant + ending, name) if len(labels) == 1 else (name + ending, variant)
             if label in by_label:
                 cells[place] = by_label[label]
 
@@ -1496,27 +1738,27 @@ def draw_overview(runs: Sequence[Run], evaluator: Evaluator) -> Figure:
 
 
 def overview_series(
-    runs: Sequence[Run], evaluator: Evaluator
-) -> dict[tuple[float, str], dict[int, Tensor]]:
-    """What ``overview.png`` shows: by training-set size and arm, images (n, C, H, W) by label.
+    runs: Sequence[Run], frame: pd.DataFrame, evaluator: Evaluator
+) -> dict[tuple[int | None, str], dict[int, Tensor]]:
+    """What ``overview.png`` shows: by n_train and variant, images (n, C, H, W) by label.
 
-    For each size, the whole class (infinite) last: "real" images, then the arms as in all tables.
+    For each size, the whole class (None) last: "real" images, then the variants as in all tables.
     """
+    # The table has one row for each class of each run, in the runs' order.
+    by_class = [(run, label) for run in runs for label in run.images]
+    rows = of_classes(frame).assign(by_class=by_class)
 
-    def place(run: Run) -> tuple:
-        return run.settings["n_train"] or math.inf, order_of_arms(run.arm), run.settings["seed"]
+    series: dict[tuple[int | None, str], dict[int, Tensor]] = {}
+    for row in rows.sort_values(["n_train", "variant", "seed"], kind="stable").itertuples():
+        run, label = row.by_class
+        n_train = run.settings["n_train"]
 
-    series: dict[tuple[float, str], dict[int, Tensor]] = {}
-    for run in sorted(runs, key=place):
-        n_train, seed = run.settings["n_train"], run.settings["seed"]
-        size = n_train or math.inf
-        for label, images in run.images.items():
-            # What the first arm was trained on, and what each arm made; of each the lowest seed.
-            real = series.setdefault((size, "real"), {})
-            if label not in real:
-                select_images = evaluator.dataset.module.select_images
-                real[label] = select_images(*evaluator.train, label, n_train, seed)
-            series.setdefault((size, run.arm), {}).setdefault(label, images)
+        # What the first variant was trained on, and what each made; of each the lowest seed.
+        real = series.setdefault((n_train, "real"), {})
+        if label not in real:
+            select_images = evaluator.dataset.module.select_images
+            real[label] = select_images(*evaluator.train, label, n_train, row.seed)
+        series.setdefault((n_train, row.variant), {}).setdefault(label, run.images[label])
     return series
 
 
@@ -1525,19 +1767,19 @@ def overview_series(
 # SSIM. Beside it 5 real images of the run's own class, PAPER_DRAWS times, as a perfect generator
 # would draw them: how far chance alone moves both figures.
 def paper_protocol(
-    evaluator: Evaluator, run: Run, first: Sample, real_scores: Callable[[int], pd.DataFrame]
+    evaluator: Evaluator, run: Run, first_training: Sample, real_scores: dict[int, pd.DataFrame]
 ) -> list[dict[str, Any]]:
-    """The published evaluation of a run, a record a class, as it goes into ``metrics_paper.json``.
+    """The published evaluation of a run: one record per class, as in ``metrics_paper.json``.
 
-    first: the first training images; real_scores: ``real_paper_scores`` of a class. Raises
-    UserError for a run with fewer than PAPER_IMAGES images.
+    real_scores: ``real_paper_scores`` by class. Raises UserError for a run with fewer than
+    PAPER_IMAGES images.
     """
     records = []
     for label, images in run.images.items():
         if len(images) < PAPER_IMAGES:
             raise UserError(f"{run.folder}: {len(images)} images, expected {PAPER_IMAGES}")
-        score = evaluator.compare(evaluator.sample(images[:PAPER_IMAGES]), first)
-        real = real_scores(label)
+        score = evaluator.compare(evaluator.sample(images[:PAPER_IMAGES]), first_training)
+        real = real_scores[label]
 
         record = {
             "run": evaluator.row_name(run, label),
@@ -1557,8 +1799,8 @@ def paper_protocol(
     return records
 
 
-def real_paper_scores(evaluator: Evaluator, label: int, first: Sample) -> pd.DataFrame:
-    """The scores of PAPER_DRAWS draws of real images of a class, a row a draw.
+def real_paper_scores(evaluator: Evaluator, label: int, first_training: Sample) -> pd.DataFrame:
+    """The scores of PAPER_DRAWS draws of real images of a class, one row per draw.
 
     The draws are from at most 2 * PAPER_DRAWS images, and never from the first training images.
     """
@@ -1573,12 +1815,12 @@ def real_paper_scores(evaluator: Evaluator, label: int, first: Sample) -> pd.Dat
     scores = []
     for _ in range(PAPER_DRAWS):
         five = torch.randperm(len(order), generator=generator)[:PAPER_IMAGES]
-        scores.append(evaluator.compare(pool.take(five), first))
+        scores.append(evaluator.compare(pool.take(five), first_training))
     return pd.DataFrame(scores)
 
 
-def paper_table(records: Sequence[dict[str, Any]], withdrawn: dict[str, tuple]) -> str:
-    """A row a record; below them the paper's own figures."""
+def paper_table(records: Sequence[dict[str, Any]], paper_scores: dict[str, tuple]) -> str:
+    """One row per record; below them the paper's own figures."""
     rows = []
     for record in records:
         row = [record["run"], str(record["n_generated"]), str(record["n_real"]), record["features"]]
@@ -1590,7 +1832,7 @@ def paper_table(records: Sequence[dict[str, Any]], withdrawn: dict[str, tuple]) 
         rows.append(row)
 
     # The paper's own figures; of real images it says nothing.
-    for arm, (fid, ssim_paired) in withdrawn.items():
+    for arm, (fid, ssim_paired) in paper_scores.items():
         name = f"paper, {arm} (withdrawn by its authors)"
         rows.append([name, "5", "5", "inception", str(fid), "–", "–", str(ssim_paired), "–", "–"])
 
@@ -1604,32 +1846,33 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
     """The command line's options; raises UserError for those that make no sense."""
     parser = OneLineParser(
         description="FID, KID, precision, recall, SSIM, label accuracy and copies of run folders "
-        f"({' or '.join(dataset.sources)}), each beside what held-out real images score."
+        f"({' or '.join(dataset.held_out_split)}), each beside what held-out real images score."
     )
     add = parser.add_argument
     default = "(default: %(default)s)"
-    features = [*dataset.features, "classifier", "inception", "none"]
+    features = [*dataset.own_extractors, "classifier", "inception", "none"]
+    # fmt: off
     add("runs", nargs="+", type=Path, help="run folders with config.json and samples_final.png")
-    add(
-        "--features",
-        choices=features,
+    add("--features", choices=features,
         help="what FID, KID, precision and recall compare; classifier: of a CNN trained on the "
-        f"data (default: {features[0]}; with --protocol paper: inception)",
-    )
+        f"data (default: {features[0]}; with --protocol paper: inception)")
     add("--inception_weights", type=Path, metavar="FILE", help="a local copy of the weights")
-    of_which = f"real training images are of the run's class or of all {default}"
-    add("--reference", choices=["class", "all"], default="class", help=of_which)
-    most = f"at most so many real images, drawn by the seed {default}"
-    add("--n_real", type=int, default=10_000, metavar="N", help=most)
-    place = f"data set; keeps classifier, features {default}"
-    add("--data_dir", type=Path, default=Path("data"), help=place)
-    written = "write comparison.csv, .md, .png and overview.png; with several sizes scaling.png; "
-    written += "with --protocol paper only paper_protocol.md"
-    add("--out", type=Path, metavar="DIR", help=written)
-    paper = f"paper: 5 images against the first 5 training images, as published {default}"
-    add("--protocol", choices=["full", "paper"], default="full", help=paper)
+    add("--reference", choices=["class", "all"], default="class",
+        help=f"real training images are of the run's class or of all {default}")
+    add("--n_real", type=int, default=10_000, metavar="N",
+        help=f"at most so many real images, drawn by the seed {default}")
+    add("--data_dir", type=Path, default=Path("data"),
+        help=f"data set; keeps classifier, features {default}")
+    add("--out", type=Path, metavar="DIR",
+        help="write comparison.csv, .md, .png and overview.png; with several sizes scaling.png; "
+        "with pairs of runs forest.png; with --protocol paper only paper_protocol.md")
+    add("--margin", type=float, default=MARGIN, metavar="PER CENT",
+        help=f"relative differences of FID within it are equivalent {default}")
+    add("--protocol", choices=["full", "paper"], default="full",
+        help=f"paper: 5 images against the first 5 training images, as published {default}")
     add("--seed", type=int, default=0, help=f"of classifier, subsets and floors {default}")
     add("--device", default="auto", help=f"for the features: auto, cpu, cuda or cuda:N {default}")
+    # fmt: on
 
     # What argparse cannot check.
     options = parser.parse_args(argv)
@@ -1638,6 +1881,8 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
         raise UserError(f"--n_real {options.n_real}: expected more than {NEIGHBOURS}")
     if not 0 <= options.seed < 2**32:
         raise UserError(f"--seed {options.seed}: expected 0 to {2**32 - 1}")
+    if not 0 < options.margin < math.inf:
+        raise UserError(f"--margin {options.margin:g}: expected per cent above 0")
     if options.protocol == "paper" and options.features == "none":
         raise UserError("--features none: --protocol paper needs features, use inception")
     if options.features is None:
@@ -1656,10 +1901,10 @@ def read_runs(folders: Sequence[Path], dataset: DataSet) -> list[Run]:
     seen: dict[tuple, Run] = {}
     for run in runs:
         for label in run.images:
-            key = (run.arm, label, run.settings["n_train"], run.settings["seed"])
-            other = seen.setdefault(key, run)
+            settings = [run.settings[name] for name in ("arm", "n_train", "seed", "steps")]
+            other = seen.setdefault((run.condition, label, *settings), run)
             if other is not run:
-                alike = "have the same arm, condition, class, size and seed"
+                alike = "have the same arm, condition, class, size, seed and steps"
                 raise UserError(f"{other.folder} and {run.folder} {alike}; evaluate each by itself")
     return runs
 
@@ -1704,27 +1949,34 @@ def evaluate_fully(evaluator: Evaluator, runs: Sequence[Run], out: Path | None) 
         return
 
     write_atomic(out / "comparison.csv", csv)
-    write_atomic(out / "comparison.md", comparison_text(frame))
+    write_atomic(out / "comparison.md", comparison_text(frame, evaluator.options.margin))
     draw(out / "comparison.png", draw_panels, frame, against_size=False)
-    draw(out / "overview.png", draw_overview, runs, evaluator)
+    draw(out / "overview.png", draw_overview, runs, frame, evaluator)
     if frame["n_train"].nunique() > 1:
         draw(out / "scaling.png", draw_panels, frame, against_size=True)
     else:
         (out / "scaling.png").unlink(missing_ok=True)  # of other runs
+
+    comparisons = fid_comparisons(frame, evaluator.options.margin)
+    if len(comparisons) > 0:
+        draw(out / "forest.png", draw_forest, comparisons, evaluator.options.margin)
+    else:
+        (out / "forest.png").unlink(missing_ok=True)
     say(f"written to {out}")
 
 
 def evaluate_as_published(evaluator: Evaluator, runs: Sequence[Run], out: Path | None) -> None:
     """The published procedure: into each run's folder, a table, and into ``out`` the table."""
-    first = evaluator.sample(evaluator.train.images[:PAPER_IMAGES])
-    real_scores = functools.cache(lambda label: real_paper_scores(evaluator, label, first))
+    first_training = evaluator.sample(evaluator.train.images[:PAPER_IMAGES])  # of any class
+    labels = sorted({label for run in runs for label in run.images})
+    real_scores = {label: real_paper_scores(evaluator, label, first_training) for label in labels}
     records = []
     for run in tqdm(runs, "runs", delay=2, leave=False):
-        of_run = paper_protocol(evaluator, run, first, real_scores)
+        of_run = paper_protocol(evaluator, run, first_training, real_scores)
         records += of_run
         write_json(run.folder / "metrics_paper.json", of_run if run.conditional else of_run[0])
 
-    text = paper_table(records, evaluator.dataset.withdrawn)
+    text = paper_table(records, evaluator.dataset.paper_scores)
     say(text)
     if out is not None:
         write_atomic(out / "paper_protocol.md", f"{text}\n")
@@ -1737,7 +1989,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def draw(path: Path, make: Callable[..., Figure], *arguments: Any, **options: Any) -> None:
-    """Write a picture, which is not worth stopping for. None of an earlier evaluation stays."""
+    """Write the picture that ``make`` draws; one that fails is a note, and leaves no older one."""
     with optional(path):
         path.unlink(missing_ok=True)
         save_figure(path, make, *arguments, **options)

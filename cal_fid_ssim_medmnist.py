@@ -152,10 +152,10 @@ PATHMNIST = cal_fid_ssim.DataSet(
     module=pathmnist,
     # PathMNIST's test split comes from another clinic than train and val: other stains, another
     # scanner. Measured against it, anything but a training image would look far off.
-    sources={"pathmnist": "val", "tissue": "test"},
-    withdrawn={"classical": (95.72, 0.4107), "quantum": (84.40, 0.0931)},
-    features={"scattering": scattering_extractor},
-    compared=layout,
+    held_out_split={"pathmnist": "val", "tissue": "test"},
+    paper_scores={"classical": (95.72, 0.4107), "quantum": (84.40, 0.0931)},
+    own_extractors={"scattering": scattering_extractor},
+    copy_features=layout,
 )
 
 

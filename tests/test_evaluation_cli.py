@@ -260,7 +260,7 @@ def test_comparison_files(tmp_path, evaluate):
     out = tmp_path / "out"
     results = evaluate(*runs, "--out", out)
     pictures = {path.name for path in out.glob("*.png")}
-    assert pictures == {"comparison.png", "scaling.png", "overview.png"}
+    assert pictures == {"comparison.png", "scaling.png", "overview.png", "forest.png"}
 
     frame = pd.read_csv(out / "comparison.csv")
     assert list(frame["run"]) == [run.name for run in runs]
@@ -303,7 +303,8 @@ def test_overview_shows_the_lowest_seeds_images(tmp_path, evaluate):
     )
     evaluator = evaluation.Evaluator(evaluation.MNIST, "digits", options)
     runs = evaluation.read_runs(folders, evaluation.MNIST)
-    panels = evaluation.draw_overview(runs, evaluator).axes
+    results = [row for run in runs for row in evaluator.measure(run)[0]]
+    panels = evaluation.draw_overview(runs, frame_of(results), evaluator).axes
     titles = [axes.get_ylabel() for axes in panels]
     small = ["real, N = 10", "matched, N = 10", "quantum, N = 10"]
     assert titles == [*small, "real", "matched", "quantum"]
@@ -325,11 +326,9 @@ def test_committed_tables_are_those_of_the_committed_csv(name):
 NOT_MEASURED = dict.fromkeys([*evaluation.METRICS, "kid_standard_error"])
 
 
-def fake(arm, label, seed, fid, *, n_train=None, condition="", sample_steps=50):
+def fake(arm, label, seed, fid, *, condition="", **settings):
     """One run's metrics.json; but for FID nothing could be measured."""
-    settings = mnist.Settings(
-        data="digits", classes=(label,), n_train=n_train, seed=seed, sample_steps=sample_steps
-    )
+    settings = mnist.Settings(**{"data": "digits", "classes": (label,), "seed": seed} | settings)
     floor = {"fid": label / 2 + 0.5, "n": 100, "from": "test split"}
     return {
         "run": "run",
@@ -341,7 +340,7 @@ def fake(arm, label, seed, fid, *, n_train=None, condition="", sample_steps=50):
         "reference": "class",
         "n_generated": 100,
         "n_real": 6000,
-        "n_training": n_train or 6000,
+        "n_training": settings.n_train or 6000,
         "metrics": NOT_MEASURED | {"fid": fid},
         "floor": NOT_MEASURED | floor,
     }
@@ -507,6 +506,27 @@ def test_a_baseline_belongs_to_its_condition():
     }
 
 
+def test_a_conditional_model_has_one_base_in_each_table():
+    """With other sampling steps it is compared with its own ideal, not with single models too."""
+    fids = {  # FID by condition and sampling steps
+        ("", 50): 1,
+        ("steps2", 2): 4,
+        ("conditional", 50): 10,
+        ("conditional_steps2", 2): 30,
+    }
+    runs = []
+    for (condition, steps), fid in fids.items():
+        for seed in range(5):
+            runs.append(
+                fake("quantum", 3, seed, fid + seed, condition=condition, sample_steps=steps)
+            )
+    assert means_of(difference_rows(runs, "quantum")) == {
+        "quantum steps2 − quantum": "+3",
+        "quantum conditional − quantum": "+9",
+        "quantum conditional_steps2 − quantum conditional": "+20",
+    }
+
+
 def means_of(rows):
     """The mean differences by the rows' first cell."""
     return {name: row["mean"] for name, row in rows.items()}
@@ -547,11 +567,11 @@ def test_arms_of_the_users_own_have_their_place_and_look(monkeypatch):
     """More arms than colours: each looks different from all others."""
     arms = {**mnist.ARMS, **{f"own{k}": "the user's" for k in range(3)}}
     monkeypatch.setattr(evaluation, "ARMS", arms)
-    looks = [evaluation.arm_style(arm, list(arms)) for arm in arms]
+    looks = [evaluation.variant_style(arm, list(arms)) for arm in arms]
     assert len({tuple(sorted(look.items())) for look in looks}) == len(arms)
 
     runs = [fake(arm, 3, seed, k + seed) for k, arm in enumerate(arms) for seed in (0, 1)]
-    (*names, floor) = frame_of(runs)["name"].cat.categories
+    (*names, floor) = frame_of(runs)["variant"].cat.categories
     assert names == list(arms)
     (axes, *_) = evaluation.draw_panels(frame_of(runs), against_size=False).axes
     assert [bar.get_label() for bar in axes.containers] == names
@@ -576,6 +596,263 @@ def test_ten_arms_of_four_sizes_do_not_overlap(against_size):
 
     x = np.sort([bar.lines[0].get_xdata() for bar in axes.containers], axis=0)  # (arm, size)
     assert (x[-1, :-1] < x[0, 1:]).all()
+
+
+# ------------------------------------------------------------ relative differences of FID
+def pair_of(percent, seed, *, label=3, arm="quantum", base="matched", **more):
+    """Runs of two arms whose FIDs have this relative difference."""
+    fid = 10 + seed + label
+    return [
+        fake(base, label, seed, fid, **more),
+        fake(arm, label, seed, fid * (200 + percent) / (200 - percent), **more),
+    ]
+
+
+def compare_fid(runs, margin=4.0):
+    """The rows of ``fid_comparisons`` by what is compared."""
+    rows = evaluation.fid_comparisons(frame_of(runs), margin).to_dict("records")
+    return {f"{row['variant']} − {row['variant_base']}": row for row in rows}
+
+
+def test_every_class_and_seed_of_single_models_is_a_unit():
+    fids = {(1, 0): (10, 9), (1, 1): (11, 12), (8, 0): (40, 42), (8, 1): (44, 40), (8, 2): (7, 6)}
+    runs = []
+    for (label, seed), (quantum, matched) in fids.items():
+        runs += [fake("quantum", label, seed, quantum), fake("matched", label, seed, matched)]
+    (row,) = compare_fid(runs).values()
+
+    values = [100 / 9.5, -100 / 11.5, -200 / 41, 400 / 42, 100 / 6.5]
+    assert (row["unit"], row["n"]) == ("class × seed", 5)
+    assert (row["mean"], row["sd"]) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
+    for confidence, quantile in ((90, 2.131847), (95, 2.776445)):  # Student's t, 4 degrees
+        half = quantile * np.std(values, ddof=1) / np.sqrt(5)
+        limits = (row[f"low_{confidence}"], row[f"high_{confidence}"])
+        assert limits == pytest.approx((np.mean(values) - half, np.mean(values) + half))
+
+
+def test_a_seed_of_conditional_models_is_a_unit():
+    """The mean over its classes, which are the same in all seeds."""
+    percents = {  # by class and seed
+        (1, 0): 2, (1, 1): 3, (1, 2): 5, (1, 3): -1, (1, 4): 1,
+        (8, 0): 4, (8, 1): 9, (8, 2): 1, (8, 3): -7, (8, 4): 3,
+        (9, 0): 77,
+    }  # fmt: skip
+    runs = []
+    for (label, seed), percent in percents.items():
+        runs += pair_of(percent, seed, label=label, condition="conditional")
+    name = "quantum conditional − matched conditional"
+    row = compare_fid(runs)[name]
+
+    values = [3, 6, 3, -4, 2]
+    assert (row["unit"], row["n"]) == ("seed", 5)
+    assert (row["mean"], row["sd"]) == pytest.approx((2, np.std(values, ddof=1)))
+    expected = stats.t.interval(0.95, 4, 2, stats.sem(values))
+    assert (row["low_95"], row["high_95"]) == pytest.approx(expected)
+
+    # Against single-class models as well: the conditional one is what they share.
+    runs += [fake("matched", label, seed, 10 + seed + label) for label, seed in percents]
+    row = compare_fid(runs)["matched conditional − matched"]
+    assert (row["unit"], row["n"], row["mean"]) == ("seed", 5, 0)
+
+
+VERDICTS = [  # relative differences in per cent; the verdict with a margin of 4 %
+    ([9, 10, 11, 10, 12], "different"),
+    ([-1, 1, 0.5, -0.5, 0.2], "equivalent"),
+    ([1.8, 2, 2.2, 2.1, 1.9], "different but within the margin"),
+    ([1, 8, -3, 6, 2], "undecided"),
+    ([9, 10, 11, 10], "too few"),
+]
+
+
+@pytest.mark.parametrize("percents, verdict", VERDICTS)
+def test_verdicts_are_those_of_two_tests(percents, verdict):
+    runs = [run for seed, percent in enumerate(percents) for run in pair_of(percent, seed)]
+    row = compare_fid(runs)["quantum − matched"]
+    assert row["verdict"] == verdict
+
+    # Student's t by hand: of mean 0 on both sides; of the nearer margin on one side.
+    n = len(percents)
+    error = np.std(percents, ddof=1) / np.sqrt(n)
+    mean = np.mean(percents)
+    p_different = 2 * stats.t.sf(abs(mean) / error, n - 1)
+    p_equivalent = stats.t.sf((4 - abs(mean)) / error, n - 1)
+    assert row["p_different"] == pytest.approx(p_different, rel=1e-6)
+    assert row["p_equivalent"] == pytest.approx(p_equivalent, rel=1e-6)
+    assert (p_equivalent < 0.05) == (row["low_90"] > -4 and row["high_90"] < 4)
+
+
+def test_holms_adjustment():
+    """By hand: 4 * 0.005, 3 * 0.01, 2 * 0.03, then 0.04 not below that; no test, none counted."""
+    p = pd.Series([0.01, 0.04, math.nan, 0.03, 0.005])
+    assert evaluation.holm(p).tolist() == pytest.approx(
+        [0.03, 0.06, math.nan, 0.06, 0.02], nan_ok=True
+    )
+    assert evaluation.holm(pd.Series([0.4, 0.6, 0.9])).tolist() == [1, 1, 1]
+
+
+def test_tests_are_adjusted_over_all_rows_and_no_comparison_is_repeated():
+    """Three arms: three comparisons, as matched − classical is classical − matched."""
+    generator = np.random.default_rng(0)
+    runs = []
+    fids = {}
+    for arm, mean in (("matched", 100), ("classical", 101), ("quantum", 104)):
+        fids[arm] = mean + generator.normal(size=8)
+        runs += [fake(arm, 3, seed, fid) for seed, fid in enumerate(fids[arm])]
+    rows = compare_fid(runs)
+    assert list(rows) == ["classical − matched", "quantum − matched", "quantum − classical"]
+
+    raw = []
+    for name in rows:
+        a, b = (fids[arm] for arm in name.split(" − "))
+        raw.append(stats.ttest_1samp(100 * (a - b) / ((a + b) / 2), 0).pvalue)
+    smallest, middle, largest = np.argsort(raw)
+    adjusted = [row["p_different"] for row in rows.values()]
+    assert adjusted[smallest] == pytest.approx(3 * raw[smallest])
+    assert adjusted[middle] == pytest.approx(max(2 * raw[middle], 3 * raw[smallest]))
+    assert adjusted[largest] == pytest.approx(max(raw[largest], adjusted[middle]))
+
+
+def test_other_training_steps_are_compared_with_the_usual_ones_of_the_same_arm():
+    """The usual number is the commonest; a conditional model's, or another size's, is its own."""
+    runs = []
+    for seed in range(5):
+        runs += pair_of(0, seed)
+        runs += pair_of(0, seed, condition="conditional", steps=5000)
+        runs += pair_of(0, seed, n_train=10, steps=300)
+        runs.append(fake("quantum", 3, seed, 1.5 * (13 + seed), steps=1150))
+    frame = frame_of(runs)
+    control = frame["steps"] == 1150
+    assert frame["variant"][control].unique().tolist() == ["quantum 1150 steps"]
+    assert set(frame["variant"][~control]) == {
+        "matched", "quantum", "matched conditional", "quantum conditional",
+    }  # fmt: skip
+
+    name = "quantum 1150 steps − quantum"
+    rows = [row for row in compare_fid(runs) if "1150" in row]
+    assert rows == [name]
+    assert compare_fid(runs)[name]["mean"] == pytest.approx(40)
+    assert means_of(difference_rows(runs, "quantum"))[name] == "+7.5"
+    assert not any("1150" in row for row in difference_rows(runs))
+
+    # Each arm has its own number: nothing is told apart by it, and they are compared as ever.
+    runs = [
+        run | {"settings": run["settings"] | {"steps": len(run["settings"]["arm"])}}
+        for run in pair_of(9, 0)
+    ]
+    assert list(compare_fid(runs)) == ["quantum − matched"]
+
+
+def test_a_run_of_other_steps_beside_the_usual_one(tmp_path, evaluate):
+    """Through the command line: not refused nor mixed up, though two folders' names are one."""
+    usual = [
+        make_run(tmp_path, noisy(THREES[:9], seed, 5), arm="quantum", seed=seed) for seed in (0, 1)
+    ]
+    shorter = make_run(tmp_path / "short", noisy(THREES[:9], 0, 60), arm="quantum", steps=1150)
+    out = tmp_path / "out"
+    first, _second, of_shorter = evaluate(*usual, shorter, "--out", out)
+    a, b = of_shorter["metrics"]["fid"], first["metrics"]["fid"]
+
+    report = tables((out / "comparison.md").read_text())
+    (row,) = report["Relative differences of FID"]
+    assert (row["difference"], row["n"]) == ("quantum 1150 steps − quantum", "1")
+    assert float(row["mean %"]) == pytest.approx(200 * (a - b) / (a + b), abs=0.01)
+    assert row["verdict"] == "too few"
+    names = [row["run"] for row in report["Runs"][::2]]
+    assert names == [usual[0].name, usual[1].name, f"{shorter.name} 1150 steps"]
+    arms = [row["arm"] for row in report["Comparison of runs"]]
+    assert arms == ["quantum", "quantum 1150 steps", FLOOR]
+
+
+def test_forest_has_a_row_for_each_comparison():
+    runs = []
+    for seed, percent in enumerate((1, 2, 4, 3, 2)):
+        runs += pair_of(percent, seed)
+        runs.append(fake("quantum", 3, seed, 20 + seed, steps=1150))
+        runs += pair_of(-percent, seed, n_train=10, arm="published")
+    comparisons = evaluation.fid_comparisons(frame_of(runs), margin=3.0)
+    axes, *_ = evaluation.draw_forest(comparisons, 3.0).axes
+
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == [
+        "published − matched, N = 10",
+        "quantum − matched, N = all",
+        "quantum 1150 steps\n− quantum, N = all",
+    ]
+    assert axes.get_yticks().tolist() == [0, 1, 2]
+    assert axes.yaxis_inverted()
+    (right,) = axes.child_axes
+    assert [label.get_text() for label in right.get_yticklabels()] == ["n = 5"] * 3
+
+    # Points, thin and thick lines, and the band.
+    thin, thick, points = axes.collections
+    x, y = np.asarray(points.get_offsets()).T
+    assert x == pytest.approx(comparisons["mean"].to_numpy())
+    assert y.tolist() == [0, 1, 2]
+    assert x[:2] == pytest.approx([-2.4, 2.4])
+    for lines, confidence in ((thin, 95), (thick, 90)):
+        ends = [[low, high] for (low, _), (high, _) in lines.get_segments()]
+        columns = [f"low_{confidence}", f"high_{confidence}"]
+        assert np.array(ends) == pytest.approx(comparisons[columns].to_numpy())
+    assert thick.get_linewidth()[0] > 2 * thin.get_linewidth()[0]
+    (band,) = axes.patches
+    assert (band.get_x(), band.get_x() + band.get_width()) == (-3, 3)
+
+
+def test_texts_of_a_large_forest_do_not_overlap():
+    noise = "gate0.001-0.01_readout0.02"
+    runs = []
+    for seed, n_train in itertools.product(range(5), (25, None)):
+        for arm, condition in itertools.product(
+            ("matched", "quantum", "published"), ("", "conditional")
+        ):
+            runs.append(fake(arm, 3, seed, 9 + seed, n_train=n_train, condition=condition))
+        for condition in (noise, f"conditional_{noise}"):
+            runs.append(fake("quantum", 3, seed, 10, n_train=n_train, condition=condition))
+    comparisons = evaluation.fid_comparisons(frame_of(runs), 4.0)
+    figure = evaluation.draw_forest(comparisons, 4.0)
+    figure.draw_without_rendering()
+
+    axes = figure.axes[0]
+    boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
+    assert len(boxes) == len(comparisons) > 20
+    assert all(below.y1 < above.y0 for above, below in itertools.pairwise(boxes))
+    panel = axes.get_window_extent()
+    assert all(box.x0 > 0 and box.x1 < panel.x0 for box in boxes)
+    assert panel.width > 0.4 * figure.bbox.width
+
+
+def test_several_tables_below_each_other():
+    """Runs of two data sets make no pair, and the text says which they are of."""
+    frames = []
+    for data, percent in (("digits", 3), ("mnist", 6)):
+        runs = [run for seed in range(5) for run in pair_of(percent + seed, seed, data=data)]
+        frames.append(frame_of(runs))
+    comparisons = evaluation.fid_comparisons(pd.concat(frames, ignore_index=True), 4.0)
+    assert comparisons["mean"].tolist() == pytest.approx([5, 8])
+    assert evaluation.forest_labels(comparisons) == [
+        "quantum − matched, digits", "quantum − matched, mnist",
+    ]  # fmt: skip
+
+
+def test_margin_decides_and_without_pairs_there_is_no_forest(tmp_path, evaluate):
+    out = tmp_path / "out"
+    runs = []
+    for (arm, noise), seed in itertools.product({"quantum": 30, "matched": 32}.items(), range(5)):
+        images = noisy(THREES[:9], seed + noise, noise)
+        runs.append(make_run(tmp_path, images, arm=arm, seed=seed))
+    words = {}
+    for margin in ("1", "1000"):
+        evaluate(*runs, "--out", out, "--margin", margin)
+        text = (out / "comparison.md").read_text()
+        assert f"margin of ±{margin} %" in text
+        (row,) = tables(text)["Relative differences of FID"]
+        words[margin] = row["p equivalent"]
+    assert Image.open(out / "forest.png").size[0] > 1000
+    assert words["1"] != words["1000"]
+
+    evaluate(runs[0], "--out", out)
+    assert not (out / "forest.png").exists()
+    assert "Relative differences" not in (out / "comparison.md").read_text()
 
 
 # ---------------------------------------------------------------------- published procedure
@@ -679,6 +956,8 @@ MISTAKES = [  # how the run folders are made, more options, what the error says
     (lambda root: [root], (), "config.json: not a run's configuration"),
     (FIVE, ("--out", __file__), "File exists"),
     (FIVE, ("--n_real", 3), "--n_real 3: expected more than 3"),
+    (FIVE, ("--margin", 0), "--margin 0: expected per cent above 0"),
+    (FIVE, ("--margin", "nan"), "--margin nan: expected per cent above 0"),
     (FIVE, ("--seed", -1), "--seed -1: expected 0 to"),
     (FIVE, ("--device", "cuda:99"), "--device cuda:99: expected auto, cpu"),
     (FIVE, ("--device", "meta"), "--device meta: expected auto, cpu"),
