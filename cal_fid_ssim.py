@@ -84,6 +84,7 @@ class Metric(NamedTuple):
 
 METRICS = {  # by their key in metrics.json
     "fid": Metric("FID", "{:.3g}"),
+    "fid_ratio": Metric("FID / real", "{:.2f}"),
     "fid_infinity": Metric("FID∞", "{:.3g}"),
     "kid": Metric("KID", "{:.3g}"),
     "precision": Metric("precision", "{:.3f}"),
@@ -796,32 +797,56 @@ class Evaluator:
         metrics["recall"] = recall
         return metrics
 
-    def measure_floor(self, which: int | str, n: int) -> dict[str, Any]:
-        """What n real images of a class or of "all" score against the reference: mean over draws.
+    def floor_draws(self, which: int | str, n: int) -> Iterator[tuple[Sample, Sample]]:
+        """Real images, as if they were generated, and those that they are compared with.
 
-        They are drawn from the held-out images (at most ``--n_real``). If these are fewer than n,
-        they are drawn from the reference: at most half of it, compared with the other part.
+        n of them are drawn from the held-out images (at most ``--n_real``), several times. If these
+        are fewer, they are drawn from the reference: at most half of it, compared with the rest.
         """
         reference, held_out = self.real(which)
         enough = n <= len(held_out.images)
         size = n if enough else min(n, len(reference.images) // 2)
         pool = held_out if enough else reference
-
-        # Random draws are compared as if they were generated.
-        draws = []
         for draw in range(FLOOR_DRAWS if size <= ONE_DRAW_ABOVE else 1):
             order = torch.randperm(len(pool.images), generator=self.stream("floor", draw))
             rest = reference if enough else reference.take(order[size:])
-            draws.append(self.compare(pool.take(order[:size]), rest))
+            yield pool.take(order[:size]), rest
 
+    def measure_floor(self, which: int | str, n: int) -> dict[str, Any]:
+        """What n real images of a class or of "all" score: the mean over ``floor_draws``."""
+        draws = list(self.floor_draws(which, n))
+        size = len(draws[0][0].images)
+        enough = n <= len(self.real(which).held_out.images)
         origin = f"{self.held_out_name} split" if enough else "training split, set aside"
         floor = {"n": size, "draws": len(draws), "from": origin}
-        for key in draws[0]:  # the metrics
-            floor[key] = float(np.mean([metrics[key] for metrics in draws]))
+
+        measured = [self.compare(some, rest) for some, rest in draws]
+        for key in measured[0]:  # the metrics
+            floor[key] = float(np.mean([metrics[key] for metrics in measured]))
+        floor["fid_ratio"] = 1.0 if self.extractor is not None else math.nan
         return floor
 
+    def fid_ratio(self, which: int | str, sample: Sample, floor: dict[str, Any]) -> float:
+        """FID of generated images over that of real ones, at equal numbers: 1 is as good as real.
+
+        As many generated images as the floor has, against the same real ones: mean over its draws.
+        """
+        if self.extractor is None:
+            return math.nan
+        if floor["n"] == len(sample.images):
+            return (
+                frechet_distance(sample.features, self.real(which).reference.features)
+                / floor["fid"]
+            )
+        values = []
+        for draw, (some, rest) in enumerate(self.floor_draws(which, len(sample.images))):
+            order = torch.randperm(len(sample.images), generator=self.stream("ratio", draw))
+            chosen = sample.take(order[: len(some.images)])
+            values.append(frechet_distance(chosen.features, rest.features))
+        return float(np.mean(values) / floor["fid"])
+
     def training_images(self, run: Run) -> dict[int, Tensor]:
-        """What a run was trained on, by class: (M, C, H, W) uint8, with --augment turned as well.
+        """The images that a run was trained on, by class: (n, C, H, W) uint8, before symmetries.
 
         Raises UserError when they are not the ones that its configuration describes.
         """
@@ -839,9 +864,6 @@ class Evaluator:
         if digest != run.trained_on.get("sha256"):
             found = f"trained on other images than are in {self.options.data_dir}"
             raise UserError(f"{run.folder}: {found}")
-
-        if "symmetries" in run.trained_on:
-            return {label: module.symmetries(images) for label, images in by_class.items()}
         return by_class
 
     def measure_images(
@@ -857,8 +879,10 @@ class Evaluator:
         compared with, a class or "all"; held_out: images and labels for the label accuracy's floor.
         """
         reference = self.real(which).reference
-        metrics = self.compare(self.sample(images), reference)
+        sample = self.sample(images)
+        metrics = self.compare(sample, reference)
         floor = dict(self.floor(which, len(images)))  # a copy: other runs share the kept one
+        metrics["fid_ratio"] = self.fid_ratio(which, sample, floor)
         if self.classifier is not None:
             metrics["label_accuracy"] = accuracy(self.classifier, images, labels)
             floor["label_accuracy"] = accuracy(self.classifier, *held_out)
@@ -907,14 +931,18 @@ class Evaluator:
         Of a conditional run two rows follow: the mean over its classes ("mean"), and its images of
         all classes together ("all").
         """
-        training = self.training_images(run)
+        chosen = self.training_images(run)
         measured: dict[int | str, dict[str, Any]] = {}
         pairs = {}
         for label, images in run.images.items():
-            measured[label], closest = self.measure_class(images, label, training[label])
+            training = chosen[label]
+            if "symmetries" in run.trained_on:  # of one class at a time: they are eight times more
+                training = self.dataset.module.symmetries(training)
+            measured[label], closest = self.measure_class(images, label, training)
             pairs[self.row_name(run, label)] = closest
 
         if run.conditional:
+            n_training = sum(part["n_training"] for part in measured.values())
             measured["mean"] = mean_over_classes(list(measured.values()))
 
             # All classes at once; copies are searched class by class alone.
@@ -922,7 +950,7 @@ class Evaluator:
             each = len(images) // len(run.images)  # every class has as many
             labels = torch.tensor(list(run.images)).repeat_interleave(each)  # (N,)
             together = self.measure_images(images, labels, "all", self.held_out)
-            together["n_training"] = sum(len(of_class) for of_class in training.values())
+            together["n_training"] = n_training
             measured["all"] = together
         return [self.row(run, label, part) for label, part in measured.items()], pairs
 
@@ -1042,6 +1070,10 @@ def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
     texts = dict.fromkeys(["run", "arm", "condition", "label", "note"], "")
     frame = pd.read_csv(file, dtype=dict.fromkeys(texts, str), keep_default_na=False, na_values="")
     frame = frame.fillna(texts | {"n_train": np.inf})
+
+    # A table of an earlier version lacks the youngest metric.
+    expected = [name for key in METRICS for name in (key, f"floor_{key}")]
+    frame = frame.reindex(columns=frame.columns.union(expected, sort=False))
 
     # The parts of the condition: "conditional_shots10_steps2" is conditional, its circuit's part is
     # "shots10", its sampling steps are a column of their own.
@@ -1444,7 +1476,7 @@ def comparison_text(frame: pd.DataFrame, margin: float = MARGIN) -> str:
     features = ", ".join(sorted(set(frame["features"])))
     paragraphs = [
         "# Comparison of runs",
-        f"Features: {features}. Real images: {frame['data'][0]}, "
+        f"Features: {features}. Real images: {', '.join(sorted(set(frame['data'])))}, "
         f"reference {frame['reference'][0]}. Mean over seeds ± half of the 95 % interval "
         f"(Student's t). {FLOOR}: held-out images, as many as generated.",
         FLOOR_TEXT,
@@ -1852,7 +1884,10 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
     default = "(default: %(default)s)"
     features = [*dataset.own_extractors, "classifier", "inception", "none"]
     # fmt: off
-    add("runs", nargs="+", type=Path, help="run folders with config.json and samples_final.png")
+    add("runs", nargs="*", type=Path, help="run folders with config.json and samples_final.png")
+    add("--csv", nargs="+", type=Path, default=[], metavar="FILE",
+        help="tables of earlier evaluations (comparison.csv): the rows of these runs are added to "
+        "the first, and --out shows them all")
     add("--features", choices=features,
         help="what FID, KID, precision and recall compare; classifier: of a CNN trained on the "
         f"data (default: {features[0]}; with --protocol paper: inception)")
@@ -1881,6 +1916,8 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
         raise UserError(f"--n_real {options.n_real}: expected more than {NEIGHBOURS}")
     if not 0 <= options.seed < 2**32:
         raise UserError(f"--seed {options.seed}: expected 0 to {2**32 - 1}")
+    if not options.runs and (not options.csv or options.out is None):
+        raise UserError("no runs: expected run folders, or --csv and --out to show tables again")
     if not 0 < options.margin < math.inf:
         raise UserError(f"--margin {options.margin:g}: expected per cent above 0")
     if options.protocol == "paper" and options.features == "none":
@@ -1914,6 +1951,9 @@ def evaluate(options: argparse.Namespace, dataset: DataSet) -> None:
     runs = read_runs(options.runs, dataset)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
+    if not runs:
+        write_tables(all_rows(options.csv), options)
+        return
 
     evaluator = Evaluator(dataset, runs[0].settings["data"], options)
     record = evaluator.classifier_record
@@ -1928,11 +1968,11 @@ def evaluate(options: argparse.Namespace, dataset: DataSet) -> None:
     if options.protocol == "paper":
         evaluate_as_published(evaluator, runs, options.out)
     else:
-        evaluate_fully(evaluator, runs, options.out)
+        evaluate_fully(evaluator, runs, options)
 
 
-def evaluate_fully(evaluator: Evaluator, runs: Sequence[Run], out: Path | None) -> None:
-    """All metrics: into each run's folder, a table, and into ``out`` tables and figures."""
+def evaluate_fully(evaluator: Evaluator, runs: Sequence[Run], options: argparse.Namespace) -> None:
+    """All metrics: into each run's folder, a table, and into ``--out`` tables and figures."""
     # Each run's figures are written as soon as they are known.
     results = []
     for run in tqdm(runs, "runs", delay=2, leave=False):
@@ -1943,25 +1983,62 @@ def evaluate_fully(evaluator: Evaluator, runs: Sequence[Run], out: Path | None) 
 
     # Printed before anything that may fail.
     csv = comparison_csv(results)
+    say(result_table(read_comparison(io.StringIO(csv))))
+    if options.csv:
+        csv = with_new_rows(options.csv[0], csv)
+        options.csv[0].parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(options.csv[0], csv)
+
+    if options.out is not None:
+        rows = pd.concat([csv_rows(io.StringIO(csv)), all_rows(options.csv[1:])])
+        write_tables(rows, options)
+        frame = read_comparison(io.StringIO(rows.to_csv(index=False)))
+        draw(options.out / "overview.png", draw_overview, runs, frame, evaluator)
+
+
+def csv_rows(file: Path | io.StringIO) -> pd.DataFrame:
+    """The rows of a comparison.csv, as text."""
+    return pd.read_csv(file, dtype=str, keep_default_na=False)
+
+
+def all_rows(files: Sequence[Path]) -> pd.DataFrame:
+    """The rows of several comparison.csv, below each other."""
+    parts = []
+    for file in files:
+        with reading(file, "a comparison.csv"):
+            parts.append(csv_rows(file))
+    return pd.concat(parts) if parts else pd.DataFrame()
+
+
+def with_new_rows(file: Path, csv: str) -> str:
+    """The text of a comparison.csv with more rows; those of equal run and budget are replaced."""
+    rows = csv_rows(io.StringIO(csv))
+    if file.exists():
+        rows = pd.concat([all_rows([file]), rows])
+    same = ["run", "features", "reference", *BUDGET]
+    return rows.drop_duplicates(same, keep="last").to_csv(index=False)
+
+
+def write_tables(rows: pd.DataFrame, options: argparse.Namespace) -> None:
+    """Tables and figures of all rows, into ``--out``."""
+    out = options.out
+    csv = rows.to_csv(index=False)
     frame = read_comparison(io.StringIO(csv))
-    say(result_table(frame))
-    if out is None:
-        return
-
     write_atomic(out / "comparison.csv", csv)
-    write_atomic(out / "comparison.md", comparison_text(frame, evaluator.options.margin))
-    draw(out / "comparison.png", draw_panels, frame, against_size=False)
-    draw(out / "overview.png", draw_overview, runs, frame, evaluator)
-    if frame["n_train"].nunique() > 1:
-        draw(out / "scaling.png", draw_panels, frame, against_size=True)
-    else:
-        (out / "scaling.png").unlink(missing_ok=True)  # of other runs
+    write_atomic(out / "comparison.md", comparison_text(frame, options.margin))
 
-    comparisons = fid_comparisons(frame, evaluator.options.margin)
-    if len(comparisons) > 0:
-        draw(out / "forest.png", draw_forest, comparisons, evaluator.options.margin)
-    else:
-        (out / "forest.png").unlink(missing_ok=True)
+    # Figures of what there is; none of other runs stays.
+    comparisons = fid_comparisons(frame, options.margin)
+    figures = {
+        "comparison.png": (draw_panels, frame, False),
+        "scaling.png": (draw_panels, frame, True) if frame["n_train"].nunique() > 1 else None,
+        "forest.png": (draw_forest, comparisons, options.margin) if len(comparisons) else None,
+    }
+    for name, figure in figures.items():
+        if figure is not None:
+            draw(out / name, *figure)
+        else:
+            (out / name).unlink(missing_ok=True)
     say(f"written to {out}")
 
 

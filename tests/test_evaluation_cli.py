@@ -906,6 +906,62 @@ def test_a_conditional_run_is_measured_class_by_class_and_together(tmp_path, eva
     assert Image.open(both / "closest_pairs.png").size[1] > 700
 
 
+def test_fid_over_that_of_real_images_is_taken_at_equal_numbers(tmp_path, evaluate, classifier):
+    _, _, features_of = classifier
+    images = noisy(TEST.of_class(5), seed=1)
+    reference = features_of(TRAIN.of_class(5))
+
+    # Enough held-out images: the reference is the same, and so is the number.
+    (few,) = evaluate(make_run(tmp_path / "few", images[:10], classes=(5,)))
+    ratio = few["metrics"]["fid"] / few["floor"]["fid"]
+    assert few["metrics"]["fid_ratio"] == pytest.approx(ratio)
+    assert few["floor"]["fid_ratio"] == 1
+
+    # More than are held out: half of the reference is set aside, and as many are compared.
+    many = torch.cat([images, images, images, images])
+    (result,) = evaluate(make_run(tmp_path / "many", many, classes=(5,)))
+    n = len(reference) // 2
+    assert result["floor"]["n"] == n < len(many)
+    values = []
+    for draw in range(2):
+        order = torch.randperm(
+            len(reference), generator=random_stream(0, "evaluation", "floor", draw)
+        )
+        chosen = torch.randperm(len(many), generator=random_stream(0, "evaluation", "ratio", draw))[
+            :n
+        ]
+        values.append(evaluation.frechet_distance(features_of(many[chosen]), reference[order[n:]]))
+    expected = np.mean(values) / result["floor"]["fid"]
+    assert result["metrics"]["fid_ratio"] == pytest.approx(expected, rel=1e-4)
+    assert result["metrics"]["fid_ratio"] > 1.5  # noise is seen
+
+
+def test_rows_of_earlier_evaluations_are_kept_and_shown(tmp_path, evaluate):
+    table = tmp_path / "measured" / "digits.csv"
+    runs = [
+        make_run(tmp_path, noisy(THREES[:10], seed=seed), arm=arm, seed=seed)
+        for seed in (0, 1)
+        for arm in ("matched", "quantum")
+    ]
+    first, second = runs[:2], runs[2:]
+    evaluate(*first, "--csv", table)
+    before = pd.read_csv(table)
+    evaluate(*second, "--csv", table, "--out", tmp_path / "out")
+    after = pd.read_csv(table)
+    assert list(after["run"]) == [run.name for run in runs]
+    pd.testing.assert_frame_equal(after[:2], before)
+    shown = pd.read_csv(tmp_path / "out" / "comparison.csv")
+    pd.testing.assert_frame_equal(shown, after)
+    assert "quantum − matched" in (tmp_path / "out" / "comparison.md").read_text()
+
+    # Measured again: replaced, not doubled. And shown without any run.
+    evaluate(*first, "--csv", table)
+    assert len(pd.read_csv(table)) == 4
+    evaluate("--csv", table, "--out", tmp_path / "again")
+    names = {path.name for path in (tmp_path / "again").iterdir()}
+    assert names == {"comparison.csv", "comparison.md", "comparison.png", "forest.png"}
+
+
 def test_the_images_of_a_conditional_run_keep_their_classes(tmp_path, evaluate):
     images = torch.cat([TEST.of_class(8)[:10], TEST.of_class(3)[:10]])  # exchanged
     rows, *_ = evaluate(make_run(tmp_path, images, classes=(3, 8)))

@@ -1,0 +1,180 @@
+"""What trained models do with their gate: FID without it and with another seed's, values, qubits.
+
+    python tests/gate_use.py runs/quantum_mnist3_nall_seed0 runs/quantum_mnist3_nall_seed1 --out DIR
+
+Reads finished single-class runs of arms with a gate and trains nothing. ``gate_use.csv`` in DIR
+gets a row a run; rows of other runs that are there stay, as run folders may be lost with a machine.
+``gate_use.png`` shows all rows. Not a test.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import cal_fid_ssim as evaluation
+import quantum_diffusion_mnist as qd
+
+N_IMAGES = 200  # of each run and kind of gate
+N_WATCHED = 64  # images whose gate values are recorded
+
+# Kinds of gate at sampling, by the column with their FID.
+KINDS = {"fid": "its own", "fid_off": "switched off", "fid_other": "another seed's"}
+
+
+def sampled(settings: qd.Settings, model: qd.UNet, n: int = N_IMAGES) -> Tensor:
+    """The first n images of a run, (n, 1, 28, 28) uint8, in batches of 50."""
+    parts = []
+    for first in range(0, n, 50):
+        numbers = range(first, min(first + 50, n))
+        parts.append(qd.sample_images(settings, model, "image", numbers, settings.sample_steps))
+    return torch.cat(parts)
+
+
+def watched(settings: qd.Settings, model: qd.UNet) -> tuple[Tensor, Tensor]:
+    """The gate's values g (steps, B, C) and the circuit's <Z_i> (steps, B, n) while it samples."""
+    values = []
+    means = []
+    hooks = [
+        model.gate.register_forward_hook(lambda _gate, _inputs, g: values.append(g)),
+        model.gate.project_out.register_forward_hook(
+            lambda _l, inputs, _g: means.append(inputs[0])
+        ),
+    ]
+    sampled(settings, model, N_WATCHED)
+    for hook in hooks:
+        hook.remove()
+
+    # One batch after another was sampled: join their images, step by step.
+    steps = len(qd.GaussianDiffusion(settings.timesteps).sampling_levels(settings.sample_steps))
+
+    def joined(recorded: list[Tensor]) -> Tensor:
+        by_step = [torch.cat(recorded[k::steps]) for k in range(steps)]
+        return torch.stack(by_step).detach()
+
+    return joined(values), joined(means)
+
+
+def spread(values: Tensor) -> Tensor:
+    """The standard deviation over images and timesteps of (steps, B, k): (k,)."""
+    return values.flatten(0, 1).std(dim=0)
+
+
+def measure(
+    folder: Path, other_gate: torch.nn.Module, frechet: Callable[[Tensor], float]
+) -> dict[str, object]:
+    """A row of ``gate_use.csv``. frechet: the FID of images (N, 1, 28, 28) uint8 of its class."""
+    settings, model = qd.load_run(folder)
+    gate = model.gate
+    row = {
+        "run": folder.name,
+        "arm": settings.arm,
+        "label": settings.classes[0],
+        "seed": settings.seed,
+        "n": N_IMAGES,
+    }
+
+    # The FID with each kind of gate, from the same noise.
+    for column, kind in zip(KINDS, (gate, None, other_gate), strict=True):
+        model.gate = kind
+        row[column] = frechet(sampled(settings, model))
+    model.gate = gate
+
+    # The gate's values at every timestep: size of their mean over images, and their spread.
+    values, means = watched(settings, model)
+    row["size"] = " ".join(f"{x:.4f}" for x in values.mean(dim=1).abs().mean(dim=1))
+    row["spread"] = " ".join(f"{x:.4f}" for x in values.std(dim=1).mean(dim=1))
+
+    # How much each unit varies, trained and with the circuit as it was at the start.
+    row["units"] = " ".join(f"{x:.4f}" for x in spread(means))
+    start = qd.make_unet(1, settings).gate
+    with torch.no_grad():
+        model.gate.weights.copy_(start.weights)
+    row["units_start"] = " ".join(f"{x:.4f}" for x in spread(watched(settings, model)[1]))
+    return row
+
+
+def numbers(cells: pd.Series) -> np.ndarray:
+    """Cells of numbers with spaces between as an array (cells, numbers)."""
+    return np.array([[float(word) for word in cell.split()] for cell in cells])
+
+
+def draw(rows: pd.DataFrame) -> Figure:
+    """Three panels: FID with each kind of gate; the gate over the timesteps; its units."""
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+
+    # A line a run.
+    left.plot(list(KINDS.values()), rows[list(KINDS)].T, color="#999999", linewidth=0.7)
+    left.plot(list(KINDS.values()), rows[list(KINDS)].mean(), "o-", color="#0072B2")
+    left.set(ylabel=f"FID of {N_IMAGES} images", yscale="log", xlabel="gate at sampling")
+
+    for column, text in (("size", "mean over images, size"), ("spread", "spread over images")):
+        values = numbers(rows[column])  # (runs, steps)
+        middle.plot(values.mean(axis=0), label=text)
+    middle.set(xlabel="network evaluation, from noise to image", ylabel="g, mean over channels")
+    middle.legend(frameon=False, fontsize=8)
+
+    for column, text in (("units_start", "circuit as at the start"), ("units", "trained")):
+        values = numbers(rows[column])  # (runs, units)
+        right.plot(values.mean(axis=0), "o-", markersize=3, label=text)
+    right.set(xlabel="qubit", ylabel="spread of ⟨Z⟩ over images and time", yscale="log")
+    right.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures the runs and draws all rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "runs", nargs="+", type=Path, help="two or more seeds of each arm and digit"
+    )
+    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="of the data set")
+    parser.add_argument("--out", type=Path, required=True, help="of gate_use.csv and .png")
+    args = parser.parse_args(argv)
+
+    # Runs of a digit and arm in a ring: each gets the gate of the next seed.
+    loaded = {folder: qd.load_run(folder) for folder in sorted(args.runs)}
+    source = next(iter(loaded.values()))[0].data
+    options = ["_", "--data_dir", str(args.data_dir), "--features", "classifier"]
+    evaluator = evaluation.Evaluator(
+        evaluation.MNIST, source, evaluation.parse_options(options, evaluation.MNIST)
+    )
+
+    new = []
+    for folder, (settings, _model) in loaded.items():
+        ring = [
+            gate_of
+            for gate_of, (others, _) in loaded.items()
+            if (others.arm, others.classes) == (settings.arm, settings.classes)
+        ]
+        following = ring[(ring.index(folder) + 1) % len(ring)]
+        reference = evaluator.real(settings.classes[0])[0]
+
+        def frechet(images: Tensor, reference: evaluation.Sample = reference) -> float:
+            """The FID against all training images of the class."""
+            features = evaluator.sample(images).features
+            return evaluation.frechet_distance(features, reference.features)
+
+        new.append(measure(folder, loaded[following][1].gate, frechet))
+
+    # Rows of other runs stay.
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "gate_use.csv"
+    rows = pd.DataFrame(new)
+    if path.exists():
+        known = pd.read_csv(path)
+        rows = pd.concat([known[~known["run"].isin(rows["run"])], rows])
+    rows.to_csv(path, index=False)
+    draw(rows).savefig(args.out / "gate_use.png", dpi=200)
+
+
+if __name__ == "__main__":
+    main()
