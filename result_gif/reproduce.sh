@@ -101,7 +101,7 @@ block_tables() {
     python cal_fid_ssim.py --csv "$OUT"/{A,B}.csv --out "$OUT/control"
     python cal_fid_ssim.py --csv "$OUT"/{A,E}.csv --out "$OUT/circuits"
     python cal_fid_ssim.py --csv "$OUT"/{A,B,C,D,E}.csv --out "$OUT"
-    cp "$OUT/forest.png" result_gif/forest.png
+    cp "$OUT/forest.png" "${FOREST:-result_gif/forest.png}"
 }
 
 for block in "$@"; do

@@ -1,0 +1,90 @@
+"""The study's script: its commands are understood, and they ask for the runs of the plan."""
+
+import os
+import shlex
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import cal_fid_ssim as evaluation
+import cal_fid_ssim_medmnist as evaluation_of_tissue
+import quantum_diffusion_mnist as mnist
+import quantum_diffusion_pathmnist as pathmnist
+
+ROOT = Path(__file__).parent.parent
+TRAINING = {"quantum_diffusion_mnist.py": mnist, "quantum_diffusion_pathmnist.py": pathmnist}
+EVALUATION = {
+    "cal_fid_ssim.py": evaluation.MNIST,
+    "cal_fid_ssim_medmnist.py": evaluation_of_tissue.PATHMNIST,
+}
+
+
+@pytest.fixture
+def commands(tmp_path):
+    """The Python commands of some blocks, as lists of words, without running them."""
+    stub = tmp_path / "bin" / "python"
+    stub.parent.mkdir()
+    log = tmp_path / "commands"
+    stub.write_text(f'#!/bin/bash\nwords=$(printf "%q " "$@")\necho "$words" >> {log}\n')
+    stub.chmod(0o755)
+    pictures = tmp_path / "study"
+    pictures.mkdir()
+    (pictures / "forest.png").write_bytes((ROOT / "result_gif" / "overview.png").read_bytes())
+
+    def call(*blocks: str) -> list[list[str]]:
+        log.write_text("")
+        environment = os.environ | {
+            "PATH": f"{stub.parent}:{os.environ['PATH']}",
+            "OUT": str(pictures),
+            "FOREST": str(tmp_path / "forest.png"),
+        }
+        script = ROOT / "result_gif" / "reproduce.sh"
+        subprocess.run(["bash", script, *blocks], env=environment, check=True, timeout=60)
+        return [shlex.split(line) for line in log.read_text().splitlines()]
+
+    return call
+
+
+def test_the_blocks_ask_for_the_runs_of_the_plan(commands):
+    # By block, arm and steps; each command is given to two processes, which share its grid.
+    runs = Counter()
+    for script, *words in commands("A", "B", "C", "D", "E"):
+        if script not in TRAINING:
+            continue
+        args = TRAINING[script].build_parser().parse_args(words)
+        models = len(args.classes) if args.classes else 1
+        for arm in args.arm:
+            key = (args.save_dir.name, arm, args.steps)
+            runs[key] += models * len(args.n_train) * len(args.seeds) / 2
+    assert runs == {
+        ("A", "matched", 1250): 50,
+        ("A", "quantum", 1250): 50,
+        ("A", "classical", 1250): 50,
+        ("B", "quantum", 1150): 30,
+        ("C", "matched", None): 5,
+        ("C", "quantum", None): 5,
+        ("D", "matched", 1250): 20,
+        ("D", "quantum", 1250): 20,
+    } | {
+        ("E", arm, 1250): 10
+        for arm in ("se", "product", "frozen", "published", "cz", "ising", "brickwork", "reupload")
+    }
+    assert sum(runs.values()) == 310
+
+
+def test_what_was_measured_is_kept_and_shown(commands):
+    parsed = []
+    for script, *words in commands("A", "C", "tables"):
+        if script in EVALUATION:
+            options = evaluation.parse_options(words, EVALUATION[script])
+            parsed.append((len(options.runs), [file.name for file in options.csv], options.out))
+
+    # A call after each seed, which computes no difference; then the tables without any run.
+    measured = [files for runs, files, out in parsed if runs and out is None]
+    assert measured == [["A.csv"]] * 5 + [["C.csv"]] * 5
+    shown = {out.name: files for runs, files, out in parsed if not runs}
+    assert shown["questions"] == ["A.csv", "C.csv", "D.csv"]
+    assert shown["control"] == ["A.csv", "B.csv"]
+    assert shown["study"] == [f"{block}.csv" for block in "ABCDE"]
