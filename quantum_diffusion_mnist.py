@@ -1591,13 +1591,12 @@ def load_grid(path: Path) -> Tensor:
     return images
 
 
-def save_gif(
-    path: Path, frames: Sequence[tuple[str, Tensor]], names: Sequence[str] = (), scale: int = 3
-) -> None:
+def save_gif(path: Path, frames: Sequence[tuple[str, Tensor]], names: Sequence[str] = ()) -> None:
     """Saves (caption, images (N, C, H, W) uint8) frames as a GIF, in one row of ten at most.
 
     names: of the classes of a conditional model, each of which then has a row, behind its name.
     """
+    scale = 2 if names else 3  # of the pixels
     pictures = []
     for caption, images in frames:
         # A row of images for each class.

@@ -104,3 +104,20 @@ def test_circuits_of_any_size_are_drawn():
     assert (pixels < 100).mean() > 0.001
     assert qd.draw_circuit(qd.product_circuit, 100, 9, 2) is drawing  # kept
     assert qd.draw_circuit(qd.cz_circuit, 3, 1, 2) != qd.draw_circuit(qd.quantum_circuit, 3, 1, 2)
+
+
+def test_animations_of_several_classes_have_a_row_for_each(tmp_path):
+    _, digits, _ = qd.load_images("digits", tmp_path)
+    names = ("three", "eight")
+    qd.save_gif(tmp_path / "a.gif", [("step 1", digits[:24])], names)
+    with Image.open(tmp_path / "a.gif") as animation:
+        picture = torch.from_numpy(np.array(animation.convert("L")))
+
+    # Ten images of each class, two pixels a pixel, below the caption and right of the names.
+    top, left = 14, 2 * 3 * 5
+    assert picture.shape == (top + 2 * (2 * 30 + 2), left + 2 * (10 * 30 + 2))
+    tiles = picture[top + 4 :: 2, left + 4 :: 2][:58].unflatten(1, (-1, 30))[:, :10, :28]
+    for row, first in enumerate((0, 12)):
+        shown = tiles[30 * row : 30 * row + 28].permute(1, 0, 2)
+        assert (shown - digits[first : first + 10, 0].float()).abs().mean() < 4
+    assert (picture[top:, : left - 4] < 100).any()

@@ -12,7 +12,13 @@ import quantum_diffusion_mnist as qd
 
 ROOT = Path(__file__).parent.parent
 README, RESULTS = PAGES = ROOT / "README.md", ROOT / "result_gif" / "README.md"
-CELLS = {"scaling": 21 * 6, "four_arms": 8 * 6, "mnist": 20 * 8, "pathmnist": 6 * 6, "seeds": 8 * 6}
+CELLS = {
+    "scaling": 21 * 6,
+    "four_arms": 8 * 6,
+    "mnist": 20 * 8,
+    "pathmnist": 20 * 9,
+    "seeds": 8 * 6,
+}
 NUMBER = re.compile(r"[-+]?\d+\.\d+")
 
 
@@ -41,7 +47,8 @@ def test_tables_are_the_csvs(study):
     cells = 0
     for row in table(RESULTS, study):
         size, label = row.pop("N", ".*").replace(",", ""), row.pop("class", "")
-        here = runs[runs["run"].str.contains(f"(?:_|mnist){label or '.*'}_n{size}_")]
+        one_class = f"(?:_|mnist){label or '.*'}_n{size}_[^:]*$"
+        here = runs[runs["run"].str.contains(f"{one_class}|: {label}$")]
         metric, of = row.pop("metric", None), row.pop("arm", None)
         for heading, cell in row.items():
             name = re.sub("[ -]", "_", (metric or heading).lower().replace("real ", "floor_"))
