@@ -6,7 +6,7 @@ images (the floor).
 
     python cal_fid_ssim.py runs/classical_mnist3_nall_seed* runs/quantum_mnist3_nall_seed*
     python cal_fid_ssim.py runs/*mnist3* --out comparison           # csv, markdown, figures
-    python cal_fid_ssim.py runs/*mnist_conditional*                 # a row for each class
+    python cal_fid_ssim.py runs/*_mnist_conditional*                # a row for each class
     python cal_fid_ssim.py runs/* more/* --out study --margin 3     # FID: different, equivalent?
     python cal_fid_ssim.py runs/quantum_mnist3_nall_seed0 --protocol paper
 
@@ -99,7 +99,7 @@ METRICS = {  # by their key in metrics.json
 
 # What is compared with what.
 FLOOR = "real images (floor)"
-SAME_IN_A_PAIR = ["data", "conditional", "n_train", "label", "seed"]
+SAME_IN_A_PAIR = ["data", "features", "conditional", "n_train", "label", "seed"]
 BUDGET = ["steps", "batch_size", "lr", "muon_lr", "ema_decay"]  # what all runs should have alike
 BUDGET += ["n_qubits", "n_layers", "timesteps", "sample_steps"]
 BASELINES = ("matched", "classical")  # control arms: every other arm is compared with each
@@ -1462,9 +1462,10 @@ RELATIVE_TEXT = (
 )
 
 FLOOR_TEXT = (
-    "A floor is the mean over draws of as many held-out images as were generated, and the ± of its "
-    "KID is that of one draw. Its SSIM nearest, distance ratio, near copies and label accuracy are "
-    "of all held-out images: the ratio is 1 and near copies are about 0.01 by construction."
+    "A floor is the mean over draws of as many held-out images as were generated or, where these "
+    "are too few, of one half of the training images against the other. The ± of its KID is that "
+    "of one draw. Its SSIM nearest, distance ratio, near copies and label accuracy are of all "
+    "held-out images: the ratio is 1, and near copies are 1 %, but at least one image."
 )
 
 

@@ -1804,6 +1804,8 @@ def read_config(path: Path) -> dict:
             raise ValueError(f"expected {', '.join(IDENTITY)}")
         if not {"model_sha256", "n_eval"} <= config.keys():
             raise ValueError("expected model_sha256 and n_eval")
+        if "classes" not in config["settings"]:
+            raise ValueError("expected settings.classes")
         return config
 
 

@@ -1807,6 +1807,8 @@ def read_config(path: Path) -> dict:
             raise ValueError(f"expected {', '.join(IDENTITY)}")
         if not {"model_sha256", "n_eval"} <= config.keys():
             raise ValueError("expected model_sha256 and n_eval")
+        if "classes" not in config["settings"]:
+            raise ValueError("expected settings.classes")
         return config
 
 
@@ -2018,7 +2020,7 @@ def add_setting(
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of the data set."""
-    names = f"list of {', '.join(PATHMNIST_CLASSES)} or 0-8, or all (default)"
+    names = f"list of {', '.join(PATHMNIST_CLASSES)} or 0-8, or all (default: all)"
     parser.add_argument(
         "--labels", dest="classes", nargs="+", choices=[*CLASS_IDS, "all"], metavar="NAME",
         help=names,

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the study of result_gif/README.md, block by block: runs, measurements, tables, figures.
 #
-#     bash result_gif/reproduce.sh A          # or B, C, D, E, gates, tables; several in a row
+#     bash result_gif/reproduce.sh A          # or B, C, D, E, gates, judges, tables; several in a row
 #
 # Two processes with one thread each. What is finished is skipped, what was interrupted continues.
 # The variables below make it smaller, for a look or for a test.
@@ -19,6 +19,7 @@ SEEDS=${SEEDS:-100 101 102 103 104}
 CONTROL_SEEDS=${CONTROL_SEEDS:-100 101 102}
 STEPS=${STEPS:-1250}
 CONTROL_STEPS=${CONTROL_STEPS:-1150}
+TISSUE_STEPS=${TISSUE_STEPS:-5000}
 N_EVAL=${N_EVAL:-1000}
 N_EVAL_TISSUE=${N_EVAL_TISSUE:-200}
 MORE=${MORE:-}                       # further flags of all runs
@@ -29,11 +30,20 @@ train() {
     local processes=()
     shift 2
     for rank in 0 1; do
-        RANK=$rank WORLD_SIZE=2 OMP_NUM_THREADS=1 python "$script" \
+        RANK=$rank WORLD_SIZE=2 OMP_NUM_THREADS=1 python "$script" --device cpu \
             --data_dir "$DATA_DIR" --save_dir "$RUNS/$folder" "$@" $MORE &
         processes+=($!)
     done
-    for process in "${processes[@]}"; do wait "$process"; done
+    for process in "${processes[@]}"; do wait "$process" || echo "a run failed, see above" >&2; done
+}
+
+# measure SCRIPT FOLDER SEED FLAGS...: evaluates the finished runs of a seed.
+measure() {
+    local script=$1 folder=$2 seed=$3 grid
+    local finished=()
+    shift 3
+    for grid in "$RUNS/$folder"/*_seed"$seed"/samples_final.png; do finished+=("$(dirname "$grid")"); done
+    python "$script" "${finished[@]}" --data_dir "$DATA_DIR" "$@"
 }
 
 # digits FOLDER SEED FLAGS...: runs of single digits, and what they measured.
@@ -42,8 +52,7 @@ digits() {
     shift 2
     train quantum_diffusion_mnist.py "$folder" --data "$DIGITS" --seeds "$seed" \
         --n_eval "$N_EVAL" "$@"
-    python cal_fid_ssim.py "$RUNS/$folder"/*_seed"$seed" --data_dir "$DATA_DIR" \
-        --csv "$OUT/$folder.csv"
+    measure cal_fid_ssim.py "$folder" "$seed" --csv "$OUT/$folder.csv"
 }
 
 # Block A: does the circuit help, does a gate? The first seed has all previews, for the GIFs.
@@ -67,9 +76,8 @@ block_B() {
 block_C() {
     for seed in $SEEDS; do
         train quantum_diffusion_pathmnist.py C --data "$TISSUE" --seeds "$seed" \
-            --arm matched quantum --n_eval "$N_EVAL_TISSUE" --n_frames 1
-        python cal_fid_ssim_medmnist.py "$RUNS"/C/*_seed"$seed" --data_dir "$DATA_DIR" \
-            --csv "$OUT/C.csv"
+            --arm matched quantum --n_eval "$N_EVAL_TISSUE" --n_frames 1 --steps "$TISSUE_STEPS"
+        measure cal_fid_ssim_medmnist.py C "$seed" --csv "$OUT/C.csv"
     done
 }
 
@@ -89,6 +97,15 @@ block_E() {
     done
 }
 
+# Block A by two other judges: classifiers of other seeds. While its run folders exist.
+block_judges() {
+    for judge in 1 2; do
+        for seed in $SEEDS; do
+            measure cal_fid_ssim.py A "$seed" --seed "$judge" --csv "$OUT/judge$judge.csv"
+        done
+    done
+}
+
 # What block A's models do with their gate.
 block_gates() {
     python tests/gate_use.py "$RUNS"/A/{quantum,matched}_* --data_dir "$DATA_DIR" --out "$OUT"
@@ -96,11 +113,14 @@ block_gates() {
 
 # Tables and figures of what has been measured: each block, the six questions, the control, all.
 block_tables() {
-    for block in A C D; do python cal_fid_ssim.py --csv "$OUT/$block.csv" --out "$OUT/$block"; done
+    local measured=() block
+    for block in A B C D E; do
+        if [ -f "$OUT/$block.csv" ]; then measured+=("$OUT/$block.csv"); fi
+    done
     python cal_fid_ssim.py --csv "$OUT"/{A,C,D}.csv --out "$OUT/questions"
     python cal_fid_ssim.py --csv "$OUT"/{A,B}.csv --out "$OUT/control"
     python cal_fid_ssim.py --csv "$OUT"/{A,E}.csv --out "$OUT/circuits"
-    python cal_fid_ssim.py --csv "$OUT"/{A,B,C,D,E}.csv --out "$OUT"
+    python cal_fid_ssim.py --csv "${measured[@]}" --out "$OUT"
     cp "$OUT/forest.png" "${FOREST:-result_gif/forest.png}"
 }
 

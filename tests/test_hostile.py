@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import only, tiny, write_idx, write_npz
 
+import cal_fid_ssim as evaluation
 import quantum_diffusion_mnist as mnist
 import quantum_diffusion_pathmnist as pathmnist
 
@@ -138,12 +139,16 @@ def test_pictures_of_something_else_are_no_grid(tmp_path, finished):
             mnist.load_grid(finished / name)
 
 
-def test_an_older_configuration_is_named(run, fails):
+@pytest.mark.parametrize("missing", ["circuit", "classes"])
+def test_an_older_configuration_is_named(missing, run, fails):
     config = json.loads((run / "config.json").read_text())
-    del config["circuit"]
+    del (config if missing in config else config["settings"])[missing]
     (run / "config.json").write_text(json.dumps(config))
-    message = fails(mnist, tiny("runs", "--use_quantum"))
-    assert "config.json: not a run's configuration of this version" in message
+    for message in (
+        fails(mnist, tiny("runs", "--use_quantum")),
+        fails(evaluation, [run, "--data_dir", "data"]),
+    ):
+        assert "config.json: not a run's configuration of this version" in message
 
 
 def test_a_full_disk_names_the_file_and_keeps_what_was_there(run, monkeypatch, fails):

@@ -16,7 +16,7 @@ CELLS = {
     "scaling": 21 * 6,
     "four_arms": 8 * 6,
     "mnist": 20 * 8,
-    "pathmnist": 20 * 9,
+    "pathmnist": 20 * 7,
     "seeds": 8 * 6,
 }
 NUMBER = re.compile(r"[-+]?\d+\.\d+")

@@ -32,6 +32,8 @@ def commands(tmp_path):
     pictures = tmp_path / "study"
     pictures.mkdir()
     (pictures / "forest.png").write_bytes((ROOT / "result_gif" / "overview.png").read_bytes())
+    for block in "ABCDE":
+        (pictures / f"{block}.csv").touch()
 
     def call(*blocks: str) -> list[list[str]]:
         log.write_text("")
@@ -63,8 +65,8 @@ def test_the_blocks_ask_for_the_runs_of_the_plan(commands):
         ("A", "quantum", 1250): 50,
         ("A", "classical", 1250): 50,
         ("B", "quantum", 1150): 30,
-        ("C", "matched", None): 5,
-        ("C", "quantum", None): 5,
+        ("C", "matched", 5000): 5,
+        ("C", "quantum", 5000): 5,
         ("D", "matched", 1250): 20,
         ("D", "quantum", 1250): 20,
     } | {
