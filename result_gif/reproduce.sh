@@ -111,17 +111,24 @@ block_gates() {
     python tests/gate_use.py "$RUNS"/A/{quantum,matched}_* --data_dir "$DATA_DIR" --out "$OUT"
 }
 
-# Tables and figures of what has been measured: each block, the six questions, the control, all.
-block_tables() {
-    local measured=() block
-    for block in A B C D E; do
+# show FOLDER BLOCKS...: tables and figures of those of the blocks that have been measured.
+show() {
+    local folder=$1 block
+    local measured=()
+    shift
+    for block in "$@"; do
         if [ -f "$OUT/$block.csv" ]; then measured+=("$OUT/$block.csv"); fi
     done
-    python cal_fid_ssim.py --csv "$OUT"/{A,C,D}.csv --out "$OUT/questions"
-    python cal_fid_ssim.py --csv "$OUT"/{A,B}.csv --out "$OUT/control"
-    python cal_fid_ssim.py --csv "$OUT"/{A,E}.csv --out "$OUT/circuits"
-    python cal_fid_ssim.py --csv "${measured[@]}" --out "$OUT"
-    cp "$OUT/forest.png" "${FOREST:-result_gif/forest.png}"
+    python cal_fid_ssim.py --csv "${measured[@]}" --out "$OUT/$folder"
+}
+
+# The six questions, the control, the other circuits, all.
+block_tables() {
+    show questions A C D
+    show control A B
+    show circuits A E
+    show all A B C D E
+    cp "$OUT/all/forest.png" "${FOREST:-result_gif/forest.png}"
 }
 
 for block in "$@"; do

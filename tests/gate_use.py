@@ -53,7 +53,8 @@ def watched(settings: qd.Settings, model: qd.UNet) -> tuple[Tensor, Tensor]:
         hook.remove()
 
     # One batch after another was sampled: join their images, step by step.
-    steps = len(qd.GaussianDiffusion(settings.timesteps).sampling_levels(settings.sample_steps))
+    wanted = min(settings.sample_steps, settings.timesteps)
+    steps = len(qd.GaussianDiffusion(settings.timesteps).sampling_levels(wanted))
 
     def joined(recorded: list[Tensor]) -> Tensor:
         by_step = [torch.cat(recorded[k::steps]) for k in range(steps)]

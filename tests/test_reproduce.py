@@ -30,8 +30,10 @@ def commands(tmp_path):
     stub.write_text(f'#!/bin/bash\nwords=$(printf "%q " "$@")\necho "$words" >> {log}\n')
     stub.chmod(0o755)
     pictures = tmp_path / "study"
-    pictures.mkdir()
-    (pictures / "forest.png").write_bytes((ROOT / "result_gif" / "overview.png").read_bytes())
+    (pictures / "all").mkdir(parents=True)
+    (pictures / "all" / "forest.png").write_bytes(
+        (ROOT / "result_gif" / "overview.png").read_bytes()
+    )
     for block in "ABCDE":
         (pictures / f"{block}.csv").touch()
 
@@ -89,4 +91,4 @@ def test_what_was_measured_is_kept_and_shown(commands):
     shown = {out.name: files for runs, files, out in parsed if not runs}
     assert shown["questions"] == ["A.csv", "C.csv", "D.csv"]
     assert shown["control"] == ["A.csv", "B.csv"]
-    assert shown["study"] == [f"{block}.csv" for block in "ABCDE"]
+    assert shown["all"] == [f"{block}.csv" for block in "ABCDE"]
