@@ -116,6 +116,7 @@ def draw(rows: pd.DataFrame) -> Figure:
     left.plot(list(KINDS.values()), rows[list(KINDS)].T, color="#999999", linewidth=0.7)
     left.plot(list(KINDS.values()), rows[list(KINDS)].mean(), "o-", color="#0072B2")
     left.set(ylabel=f"FID of {N_IMAGES} images", yscale="log", xlabel="gate at sampling")
+    left.tick_params(axis="x", labelsize=7)
 
     for column, text in (("size", "mean over images, size"), ("spread", "spread over images")):
         values = numbers(rows[column])  # (runs, steps)
