@@ -398,12 +398,15 @@ def cached(
     """What ``make`` returns (tensors, numbers), or the same from a file in ``folder``.
 
     The file is named after ``made_from``: whatever is made from something else has another name. A
-    folder that cannot be written costs a line, not the evaluation.
+    file that cannot be read or written costs a line, not the evaluation.
     """
     name = hashlib.sha256(repr(made_from).encode()).hexdigest()[:24]
     path = folder / f"{kind}_{name}.pt"
-    if path.exists():
-        return load_tensors(path, f"{kind} of an earlier evaluation; delete it")
+    try:
+        if path.exists():
+            return load_tensors(path, f"{kind} of an earlier evaluation")
+    except (UserError, OSError) as error:  # damaged, or another user's
+        note(f"{one_line(error)}: made again")
 
     state = make()
     with optional(path):
@@ -797,14 +800,18 @@ class Evaluator:
         metrics["recall"] = recall
         return metrics
 
+    def enough_held_out(self, which: int | str, n: int) -> bool:
+        """Whether there are n held-out images of a class or of "all" (at most ``--n_real``)."""
+        return n <= len(self.real(which).held_out.images)
+
     def floor_draws(self, which: int | str, n: int) -> Iterator[tuple[Sample, Sample]]:
         """Real images, as if they were generated, and those that they are compared with.
 
-        n of them are drawn from the held-out images (at most ``--n_real``), several times. If these
-        are fewer, they are drawn from the reference: at most half of it, compared with the rest.
+        n of them are drawn from the held-out images, several times. If these are fewer, they are
+        drawn from the reference: at most half of it, compared with the rest.
         """
         reference, held_out = self.real(which)
-        enough = n <= len(held_out.images)
+        enough = self.enough_held_out(which, n)
         size = n if enough else min(n, len(reference.images) // 2)
         pool = held_out if enough else reference
         for draw in range(FLOOR_DRAWS if size <= ONE_DRAW_ABOVE else 1):
@@ -815,10 +822,10 @@ class Evaluator:
     def measure_floor(self, which: int | str, n: int) -> dict[str, Any]:
         """What n real images of a class or of "all" score: the mean over ``floor_draws``."""
         draws = list(self.floor_draws(which, n))
-        size = len(draws[0][0].images)
-        enough = n <= len(self.real(which).held_out.images)
-        origin = f"{self.held_out_name} split" if enough else "training split, set aside"
-        floor = {"n": size, "draws": len(draws), "from": origin}
+        origin = "training split, set aside"
+        if self.enough_held_out(which, n):
+            origin = f"{self.held_out_name} split"
+        floor = {"n": len(draws[0][0].images), "draws": len(draws), "from": origin}
 
         measured = [self.compare(some, rest) for some, rest in draws]
         for key in measured[0]:  # the metrics
@@ -831,16 +838,16 @@ class Evaluator:
 
         As many generated images as the floor has, against the same real ones: mean over its draws.
         """
-        if self.extractor is None:
+        if self.extractor is None or floor["fid"] <= 0:
             return math.nan
-        if floor["n"] == len(sample.images):
-            return (
-                frechet_distance(sample.features, self.real(which).reference.features)
-                / floor["fid"]
-            )
+        n = len(sample.images)
+        if self.enough_held_out(which, n):  # all draws are of all images
+            reference = self.real(which).reference
+            return frechet_distance(sample.features, reference.features) / floor["fid"]
+
         values = []
-        for draw, (some, rest) in enumerate(self.floor_draws(which, len(sample.images))):
-            order = torch.randperm(len(sample.images), generator=self.stream("ratio", draw))
+        for draw, (some, rest) in enumerate(self.floor_draws(which, n)):
+            order = torch.randperm(n, generator=self.stream("ratio", draw))
             chosen = sample.take(order[: len(some.images)])
             values.append(frechet_distance(chosen.features, rest.features))
         return float(np.mean(values) / floor["fid"])
@@ -1953,7 +1960,7 @@ def evaluate(options: argparse.Namespace, dataset: DataSet) -> None:
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
     if not runs:
-        write_tables(all_rows(options.csv), options)
+        write_tables(joined(read_tables(options.csv)), options)
         return
 
     evaluator = Evaluator(dataset, runs[0].settings["data"], options)
@@ -1984,46 +1991,45 @@ def evaluate_fully(evaluator: Evaluator, runs: Sequence[Run], options: argparse.
 
     # Printed before anything that may fail.
     csv = comparison_csv(results)
-    say(result_table(read_comparison(io.StringIO(csv))))
+    frame = read_comparison(io.StringIO(csv))  # of these runs alone
+    say(result_table(frame))
     if options.csv:
-        csv = with_new_rows(options.csv[0], csv)
-        options.csv[0].parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(options.csv[0], csv)
+        table = options.csv[0]
+        earlier = read_tables([table]) if table.exists() else []
+        csv = joined([*earlier, csv])
+        table.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(table, csv)
 
     if options.out is not None:
-        rows = pd.concat([csv_rows(io.StringIO(csv)), all_rows(options.csv[1:])])
-        write_tables(rows, options)
-        frame = read_comparison(io.StringIO(rows.to_csv(index=False)))
+        texts = [csv, *read_tables(options.csv[1:])]
+        write_tables(joined(texts), options)
         draw(options.out / "overview.png", draw_overview, runs, frame, evaluator)
 
 
-def csv_rows(file: Path | io.StringIO) -> pd.DataFrame:
-    """The rows of a comparison.csv, as text."""
-    return pd.read_csv(file, dtype=str, keep_default_na=False)
-
-
-def all_rows(files: Sequence[Path]) -> pd.DataFrame:
-    """The rows of several comparison.csv, below each other."""
-    parts = []
+def read_tables(files: Sequence[Path]) -> list[str]:
+    """The texts of several comparison.csv. Raises UserError for another file."""
+    texts = []
     for file in files:
         with reading(file, "a comparison.csv"):
-            parts.append(csv_rows(file))
-    return pd.concat(parts) if parts else pd.DataFrame()
+            text = file.read_text()
+            read_comparison(io.StringIO(text))
+            texts.append(text)
+    return texts
 
 
-def with_new_rows(file: Path, csv: str) -> str:
-    """The text of a comparison.csv with more rows; those of equal run and budget are replaced."""
-    rows = csv_rows(io.StringIO(csv))
-    if file.exists():
-        rows = pd.concat([all_rows([file]), rows])
-    same = ["run", "features", "reference", *BUDGET]
-    return rows.drop_duplicates(same, keep="last").to_csv(index=False)
+def joined(texts: Sequence[str]) -> str:
+    """The text of one comparison.csv with the rows of several, to the letter.
+
+    Of rows with equal run, reference and budget the last stays, by whatever features it was judged.
+    """
+    parts = [pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False) for text in texts]
+    rows = pd.concat(parts).drop_duplicates(["run", "reference", *BUDGET], keep="last")
+    return rows.to_csv(index=False)
 
 
-def write_tables(rows: pd.DataFrame, options: argparse.Namespace) -> None:
-    """Tables and figures of all rows, into ``--out``."""
+def write_tables(csv: str, options: argparse.Namespace) -> None:
+    """Tables and figures of all rows of a comparison.csv, into ``--out``."""
     out = options.out
-    csv = rows.to_csv(index=False)
     frame = read_comparison(io.StringIO(csv))
     write_atomic(out / "comparison.csv", csv)
     write_atomic(out / "comparison.md", comparison_text(frame, options.margin))

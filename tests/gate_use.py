@@ -2,9 +2,9 @@
 
     python tests/gate_use.py runs/quantum_mnist3_nall_seed0 runs/quantum_mnist3_nall_seed1 --out DIR
 
-Reads finished single-class runs of arms with a gate and trains nothing. ``gate_use.csv`` in DIR
-gets a row a run; rows of other runs that are there stay, as run folders may be lost with a machine.
-``gate_use.png`` shows all rows. Not a test.
+Reads finished single-class runs of arms whose gate has weights (not ``se``) and trains nothing.
+``gate_use.csv`` in DIR gets a row a run; rows of other runs that are there stay, as run folders may
+be lost with a machine. ``gate_use.png`` shows all rows. Not a test.
 """
 
 import argparse
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if (others.arm, others.classes) == (settings.arm, settings.classes)
         ]
         following = ring[(ring.index(folder) + 1) % len(ring)]
-        reference = evaluator.real(settings.classes[0])[0]
+        reference = evaluator.real(settings.classes[0]).reference
 
         def frechet(images: Tensor, reference: evaluation.Sample = reference) -> float:
             """The FID against all training images of the class."""

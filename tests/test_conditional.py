@@ -163,7 +163,8 @@ def test_a_killed_conditional_run_resumes_to_the_bit(tmp_path, monkeypatch):
     qd.main(tiny(tmp_path / "whole", *argv))
 
     # Killed in the fourth step, then in the sampling of the final images.
-    training_noise, sample_images = qd.training_noise, qd.sample_images
+    training_noise = qd.training_noise
+    sample_images = qd.sample_images
 
     def killed_in_training(settings, x0, step):
         if step == 3:
@@ -184,7 +185,8 @@ def test_a_killed_conditional_run_resumes_to_the_bit(tmp_path, monkeypatch):
             qd.main(tiny(tmp_path / "killed", *argv))
     qd.main(tiny(tmp_path / "killed", *argv))
 
-    whole, killed = only(tmp_path / "whole"), only(tmp_path / "killed")
+    whole = only(tmp_path / "whole")
+    killed = only(tmp_path / "killed")
     for name in ("samples_final.png", "loss.csv", "training_progress.gif"):
         assert (whole / name).read_bytes() == (killed / name).read_bytes()
 

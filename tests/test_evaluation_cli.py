@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -917,23 +918,23 @@ def test_fid_over_that_of_real_images_is_taken_at_equal_numbers(tmp_path, evalua
     assert few["metrics"]["fid_ratio"] == pytest.approx(ratio)
     assert few["floor"]["fid_ratio"] == 1
 
-    # More than are held out: half of the reference is set aside, and as many are compared.
+    # More than are held out: half of the reference is set aside, and as many are compared; also if
+    # there happen to be as many.
+    half = len(reference) // 2
     many = torch.cat([images, images, images, images])
-    (result,) = evaluate(make_run(tmp_path / "many", many, classes=(5,)))
-    n = len(reference) // 2
-    assert result["floor"]["n"] == n < len(many)
-    values = []
-    for draw in range(2):
-        order = torch.randperm(
-            len(reference), generator=random_stream(0, "evaluation", "floor", draw)
-        )
-        chosen = torch.randperm(len(many), generator=random_stream(0, "evaluation", "ratio", draw))[
-            :n
-        ]
-        values.append(evaluation.frechet_distance(features_of(many[chosen]), reference[order[n:]]))
-    expected = np.mean(values) / result["floor"]["fid"]
-    assert result["metrics"]["fid_ratio"] == pytest.approx(expected, rel=1e-4)
-    assert result["metrics"]["fid_ratio"] > 1.5  # noise is seen
+    for generated in (many, many[:half]):
+        (result,) = evaluate(make_run(tmp_path / str(len(generated)), generated, classes=(5,)))
+        assert result["floor"]["n"] == half <= len(generated)
+        values = []
+        for draw in range(2):
+            stream = partial(random_stream, 0, "evaluation")
+            order = torch.randperm(len(reference), generator=stream("floor", draw))
+            chosen = torch.randperm(len(generated), generator=stream("ratio", draw))[:half]
+            features = features_of(generated[chosen])
+            values.append(evaluation.frechet_distance(features, reference[order[half:]]))
+        expected = np.mean(values) / result["floor"]["fid"]
+        assert result["metrics"]["fid_ratio"] == pytest.approx(expected, rel=1e-4)
+        assert result["metrics"]["fid_ratio"] > 1.5  # noise is seen
 
 
 def test_rows_of_earlier_evaluations_are_kept_and_shown(tmp_path, evaluate):
@@ -954,9 +955,14 @@ def test_rows_of_earlier_evaluations_are_kept_and_shown(tmp_path, evaluate):
     pd.testing.assert_frame_equal(shown, after)
     assert "quantum − matched" in (tmp_path / "out" / "comparison.md").read_text()
 
-    # Measured again: replaced, not doubled. And shown without any run.
-    evaluate(*first, "--csv", table)
+    # The picture is of the runs that are there.
+    with Image.open(tmp_path / "out" / "overview.png") as picture:
+        assert picture.size[1] > 0
+
+    # Measured again, by another judge too: replaced, not doubled. And shown without any run.
+    evaluate(*first, "--csv", table, "--seed", "1")
     assert len(pd.read_csv(table)) == 4
+    assert pd.read_csv(table)["features"].nunique() == 2
     evaluate("--csv", table, "--out", tmp_path / "again")
     names = {path.name for path in (tmp_path / "again").iterdir()}
     assert names == {"comparison.csv", "comparison.md", "comparison.png", "forest.png"}
@@ -1162,6 +1168,23 @@ def test_a_stdout_that_takes_nothing_loses_no_file(stdout, tmp_path):
     assert "Exception ignored" not in done.stderr
     names = {path.name for path in out.iterdir()}
     assert names == {"comparison.csv", "comparison.md", "comparison.png", "overview.png"}
+
+
+def test_a_cache_of_another_user(tmp_path, monkeypatch, capsys):
+    """A folder of mode 0700, in which not even looking is allowed."""
+    monkeypatch.setattr(evaluation, "CLASSIFIER_STEPS", 2)
+    exists = Path.exists
+
+    def forbidden(path, **options):
+        if path.parent.name == "evaluation":
+            raise PermissionError(13, "Permission denied", str(path))
+        return exists(path, **options)
+
+    monkeypatch.setattr(Path, "exists", forbidden)
+    (run,) = FIVE(tmp_path / "runs")
+    evaluation.main([str(run), "--data_dir", str(tmp_path)])
+    assert "Permission denied" in capsys.readouterr().err
+    assert (run / "metrics.json").exists()
 
 
 def test_a_proxy_that_never_answers(tmp_path, evaluate, monkeypatch, capsys):

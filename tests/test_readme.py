@@ -16,6 +16,7 @@ CELLS = {
     "scaling": 21 * 6,
     "four_arms": 8 * 6,
     "mnist": 20 * 8,
+    "mnist_conditional": 11 * 4,
     "pathmnist": 20 * 7,
     "seeds": 8 * 6,
 }
