@@ -84,6 +84,27 @@ def test_image_k_of_a_class_has_the_same_noise_in_every_model():
     assert not torch.equal(both[0], both[1])
 
 
+def test_each_image_is_asked_for_by_its_class():
+    class Recorder(torch.nn.Module):
+        """Predicts zero and keeps the labels that it was given."""
+
+        channels = 1
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+            self.seen = []
+
+        def forward(self, x, t, labels, generators):
+            self.seen.append(labels.tolist())
+            return torch.zeros_like(x)
+
+    model = Recorder()
+    qd.sample_images(settings_of(3, 8), model, "image", range(3), 5)
+    assert model.seen == [[3, 3, 3, 8, 8, 8]] * len(model.seen)
+    assert len(model.seen) == 5
+
+
 def test_runs_of_one_seed_are_independent_but_arms_share_everything():
     def start(*classes, arm="quantum"):
         settings = settings_of(*classes, arm=arm)
@@ -148,12 +169,14 @@ def test_a_conditional_run_has_a_row_for_each_class(tmp_path):
 
 def test_more_images_of_each_class_are_added_to_those_there(tmp_path):
     qd.main(tiny(tmp_path / "at once", *TWO, "--n_eval", "13"))
-    qd.main(tiny(tmp_path / "later", *TWO))
-    few = qd.load_grid(only(tmp_path / "later") / "samples_final.png")
+    qd.main(tiny(tmp_path / "later", *TWO, "--n_eval", "2"))
+    run = only(tmp_path / "later")
+    few = qd.load_grid(run / "samples_final.png")
     qd.main(tiny(tmp_path / "later", *TWO, "--n_eval", "13"))
-    many = qd.load_grid(only(tmp_path / "later") / "samples_final.png")
+    many = qd.load_grid(run / "samples_final.png")
+    assert json.loads((run / "config.json").read_text())["n_eval"] == 13
     at_once = qd.load_grid(only(tmp_path / "at once") / "samples_final.png")
-    assert torch.equal(many.unflatten(0, (2, 13))[:, :4], few.unflatten(0, (2, 4)))
+    assert torch.equal(many.unflatten(0, (2, 13))[:, :2], few.unflatten(0, (2, 2)))
     assert (many.int() - at_once.int()).abs().max() <= 1  # other batches round differently
 
 

@@ -133,6 +133,10 @@ def test_subsets_are_of_one_class_nested_and_moved_by_the_seed():
     assert len(set(subset(5, 0))) == 5
     assert subset(5, 0) == subset(9, 0)[:5]
     assert subset(5, 0) != subset(5, 1)
+
+    # Each class has an order of its own: image k of class 8 is 10 k + 8.
+    of_eights = mnist.select_images(images, labels, 8, None, 0).flatten()
+    assert [number // 10 for number in subset(None, 0)] != [n // 10 for n in of_eights.tolist()]
     with pytest.raises(mnist.UserError, match="--n_train 11: class 7 has 10 training images"):
         subset(11, 0)
     with pytest.raises(mnist.UserError, match="class 3 has no images in this data set"):
