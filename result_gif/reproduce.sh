@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the study of result_gif/README.md, block by block: runs, measurements, tables, figures.
 #
-#     bash result_gif/reproduce.sh A          # or B, C, D, E, gates, judges, tables; several in a row
+#     bash result_gif/reproduce.sh A    # or B, C, D, E, pictures, gates, judges, tables; several in a row
 #
 # Two processes with one thread each. What is finished is skipped, what was interrupted continues.
 # The variables below make it smaller, for a look or for a test.
@@ -10,6 +10,7 @@ cd "$(dirname "$0")/.."
 
 RUNS=${RUNS:-runs/study}             # the run folders
 OUT=${OUT:-result_gif/results/study} # measurements, tables, figures
+PICTURES=${PICTURES:-result_gif}     # the pages' pictures
 DATA_DIR=${DATA_DIR:-data}
 DIGITS=${DIGITS:-mnist}              # data source of the digits
 TISSUE=${TISSUE:-pathmnist}          # and of the tissue
@@ -106,6 +107,18 @@ block_judges() {
     done
 }
 
+# The overview and the GIFs, of block A's first seed. While its run folders exist.
+block_pictures() {
+    local seed=${SEEDS%% *} run name
+    python cal_fid_ssim.py "$RUNS"/A/{classical,quantum}_*_seed"$seed" --data_dir "$DATA_DIR" \
+        --out "$RUNS/pictures"
+    cp "$RUNS/pictures/overview.png" "$PICTURES"
+    for run in "$RUNS"/A/{classical,quantum}_*_seed"$seed"; do
+        name=$(basename "$run")
+        cp "$run/training_progress.gif" "$PICTURES/${name%%_n*}_training_progress.gif"
+    done
+}
+
 # What block A's models do with their gate.
 block_gates() {
     python tests/gate_use.py "$RUNS"/A/{quantum,matched}_* --data_dir "$DATA_DIR" --out "$OUT"
@@ -128,7 +141,7 @@ block_tables() {
     show control A B
     show circuits A E
     show all A B C D E
-    cp "$OUT/all/forest.png" "${FOREST:-result_gif/forest.png}"
+    cp "$OUT/all/forest.png" "$PICTURES"
 }
 
 for block in "$@"; do

@@ -42,7 +42,7 @@ def commands(tmp_path):
         environment = os.environ | {
             "PATH": f"{stub.parent}:{os.environ['PATH']}",
             "OUT": str(pictures),
-            "FOREST": str(tmp_path / "forest.png"),
+            "PICTURES": str(tmp_path),
         }
         script = ROOT / "result_gif" / "reproduce.sh"
         subprocess.run(["bash", script, *blocks], env=environment, check=True, timeout=60)
