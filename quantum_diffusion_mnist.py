@@ -133,7 +133,7 @@ def number(default: float | None, low: float, high: float, text: str) -> Any:
 class Settings:
     """Everything that one run's result depends on.
 
-    Raises UserError for a value out of its range, and where two of them do not go together.
+    Raises UserError for values out of their range, or that do not go together.
     """
 
     # What is trained on what.
@@ -186,13 +186,12 @@ class Settings:
         if len(self.gate_noise) != 2 or not all(0 <= p <= 1 for p in self.gate_noise):
             raise UserError(f"--gate_noise {self.gate_noise}: expected two numbers of 0.0 to 1.0")
         if self.steps * self.batch_size > MOST_IMAGES:
-            product = f"--steps {self.steps} of --batch_size {self.batch_size}"
-            raise UserError(f"{product}: expected at most {MOST_IMAGES:,} images in all")
+            raise UserError(f"--steps {self.steps}: expected at most {MOST_IMAGES:,} images in all")
 
         # Combinations. sample_steps may not exceed T; its default is cut to T in sampling.
         if self.sample_steps > self.timesteps and self.sample_steps != SAMPLE_STEPS:
-            expected = f"expected at most --timesteps {self.timesteps}"
-            raise UserError(f"--sample_steps {self.sample_steps}: {expected}")
+            found = f"--sample_steps {self.sample_steps}"
+            raise UserError(f"{found}: expected at most --timesteps {self.timesteps}")
         if self.simulator_options is not None:
             if self.simulator == "exact":
                 raise UserError("--simulator_options: expected a PennyLane device as --simulator")
@@ -258,8 +257,7 @@ def random_stream(seed: int, *name: object, device: str | torch.device = "cpu") 
     another, and a run resumes at any step.
     """
     digest = hashlib.sha256(repr((seed, *name)).encode()).digest()
-    number = int.from_bytes(digest[:7], "big")  # all generators take 56 bits
-    return torch.Generator(device).manual_seed(number)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))  # of 56 bits
 
 
 # -------------------------------------------------------------------------------- diffusion
@@ -597,10 +595,10 @@ class Recorded(NamedTuple):
 
         For example ``RZ(w0) 0``, ``CNOT 0 1`` or ``PauliRot(w0) 0 1 pauli_word='XX'``.
         """
-        numbers = [np.round(qml.math.toarray(p), 9).tolist() for p in self.operation.parameters]
+        values = [np.round(qml.math.toarray(p), 9).tolist() for p in self.operation.parameters]
         words = [
-            str(number) if source is None else f"{source[0]}{source[1]}"
-            for source, number in zip(self.sources, numbers, strict=True)
+            str(value) if source is None else f"{source[0]}{source[1]}"
+            for source, value in zip(self.sources, values, strict=True)
         ]
         inside = f"({', '.join(words)})" if words else ""
 
@@ -819,16 +817,16 @@ class ClassicalGate(nn.Module):
 def make_gate(channels: int, settings: Settings) -> nn.Module | None:
     """The gate of the settings' arm for so many channels; None: no gate."""
     arm = ARMS[settings.arm]
+    sizes = (settings.n_qubits, settings.n_layers)
     if settings.arm == "classical":
         return None
-    if arm.circuit is None and settings.arm not in ("matched", "se"):
-        raise UserError(f"--arm {settings.arm}: it has no circuit in ARMS")
-    sizes = (settings.n_qubits, settings.n_layers)
-    if arm.circuit is None:
+    if settings.arm in ("matched", "se"):
         return ClassicalGate(channels, *sizes, matched=settings.arm == "matched")
-    conditions = {name: getattr(settings, name) for name in CIRCUIT_CONDITIONS}
-    sizes = (*sizes, arm.n_weights)
-    return QuantumGate(channels, arm.circuit, *sizes, trained=arm.trained, **conditions)
+    if arm.circuit is None:
+        raise UserError(f"--arm {settings.arm}: it has no circuit in ARMS")
+    how = {name: getattr(settings, name) for name in CIRCUIT_CONDITIONS}
+    how["trained"] = arm.trained
+    return QuantumGate(channels, arm.circuit, *sizes, arm.n_weights, **how)
 
 
 # -------------------------------------------------------------------------------------- U-Net
@@ -1134,6 +1132,35 @@ def select_images(images: Tensor, labels: Tensor, label: int, n: int | None, see
     return of_class[order[:n]]
 
 
+class DataSet(NamedTuple):
+    """What runs are trained on."""
+
+    source: str  # which was in fact loaded, for example "mnist" or "digits"
+    images: Tensor  # (N, C, 28, 28) uint8
+    labels: Tensor  # (N,)
+    total: int  # images of all classes
+    augment: Callable[[Tensor], Sequence] | None  # eight of each image (the PathMNIST script)
+
+    def chosen_images(self, settings: Settings) -> tuple[Tensor, Tensor]:
+        """The images of a run, of each class as many, drawn by its seed, and their labels (n,)."""
+        parts = [
+            select_images(self.images, self.labels, label, settings.n_train, settings.seed)
+            for label in settings.classes
+        ]
+        counts = torch.tensor([len(part) for part in parts])
+        labels = torch.tensor(settings.classes).repeat_interleave(counts)
+        return torch.cat(parts), labels
+
+    def training_images(self, settings: Settings, device: torch.device) -> tuple[Sequence, Tensor]:
+        """What a run is trained on: these, or eight of each."""
+        images, labels = self.chosen_images(settings)
+        images, labels = images.to(device), labels.to(device)
+        if not self.augment:
+            return images, labels
+        augmented = self.augment(images)  # image k % n in its symmetry k // n
+        return augmented, labels.repeat(len(augmented) // len(labels))
+
+
 def to_float(images: Tensor) -> Tensor:
     """uint8 0..255 -> float32 -1..1, the value range of the diffusion."""
     return images.float() / 127.5 - 1
@@ -1174,11 +1201,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for convolutions: Nesterov momentum, orthogonalised.
-
-    A weight of four axes is the matrix of its first axis, mostly the output channels, by all
-    others.
-    """
+    """Muon (Jordan et al. 2024) for convolutions: Nesterov momentum, orthogonalised."""
 
     def __init__(self, weights: Sequence[Tensor], lr: float, momentum: float = 0.95):
         super().__init__(weights, {"lr": lr, "momentum": momentum})
@@ -1196,7 +1219,7 @@ class Muon(torch.optim.Optimizer):
                 nesterov = weight.grad.lerp(average, group["momentum"])
 
                 # A step of orthogonal directions, larger for a matrix with more rows than columns.
-                matrix = nesterov.flatten(1)
+                matrix = nesterov.flatten(1)  # mostly output channels by all other axes
                 scale = max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5
                 update = orthogonalize(matrix).view(weight.shape)
                 weight.add_(update, alpha=-group["lr"] * scale)
@@ -1266,11 +1289,10 @@ def train(
 ) -> UNet:
     """Trains one model, from its checkpoint in the run folder if there is one.
 
-    images: (n, C, 28, 28) uint8 on the device, with .device, .shape and [indices] as of a tensor.
-    run_id: the ``run_hash`` of its configuration, kept in the checkpoint so that no other run
-    resumes it. labels: the images' classes (n,), which a class-conditional model needs. Writes
-    previews, ``loss.csv`` and checkpoints, and returns the model with averaged weights. Raises
-    UserError when it diverges.
+    images: (n, C, 28, 28) uint8 on the device: a tensor, or what is indexed like one. run_id: the
+    ``run_hash`` of its configuration, so that no other run resumes its checkpoint. labels: (n,), of
+    a class-conditional model. Writes previews, ``loss.csv`` and checkpoints, and returns the model
+    with averaged weights. Raises UserError when it diverges.
     """
     device = images.device
     channels = images.shape[1]
@@ -1406,9 +1428,7 @@ def sample_images(
 
     images = diffusion.sample(predict_v, draw_noise(), min(steps, settings.timesteps), draw_noise)
     if images.isnan().any():
-        raise UserError(
-            f"{settings.name}: its images are not numbers; train with a lower --lr or --muon_lr"
-        )
+        raise UserError(f"{settings.name}: its images are not numbers; try a lower --lr, --muon_lr")
     return to_uint8(images).cpu()
 
 
@@ -1509,9 +1529,8 @@ def split_tiles(picture: np.ndarray, grid: dict) -> Tensor:
 def save_grid(path: Path, images: Tensor, columns: int | None = None, run: str = "") -> None:
     """Saves images (N, C, H, W) uint8 as one lossless PNG, with a description to split it by.
 
-    The text chunk ``grid`` is JSON. Tile k stands at row k // columns, column k % columns. columns:
-    by default nearly a square, but at least five. run: a hash of the settings of the run that the
-    images belong to.
+    The description is JSON in the text chunk ``grid``. columns: by default nearly a square, but at
+    least five. run: the ``run_hash`` of the run that the images belong to.
     """
     n, channels, height, width = images.shape
     if columns is None:
@@ -1668,11 +1687,18 @@ def draw_pictures(settings: Settings, folder: Path) -> None:
 # ---------------------------------------------------------------------------------- run folder
 
 
-def run_config(settings: Settings, images: Tensor, counts: dict, device: torch.device) -> dict:
-    """What made a run, for ``config.json``.
+def run_config(settings: Settings, data: DataSet, device: torch.device) -> dict:
+    """What made a run, for ``config.json``."""
+    # The images, before any are turned or mirrored.
+    images, _ = data.chosen_images(settings)
+    counts = {
+        "total": data.total,
+        "available": sum(int((data.labels == label).sum()) for label in settings.classes),
+        "used": len(images),
+    }
+    if data.augment:
+        counts["symmetries"] = 8
 
-    images: those trained on, (n, C, H, W) uint8, before any are turned or mirrored.
-    """
     # How many parameters there are.
     model = make_unet(images.shape[1], settings)
     parameters = {
@@ -1690,7 +1716,6 @@ def run_config(settings: Settings, images: Tensor, counts: dict, device: torch.d
         "images": {
             "split": "train",
             **counts,
-            "used": len(images),
             "sha256": hashlib.sha256(images.contiguous().numpy()).hexdigest(),
         },
         "weights": {"weights_sha256": None},  # of another run's model (--weights)
@@ -1789,10 +1814,9 @@ def differences(known: dict, asked: dict, skip: Sequence[str] = ()) -> str:
 
 
 def check_folder(folder: Path, config: dict) -> None:
-    """Raises UserError when a folder must not be used for this run.
+    """Raises UserError for a folder with another run's results, or with files but no config.json.
 
-    It must not when it has results (checkpoint, model, final images) of another run, or files but
-    no config.json. A folder whose run had no results yet may be taken over: see ``open_run``.
+    A folder whose run had no results yet may be taken over: see ``open_run``.
     """
     path = folder / "config.json"
     results = ("checkpoint.pt", "model.pt", "samples_final.png")
@@ -1840,19 +1864,19 @@ def open_run(folder: Path, config: dict) -> Iterator[None]:
 def find_weights(folder: Path, settings: Settings, config: dict) -> dict:
     """Entries of ``config.json`` for a run that samples another run's model (--weights).
 
-    The model is that of the run with the same name but no condition, in ``folder``. Raises
-    UserError: there is none, or it was trained otherwise.
+    The model is that of the same run under ideal conditions, in ``folder``. Raises UserError: there
+    is none, or it was trained otherwise.
     """
-    # The same run under ideal conditions.
     path = folder / replace(settings, **IDEAL, sample_steps=SAMPLE_STEPS).name / "model.pt"
     if not path.is_file():
         raise UserError(f"--weights {folder}: no {path}; train it, or name its folder")
-    # It must have been trained with the same settings. The conditions and the previews may differ;
-    # weights_sha256 is only known below.
+
+    # The conditions and the previews may differ; weights_sha256 is only known below.
     source = read_config(path.with_name("config.json"))
     skip = (*IDEAL, "sample_steps", "n_frames", "n_samples", "weights_sha256")
     if difference := differences(source, config, skip):
         raise UserError(f"--weights {folder}: {path} was trained with {difference}")
+
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != source["model_sha256"]:
         raise UserError(f"{path}: damaged, or of another run; remove it and train again")
@@ -1894,6 +1918,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.error = lambda message: parser.exit(2, f"error: {' '.join(message.split())}\n")
+    add = parser.add_argument
     add_data_flags(parser)
 
     # What to run.
@@ -1903,11 +1928,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--use_quantum", nargs="?", const="True", choices=["True", "False"],
         help="shorthand for --arm quantum (True) or --arm classical (False)",
     )  # fmt: skip
-    parser.add_argument(
+    add(
         "--n_train", nargs="+", type=whole_number_or_all, default=[None], metavar="N",
         help="training images of each class, list, or all (default: all)",
     )  # fmt: skip
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="list (default: 0)")
+    add("--seeds", nargs="+", type=int, default=[0], help="list (default: 0)")
 
     # Training.
     length = parser.add_mutually_exclusive_group()
@@ -1915,59 +1940,46 @@ def build_parser() -> argparse.ArgumentParser:
     length.add_argument("--steps", type=int, help=f"optimizer steps (default: {default})")
     length.add_argument("--epochs", type=int, help="passes over what is trained on")
 
-    # The other settings that are numbers.
+    # The other settings that are numbers, whole ones where their range is.
     for one in fields(Settings):
         if one.metadata and one.name not in ("n_train", "seed", "steps"):
             kind = type(one.metadata["range"][0])
             text = one.metadata["text"]
             text += "" if one.default is None else " (default: %(default)s)"
-            parser.add_argument(f"--{one.name}", type=kind, default=one.default, help=text)
+            add(f"--{one.name}", type=kind, default=one.default, help=text)
 
     # Conditions that are no numbers.
-    parser.add_argument(
-        "--simulator", default="exact", help="exact (default), or the name of a PennyLane device"
-    )
-    parser.add_argument(
-        "--simulator_options", type=json.loads, metavar="JSON", help="that device's arguments"
-    )
-    parser.add_argument(
+    add("--simulator", default="exact", help="exact (default), or the name of a PennyLane device")
+    add("--simulator_options", type=json.loads, metavar="JSON", help="that device's arguments")
+    add(
         "--gate_noise", type=two_numbers, default=Settings.gate_noise, metavar="P1,P2",
         help="depolarising probability after one-qubit, two-qubit gates (default: 0,0)",
     )  # fmt: skip
 
     # What comes out, and where.
-    parser.add_argument(
-        "--n_eval", type=int, default=25, help="final images of each class (default: 25)"
-    )
-    parser.add_argument(
-        "--weights", type=Path, metavar="FOLDER", help="only sample the models of FOLDER's runs"
-    )
-    parser.add_argument(
-        "--save_dir", type=Path, default=Path("runs"), help="of the run folders (default: runs)"
-    )
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
-    )
+    add("--n_eval", type=int, default=25, help="final images of each class (default: 25)")
+    add("--weights", type=Path, metavar="FOLDER", help="only sample the models of FOLDER's runs")
+    add("--save_dir", type=Path, default=Path("runs"), help="of the run folders (default: runs)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     return parser
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of the data set."""
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--digits", dest="classes", nargs="+", choices=[*CLASS_IDS, "all"], metavar="DIGIT",
         help="list of 0-9, or all (default: 3, with --conditional all)",
     )  # fmt: skip
-    parser.add_argument(
+    add(
         "--conditional", action=argparse.BooleanOptionalAction, default=False,
         help="one class-conditional model of all these digits, not a model each (default)",
     )  # fmt: skip
-    parser.add_argument(
+    add(
         "--data", choices=["auto", "mnist", "digits"], default="auto",
         help="auto (default) takes MNIST, or without a network scikit-learn's digits",
     )  # fmt: skip
-    parser.add_argument(
-        "--data_dir", type=Path, default="data", help="holds MNIST/raw (default: data)"
-    )
+    add("--data_dir", type=Path, default="data", help="holds MNIST/raw (default: data)")
 
 
 def whole_number_or_all(text: str) -> int | None:
@@ -2012,35 +2024,6 @@ def this_process(device: str) -> tuple[torch.device, int, int]:
     return torch.device(device), rank, size
 
 
-class DataSet(NamedTuple):
-    """What runs are trained on."""
-
-    source: str  # which was in fact loaded, for example "mnist" or "digits"
-    images: Tensor  # (N, C, 28, 28) uint8
-    labels: Tensor  # (N,)
-    total: int  # images of all classes
-    augment: Callable[[Tensor], Sequence] | None  # eight of each image (the PathMNIST script)
-
-    def chosen_images(self, settings: Settings) -> tuple[Tensor, Tensor]:
-        """The images of a run, of each class as many, drawn by its seed, and their labels (n,)."""
-        parts = [
-            select_images(self.images, self.labels, label, settings.n_train, settings.seed)
-            for label in settings.classes
-        ]
-        counts = torch.tensor([len(part) for part in parts])
-        labels = torch.tensor(settings.classes).repeat_interleave(counts)
-        return torch.cat(parts), labels
-
-    def training_images(self, settings: Settings, device: torch.device) -> tuple[Sequence, Tensor]:
-        """What a run is trained on: these, or eight of each."""
-        images, labels = self.chosen_images(settings)
-        images, labels = images.to(device), labels.to(device)
-        if not self.augment:
-            return images, labels
-        augmented = self.augment(images)  # image k % n in its symmetry k // n
-        return augmented, labels.repeat(len(augmented) // len(labels))
-
-
 class Run(NamedTuple):
     """A run that the flags ask for."""
 
@@ -2068,19 +2051,12 @@ def plan_run(
     others: the settings that are no flags: data, classes, n_train and seed.
     """
     settings = settings_of_flags(args, arm, **others)
-    images, _ = data.chosen_images(settings)
-    available = sum(int((data.labels == label).sum()) for label in settings.classes)
-    counts = {"total": data.total, "available": available}
-    if data.augment:
-        counts["symmetries"] = 8
-
-    # Epochs are passes over what is trained on, symmetries included.
-    if args.epochs is not None:
-        n_images = len(images) * counts.get("symmetries", 1)
-        steps = math.ceil(args.epochs * n_images / settings.batch_size)
+    if args.epochs is not None:  # passes over what is trained on, symmetries included
+        images, _ = data.training_images(settings, torch.device("cpu"))
+        steps = math.ceil(args.epochs * len(images) / settings.batch_size)
         settings = settings_of_flags(args, arm, **others, steps=steps)
 
-    config = run_config(settings, images, counts, device)
+    config = run_config(settings, data, device)
     folder = args.save_dir / settings.name
     if args.weights is not None:
         weights = find_weights(args.weights, settings, config)
@@ -2128,8 +2104,8 @@ def make_all(args: argparse.Namespace, augment: Callable | None = None) -> None:
     runs = [plan_run(args, data, device, arm, others) for arm, others in share]
 
     failures = []
-    for number, run in enumerate(runs, 1):
-        print(f"[{number}/{len(runs)}] {run.settings.name}", flush=True)
+    for k, run in enumerate(runs, 1):
+        print(f"[{k}/{len(runs)}] {run.settings.name}", flush=True)
         try:
             make_run(args, data, device, run)
         except UserError as error:
@@ -2412,12 +2388,12 @@ def fuse_constants(factors: Sequence[Factor]) -> list[Factor]:
     """The same product with constant factors multiplied into their neighbours."""
     fused = []
     for factor in factors:
+        # Two factors with parameters each stay apart; any other pair becomes one.
         if not fused or (fused[-1].sources and factor.sources):
             fused.append(factor)
             continue
 
-        # Functions f, g, of which one has but one; bonds l, m to the left and r, s to the right;
-        # components o <- j <- i.
+        # Functions f, g; bonds l, m to the left and r, s to the right; components o <- j <- i.
         first = fused.pop()
         product = np.einsum("flrji,gmsoj->fglmrsoi", first.coefficients, factor.coefficients)
         f, g, bonds_l, bonds_m, bonds_r, bonds_s, o, i = product.shape
@@ -2445,9 +2421,9 @@ def split_at_last_input(factors: Sequence[Factor]) -> tuple[list[Factor], list[F
 def pad_ends(halves: list[tuple[list[Factor], list[Factor]]]) -> None:
     """Pads the outer bonds of the two end qubits with zeros to the size of the inner ones.
 
-    Then the ends are computed with the inner qubits in one batch, which saves a fifth of the time.
-    The zeros change nothing: the chain begins and ends with (1, 0, 0, ...), see ``end_of_chain``.
-    An end whose factors are not as many as its neighbour's stays as it is.
+    So the ends are computed with the inner qubits in one batch, where their factors are as many:
+    a fifth of the time saved. The zeros change nothing, as the chain begins and ends with
+    (1, 0, 0, ...): see ``end_of_chain``.
     """
     if len(halves) < 3:
         return
@@ -2567,7 +2543,7 @@ def site_tensors(
     """For each qubit its two tensors, before and after its last input.
 
     Before: (B, i, l, r), the state of every sample; i is the component between the halves, the
-    output of this half and the input of the next. After: (i, m, o s), the same for all samples; o
+    output of this half and the input of the next. After: (i, m, o, s), the same for all samples; o
     is I or Z as read out. Early bonds are l and r, late ones m and s, to the left and the right.
     """
     features = {"x": harmonics(angles.T), "w": harmonics(weights.flatten())[:, None]}
@@ -2576,7 +2552,7 @@ def site_tensors(
         before = multiply_factors(group.before, features).squeeze(3)  # (q, B, i, l, r)
         before = before.expand(-1, len(angles), -1, -1, -1)
         after = multiply_factors(group.after, features).squeeze(1)  # (q, o, i, m, s)
-        after = after.permute(0, 2, 3, 1, 4).flatten(3)  # (q, i, m, o s)
+        after = after.permute(0, 2, 3, 1, 4).contiguous()  # (q, i, m, o, s)
         pairs = zip(before.unbind(0), after.unbind(0), strict=True)
         for qubit, pair in zip(group.qubits, pairs, strict=True):
             sites[qubit] = pair
@@ -2601,20 +2577,20 @@ def step_right(left: Tensor, site: tuple[Tensor, Tensor]) -> tuple[Tensor, Tenso
     before, after = site
     left = left.unflatten(1, (before.shape[2], -1))  # (B, l, m): early bonds l, late ones m
     state = torch.einsum("blm,bilr->brim", left, before).flatten(2)  # (B, r, i m)
-    state = state @ after.flatten(0, 1)  # (B, r, o s): early bonds r, late ones s
-    read_i, read_z = state.unflatten(2, (2, -1)).unbind(2)
+    state = state @ after.flatten(2).flatten(0, 1)  # (B, r, o s): early bonds r, late ones s
+    read_i, read_z = state.chunk(2, dim=2)
     return read_i.flatten(1), read_z.flatten(1)
 
 
 def chains_beyond(sites: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     """For each qubit the chain to its right, read out as I everywhere: (B, bonds) each."""
     before, after = sites[-1]
-    n_bonds = before.shape[3] * (after.shape[2] // 2)
+    n_bonds = before.shape[3] * after.shape[3]
     right = end_of_chain(n_bonds, before).expand(len(before), -1)
     beyond = [right]
     for before, after in reversed(sites[1:]):
         right = right.unflatten(1, (before.shape[3], -1))  # (B, r, s): early bonds r, late ones s
-        read_i = after.flatten(0, 1)[:, : right.shape[2]]  # (i m, s), the half that reads out I
+        read_i = after[:, :, 0].flatten(0, 1)  # (i m, s)
         state = (right @ read_i.mT).unflatten(2, (before.shape[1], -1))  # (B, r, i, m)
         right = torch.einsum("bilr,brim->blm", before, state).flatten(1)
         beyond.append(right)
@@ -2645,9 +2621,7 @@ def sample_outcomes(sites: Sequence[tuple[Tensor, Tensor]], uniform: Tensor) -> 
     for i, (site, right) in enumerate(zip(sites, chains_beyond(sites), strict=True)):
         # Both halves as one matrix for all shots of a sample, from the joined left bonds l m to the
         # readout o and the joined right bonds r s.
-        before, after = site
-        after = after.unflatten(2, (2, -1))  # (i, m, o, s)
-        matrix = torch.einsum("bilr,imos->blmors", before, after)
+        matrix = torch.einsum("bilr,imos->blmors", *site)
         matrix = matrix.flatten(3).flatten(1, 2)  # (B, l m, o r s)
 
         # <Z_i> given the outcomes so far; the outcome; the chain with its projector, divided by the
