@@ -24,10 +24,10 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, partial, wraps
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # While they wait, OpenMP's threads spin, which slows a step on a busy machine up to thirteenfold:
 # let them spin briefly.
@@ -83,23 +83,6 @@ FOLD = 1  # no squares of pixels become channels before the first level
 WIDTHS = (24, 48, 128)  # channels of each level, at 28x28, 14x14 and 7x7 pixels
 CONDITIONAL_STEPS = 5000  # the default of one model for several classes
 
-RANGES = {  # lowest and highest value of each setting that is a number
-    "n_train": (1, 10**9),
-    "seed": (0, 2**63 - 1),
-    "steps": (1, 10**6),
-    "batch_size": (1, 10**5),
-    "lr": (1e-9, 1e3),
-    "muon_lr": (0.0, 1e3),
-    "ema_decay": (0.0, 0.999999),
-    "timesteps": (2, 10**5),
-    "n_qubits": (1, 1024),
-    "n_layers": (1, 100),
-    "n_frames": (1, 1000),
-    "n_samples": (1, 1000),
-    "sample_steps": (1, 10**5),
-    "shots": (1, 10**5),
-    "readout_noise": (0.0, 1.0),
-}
 MOST_IMAGES = 2 * 10**8  # steps * batch_size: the order of all draws is kept in memory
 DEVICE_QUBITS = {"default.mixed": 10, "other": 24}  # what fits into memory
 
@@ -108,43 +91,64 @@ class UserError(ValueError):
     """A mistake that the user can mend: printed as one line, exit code 2."""
 
 
+@contextlib.contextmanager
+def explaining(what: str, mend: str = "") -> Iterator[None]:
+    """Whatever fails inside becomes a UserError: what failed, the reason, and what mends it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what} ({one_line(error)}){mend}") from error
+
+
+def one_line(error: Exception) -> str:
+    """What went wrong, for a message."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def number(default: float | None, low: float, high: float, text: str) -> Any:
+    """A setting that is a number: its default, its range, and what --help says of it."""
+    return field(default=default, metadata={"range": (low, high), "text": text})
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything that one run's result depends on.
 
-    Raises UserError for a value out of its range, and where two of them do not go together.
+    Raises UserError for values out of their range, or that do not go together.
     """
 
     # What is trained on what.
     arm: str = "classical"  # a key of ARMS
     data: str = "digits"  # the data source
     classes: tuple[int, ...] = (3,)  # more than one: one class-conditional model of them all
-    n_train: int | None = None  # training images of each class; None: all
-    seed: int = 0  # of the initial weights, the data subset, the batches and all noise
+    n_train: int | None = number(None, 1, 10**9, "training images of each class; None: all")
+    seed: int = number(0, 0, 2**63 - 1, "of the weights, the data subset, the batches, all noise")
 
     # The training.
-    steps: int = 1250  # optimizer steps: 13 passes over the images of an MNIST digit
-    batch_size: int = 64  # images per step
-    lr: float = 3e-3  # peak learning rate of Adam
-    muon_lr: float = 0.02  # peak learning rate of Muon, which trains the inner convolutions
-    ema_decay: float = 0.995  # decay of the weights' moving average, after its warm-up
-    timesteps: int = 1000  # noise levels T
+    steps: int = number(1250, 1, 10**6, "optimizer steps")  # 13 passes over an MNIST digit
+    batch_size: int = number(64, 1, 10**5, "images per step")
+    lr: float = number(3e-3, 1e-9, 1e3, "peak learning rate of Adam")
+    muon_lr: float = number(0.02, 0.0, 1e3, "and of Muon, for the inner convolutions")
+    ema_decay: float = number(0.995, 0.0, 0.999999, "target decay of the weights' moving average")
+    timesteps: int = number(1000, 2, 10**5, "noise levels T")
 
     # The gate.
-    n_qubits: int = 16  # qubits, or units of a classical gate
-    n_layers: int = 3  # layers of the circuit
+    n_qubits: int = number(16, 1, 1024, "qubits, or units of a classical gate")
+    n_layers: int = number(3, 1, 100, "circuit layers")
 
     # What is looked at on the way.
-    n_frames: int = 30  # previews
-    n_samples: int = 5  # images of each class per preview
+    n_frames: int = number(30, 1, 1000, "previews in a run")
+    n_samples: int = number(5, 1, 1000, "images of each class per preview")
 
     # The conditions: what may change when a trained model is sampled again (--weights).
-    sample_steps: int = SAMPLE_STEPS  # network evaluations per image (the default at most T)
+    sample_steps: int = number(SAMPLE_STEPS, 1, 10**5, "network evaluations per image, at most")
     simulator: str = "exact"  # or the name of a PennyLane device
     simulator_options: dict | None = None  # that device's arguments
-    shots: int | None = None  # measurements per expectation value; None: exact means
+    shots: int | None = number(None, 1, 10**5, "measurements; by default exact means")
     gate_noise: tuple[float, float] = (0.0, 0.0)  # depolarising: after 1-qubit, 2-qubit gates
-    readout_noise: float = 0.0  # probability that a measured bit is flipped
+    readout_noise: float = number(0.0, 0.0, 1.0, "probability that a measured bit is flipped")
 
     def __post_init__(self):
         if self.arm not in ARMS:
@@ -156,8 +160,8 @@ class Settings:
 
         # Ranges.
         if not self.classes or not set(self.classes) <= set(range(len(CLASS_NAMES))):
-            expected = f"expected some of 0 to {len(CLASS_NAMES) - 1}"
-            raise UserError(f"classes {list(self.classes)}: {expected}")
+            last = len(CLASS_NAMES) - 1
+            raise UserError(f"classes {self.classes}: expected some of 0 to {last}")
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -165,13 +169,12 @@ class Settings:
         if len(self.gate_noise) != 2 or not all(0 <= p <= 1 for p in self.gate_noise):
             raise UserError(f"--gate_noise {self.gate_noise}: expected two numbers of 0.0 to 1.0")
         if self.steps * self.batch_size > MOST_IMAGES:
-            product = f"--steps {self.steps} of --batch_size {self.batch_size}"
-            raise UserError(f"{product}: expected at most {MOST_IMAGES:,} images in all")
+            raise UserError(f"--steps {self.steps}: expected at most {MOST_IMAGES:,} images in all")
 
         # Combinations. sample_steps may not exceed T; its default is cut to T in sampling.
         if self.sample_steps > self.timesteps and self.sample_steps != SAMPLE_STEPS:
-            expected = f"expected at most --timesteps {self.timesteps}"
-            raise UserError(f"--sample_steps {self.sample_steps}: {expected}")
+            found = f"--sample_steps {self.sample_steps}"
+            raise UserError(f"{found}: expected at most --timesteps {self.timesteps}")
         if self.simulator_options is not None:
             if self.simulator == "exact":
                 raise UserError("--simulator_options: expected a PennyLane device as --simulator")
@@ -210,26 +213,24 @@ class Settings:
         For example ``quantum_mnist3_nall_seed0_shots1000``, ``quantum_mnist_conditional_n25_seed0``
         or, of two classes, ``quantum_mnist_conditional-3-8_n25_seed0``.
         """
-        names = [CLASS_NAMES[label] for label in self.classes]
+        names = "-".join(CLASS_NAMES[label] for label in self.classes)
         if not self.conditional:
-            of_classes = CLASS_PREFIX + names[0]
+            of_classes = CLASS_PREFIX + names
         elif self.classes == ALL_CLASSES:
             of_classes = "_conditional"
         else:
-            of_classes = "-".join(["_conditional", *names])
+            of_classes = f"_conditional-{names}"
         name = f"{self.arm}_{self.data}{of_classes}_n{self.n_train or 'all'}_seed{self.seed}"
         return f"{name}_{self.condition}" if self.condition else name
 
 
+# Lowest and highest value of each setting that is a number.
+RANGES = {one.name: one.metadata["range"] for one in fields(Settings) if one.metadata}
+
 # The conditions of a circuit, at their ideal values. A gate without a circuit always has these;
 # sample_steps, the remaining condition, is every arm's.
-IDEAL = {
-    "simulator": Settings.simulator,
-    "simulator_options": Settings.simulator_options,
-    "shots": Settings.shots,
-    "gate_noise": Settings.gate_noise,
-    "readout_noise": Settings.readout_noise,
-}
+CIRCUIT_CONDITIONS = ("simulator", "simulator_options", "shots", "gate_noise", "readout_noise")
+IDEAL = {name: getattr(Settings, name) for name in CIRCUIT_CONDITIONS}
 
 
 def random_stream(seed: int, *name: object, device: str | torch.device = "cpu") -> torch.Generator:
@@ -239,8 +240,7 @@ def random_stream(seed: int, *name: object, device: str | torch.device = "cpu") 
     another, and a run resumes at any step.
     """
     digest = hashlib.sha256(repr((seed, *name)).encode()).digest()
-    number = int.from_bytes(digest[:7], "big")  # all generators take 56 bits
-    return torch.Generator(device).manual_seed(number)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))  # of 56 bits
 
 
 # -------------------------------------------------------------------------------- diffusion
@@ -353,15 +353,11 @@ class GaussianDiffusion:
 # Whatever runs it, <Z_i> of every qubit is measured at its end. An entry in ARMS gives its name and
 # its number of weights; picture, noise, exact simulation and its check follow from the function.
 #
-# For a trained gate on two qubits see ising_circuit.
-#
 # The exact simulation (see the appendix) takes gates and channels on one qubit or two neighbours,
-# whose parameters are an angle, a weight or a constant as it is (not -w, not 2 * x). Its cost grows
-# with the bond dimension between neighbours, at most 256, to which every gate between two qubits
-# contributes a factor: 4 for CNOT, CZ, CRX, IsingXX, IsingYY, IsingZZ; 16 for IsingXY and SWAP. The
-# last gate on a qubit often costs less (a last CNOT 2, a last IsingXY 8). So four layers of CNOTs
-# fit, two of IsingXY (--n_layers 2). All else runs on a PennyLane device: --simulator
-# lightning.qubit.
+# whose parameters are an angle, a weight or a constant as it is (not -w, not 2 * x). Each gate
+# between neighbours multiplies the bond between them, which may be 256: CNOT, CZ, CRX, IsingXX, YY
+# and ZZ by 4 (a last CNOT by 2), IsingXY and SWAP by 16. So four layers of CNOTs fit. All else runs
+# on a PennyLane device, --simulator lightning.qubit.
 
 
 def encode(angles: Tensor) -> None:
@@ -515,25 +511,19 @@ def expand_templates(operations: Sequence[qml.operation.Operator]) -> Iterator:
 def operations_of(circuit: Callable, angles: Tensor, weights: Tensor) -> list:
     """The PennyLane operations of a circuit, in the order of time.
 
-    Raises UserError when the circuit fails for angles and weights of these shapes.
+    Raises UserError when the circuit, the user's own code, fails for inputs of these shapes.
     """
     n_qubits = angles.shape[-1]
-    try:
+    inputs = f"wires 0 to {n_qubits - 1}, angles[..., i], weights of shape {tuple(weights.shape)}"
+    mend = f"; expected: {inputs}; a run begins with a check on at most 5 qubits and 3 layers"
+    with explaining(f"{name_of(circuit)} fails for {n_qubits} qubits", mend):
         script = qml.tape.make_qscript(circuit)(angles, weights)
-        operations = list(expand_templates(script.operations))
         strange = set(script.wires) - set(range(n_qubits))
         if strange:
             raise ValueError(f"it uses the wires {sorted(map(str, strange))}")
         if script.measurements:
             raise ValueError("it returns measurements, but <Z_i> of all qubits is what is measured")
-    except UserError:
-        raise
-    except Exception as error:  # a circuit is the user's own code
-        reason = " ".join(str(error).split())
-        shapes = f"angles[..., i] and weights of shape {tuple(weights.shape)}"
-        found = f"{name_of(circuit)} fails for {n_qubits} qubits: {reason}"
-        raise UserError(f"{found}; expected: wires 0 to {n_qubits - 1}, {shapes}") from error
-    return operations
+        return list(expand_templates(script.operations))
 
 
 def name_of(circuit: Callable) -> str:
@@ -545,11 +535,11 @@ def name_of(circuit: Callable) -> str:
 def with_noise(
     circuit: Callable, gate_noise: tuple[float, float] = (0.0, 0.0), readout_noise: float = 0.0
 ) -> Callable:
-    """The circuit with PennyLane's channels behind its gates.
+    """The circuit with PennyLane's channels behind its gates, those inside templates too.
 
-    gate_noise: probabilities p1, p2 of a ``DepolarizingChannel`` after every one-qubit gate and on
-    both qubits of every two-qubit gate, those inside templates too. readout_noise: probability of
-    a ``BitFlip`` on every qubit at the end. Raises UserError for a gate on three qubits.
+    gate_noise: probabilities of a ``DepolarizingChannel`` on the qubit of every one-qubit gate, on
+    both of every two-qubit gate. readout_noise: of a ``BitFlip`` on every qubit at the end. Raises
+    UserError for a gate on three qubits.
     """
     if not any(gate_noise) and not readout_noise:
         return circuit
@@ -559,17 +549,15 @@ def with_noise(
         for operation in operations_of(circuit, angles, weights):
             # The operation itself; the circuit's own channels get no noise.
             qml.apply(operation)
-            if isinstance(operation, qml.operation.Channel):
+            if isinstance(operation, qml.operation.Channel) or not any(gate_noise):
                 continue
-            if len(operation.wires) > 2 and any(gate_noise):
-                found = f"{operation.name} acts on {len(operation.wires)} qubits"
+            n = len(operation.wires)
+            if n > 2:
+                found = f"{operation.name} acts on {n} qubits"
                 raise UserError(f"{found}, and --gate_noise knows gates on one or two")
-
-            # The gate's noise.
-            probability = gate_noise[0] if len(operation.wires) == 1 else gate_noise[1]
             for wire in operation.wires:
-                if probability > 0:
-                    qml.DepolarizingChannel(probability, wires=wire)
+                if gate_noise[n - 1] > 0:
+                    qml.DepolarizingChannel(gate_noise[n - 1], wires=wire)
 
         # The readout's noise.
         if readout_noise > 0:
@@ -590,19 +578,19 @@ class Recorded(NamedTuple):
 
         For example ``RZ(w0) 0``, ``CNOT 0 1`` or ``PauliRot(w0) 0 1 pauli_word='XX'``.
         """
-        numbers = [np.round(qml.math.toarray(p), 9).tolist() for p in self.operation.parameters]
+        values = [np.round(qml.math.toarray(p), 9).tolist() for p in self.operation.parameters]
         words = [
-            str(number) if source is None else f"{source[0]}{source[1]}"
-            for source, number in zip(self.sources, numbers, strict=True)
+            str(value) if source is None else f"{source[0]}{source[1]}"
+            for source, value in zip(self.sources, values, strict=True)
         ]
         inside = f"({', '.join(words)})" if words else ""
 
         # What neither the name nor the wires tell; of products and exponentials, of what.
-        told = ["control_wires", "work_wires", "work_wire_type", "num_wires", "base"]
-        if all(self.operation.hyperparameters.get("control_values", ())):
-            told.append("control_values")
-        others = {k: v for k, v in self.operation.hyperparameters.items() if k not in told}
-        extra = [f"{key}={value!r}" for key, value in others.items()]
+        others = self.operation.hyperparameters
+        told = {"control_wires", "work_wires", "work_wire_type", "num_wires", "base"}
+        if all(others.get("control_values", ())):  # as usual
+            told.add("control_values")
+        extra = [f"{key}={value!r}" for key, value in others.items() if key not in told]
         if self.operation.name in ("Prod", "Sum", "SProd", "Exp", "Evolution"):
             extra = [repr(self.operation)]
         return " ".join([self.operation.name + inside, *map(str, self.operation.wires), *extra])
@@ -623,20 +611,20 @@ def record(
     generator = random_stream(sign, "placeholders")
     angles = 6 * sign * torch.rand(n_qubits, dtype=torch.float64, generator=generator)
     weights = 6 * sign * torch.rand(shape, dtype=torch.float64, generator=generator)
+    placeholders = {value: ("x", i) for i, value in enumerate(angles.tolist())}
+    placeholders |= {value: ("w", k) for k, value in enumerate(weights.flatten().tolist())}
 
     # Which of them each parameter is.
-    sources = {value: ("x", i) for i, value in enumerate(angles.tolist())}
-    sources |= {value: ("w", k) for k, value in enumerate(weights.flatten().tolist())}
-
     recorded = []
     for operation in operations_of(circuit, angles, weights):
-        numbers = [float(p) if np.ndim(p) == 0 else None for p in operation.parameters]
-        found = tuple(sources.get(number) for number in numbers)
-        for parameter, source in zip(operation.parameters, found, strict=True):
+        sources = []
+        for parameter in operation.parameters:
+            source = placeholders.get(float(parameter)) if np.ndim(parameter) == 0 else None
+            sources.append(source)
             if source is not None and not isinstance(parameter, Tensor):
                 lost = f"{name_of(circuit)}: {operation.name} takes an angle or weight as a number"
                 raise UserError(f"{lost} without gradient; leave out float() and .item()")
-        recorded.append(Recorded(operation, found))
+        recorded.append(Recorded(operation, tuple(sources)))
     return recorded
 
 
@@ -650,21 +638,20 @@ def make_qnode(
 ) -> qml.QNode:
     """A circuit on a PennyLane device, with <Z_i> of all its qubits.
 
-    shots: joint measurements of all qubits; their gradient is the parameter-shift rule's. None:
-    exact means (a hardware device has none). diff_method: None for inference alone, which is
-    faster on some devices. Noise needs a device that takes channels: ``default.mixed``. Returns
-    f(angles (B, n), weights (L, n, k)) -> list of n tensors (B,).
+    shots: joint measurements of all qubits; None: exact means (a hardware device has none).
+    diff_method: None for inference alone, which is faster on some devices. Noise needs a device
+    that takes channels: ``default.mixed``. Returns f(angles (B, n), weights (L, n, k)) -> list of n
+    tensors (B,).
     """
     device = qml.device(simulator, wires=n_qubits, **(options or {}))
-    if shots and diff_method:
-        diff_method = "parameter-shift"
-    how = {"interface": "torch", "diff_method": diff_method}
+    how = {"diff_method": diff_method}
+    if diff_method and shots:
+        how = {"diff_method": "parameter-shift"}
+    elif diff_method and simulator.startswith("lightning."):
+        # It would compute the Jacobian of all n outputs; a vector-Jacobian product is enough.
+        how = {"diff_method": "adjoint", "device_vjp": True}
 
-    # Lightning would compute the Jacobian of all n outputs; a vector-Jacobian product is enough.
-    if simulator.startswith("lightning.") and diff_method and not shots:
-        how |= {"diff_method": "adjoint", "device_vjp": True}
-
-    @qml.qnode(device, **how)
+    @qml.qnode(device, interface="torch", **how)
     def expectations(angles: Tensor, weights: Tensor):
         circuit(angles, weights)
         return [qml.expval(qml.Z(i)) for i in range(n_qubits)]
@@ -689,13 +676,10 @@ def start_at_zero(layer: nn.Module) -> nn.Module:
 class QuantumGate(nn.Module):
     """The gate with a circuit in its middle: Linear(C, n), <Z_i> of the circuit, Linear(n, C).
 
-    circuit: a function as above, with n_weights weights per qubit and layer. simulator: ``exact``
-    (see the appendix), or the name of a PennyLane device, with its options. shots: measurements;
-    None: exact means. gate_noise, readout_noise: as in ``with_noise``. Raises UserError for zero
-    shots, too few weights for the circuit, and a circuit that the exact simulation cannot do.
-
-    With shots the gradient is that of the exact mean (straight-through); on a PennyLane device it
-    is the parameter-shift rule's, measured as well.
+    The arguments are as in Settings, the circuit is a function as above. With shots the gradient is
+    that of the exact mean (straight-through); on a PennyLane device it is the parameter-shift
+    rule's, measured as well. Raises UserError for zero shots, too few weights for the circuit, and
+    a circuit that the exact simulation cannot do.
     """
 
     def __init__(
@@ -728,15 +712,21 @@ class QuantumGate(nn.Module):
         self.simulator_options = simulator_options or {}
         if simulator == "exact":
             compile_circuit.cache_clear()  # what a circuit uses may have changed since it was read
-            how = (self.weights.dtype, self.weights.device)
-            compile_circuit(self.circuit, n_qubits, n_layers, n_weights, *how)
+            compile_circuit(
+                self.circuit, n_qubits, n_layers, n_weights, weights.dtype, weights.device
+            )
         else:
             operations_of(self.circuit, torch.rand(1, n_qubits), weights)
-            self.takes_seed = takes_seed(simulator)
-            self.qnode = self.make_qnode("best")
-            self.inference_qnode = self.make_qnode(None)
+            self.qnode = self.new_qnode("best")
+            self.inference_qnode = self.new_qnode(None)
 
-    def make_qnode(self, diff_method: str | None, **options: object) -> qml.QNode:
+            # Whether the device takes a seed for its measurements.
+            self.takes_seed = False
+            with contextlib.suppress(Exception):  # whatever a plugin raises
+                qml.device(simulator, wires=1, seed=0)
+                self.takes_seed = True
+
+    def new_qnode(self, diff_method: str | None, **options: object) -> qml.QNode:
         """The circuit on the gate's PennyLane device, made with further options."""
         n_qubits = self.weights.shape[1]
         options = self.simulator_options | options
@@ -744,12 +734,12 @@ class QuantumGate(nn.Module):
 
     def expectations(self, angles: Tensor, generators: Sequence[torch.Generator] = ()) -> Tensor:
         """<Z_i> in -1..1. angles: (B, n), radians. Returns (B, n)."""
-        if self.simulator == "exact":
-            weights = self.weights.to(angles.dtype)
-            return circuit_expectations(
-                angles, weights, self.circuit, shots=self.shots, generators=generators
-            )
-        return self.device_expectations(angles.cpu(), generators).to(angles)
+        if self.simulator != "exact":
+            return self.device_expectations(angles.cpu(), generators).to(angles)
+        weights = self.weights.to(angles.dtype)
+        return circuit_expectations(
+            angles, weights, self.circuit, shots=self.shots, generators=generators
+        )
 
     def device_expectations(self, angles: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """The same by the PennyLane device, on the CPU."""
@@ -761,7 +751,7 @@ class QuantumGate(nn.Module):
             rows = []
             for row, generator in zip(angles.split(1), generators, strict=True):
                 seed = torch.randint(2**31, (), generator=generator, device=generator.device)
-                qnode = self.make_qnode(diff_method, seed=int(seed))
+                qnode = self.new_qnode(diff_method, seed=int(seed))
                 rows.append(torch.stack(qnode(row, weights)).view(1, -1))
             return torch.cat(rows)
 
@@ -779,22 +769,12 @@ class QuantumGate(nn.Module):
         return self.project_out(values.to(angles.dtype))
 
 
-def takes_seed(simulator: str) -> bool:
-    """Whether a PennyLane device takes a seed for its measurements."""
-    try:
-        qml.device(simulator, wires=1, seed=0)
-    except Exception:  # whatever a plugin raises
-        return False
-    return True
-
-
 class ClassicalGate(nn.Module):
     """A gate without a circuit, as a control: Linear(C, n), a function of each unit, Linear(n, C).
 
     matched: each unit applies z <- cos(a z + b) once per layer, with weights (a, b) of its own: as
-    many as ``quantum_circuit`` has, in the same range -1..1, not mixing the units. Otherwise ReLU,
-    as in squeeze-and-excitation (Hu et al. 2018, arXiv 1709.01507), whose sigmoid at the end is
-    1 + g here.
+    many as ``quantum_circuit`` has, in the same range -1..1, not mixing the units. Otherwise ReLU:
+    squeeze-and-excitation, whose sigmoid at the end is 1 + g here.
     """
 
     def __init__(self, channels: int, n_units: int = 16, n_layers: int = 3, matched: bool = True):
@@ -820,16 +800,16 @@ class ClassicalGate(nn.Module):
 def make_gate(channels: int, settings: Settings) -> nn.Module | None:
     """The gate of the settings' arm for so many channels; None: no gate."""
     arm = ARMS[settings.arm]
+    sizes = (settings.n_qubits, settings.n_layers)
     if settings.arm == "classical":
         return None
-    if arm.circuit is None and settings.arm not in ("matched", "se"):
-        raise UserError(f"--arm {settings.arm}: it has no circuit in ARMS")
+    if settings.arm in ("matched", "se"):
+        return ClassicalGate(channels, *sizes, matched=settings.arm == "matched")
     if arm.circuit is None:
-        matched = settings.arm == "matched"
-        return ClassicalGate(channels, settings.n_qubits, settings.n_layers, matched)
-    conditions = {name: getattr(settings, name) for name in IDEAL}
-    sizes = (settings.n_qubits, settings.n_layers, arm.n_weights)
-    return QuantumGate(channels, arm.circuit, *sizes, trained=arm.trained, **conditions)
+        raise UserError(f"--arm {settings.arm}: it has no circuit in ARMS")
+    how = {name: getattr(settings, name) for name in CIRCUIT_CONDITIONS}
+    how["trained"] = arm.trained
+    return QuantumGate(channels, arm.circuit, *sizes, arm.n_weights, **how)
 
 
 # -------------------------------------------------------------------------------------- U-Net
@@ -899,37 +879,33 @@ class UNet(nn.Module):
     ):
         super().__init__()
         self.channels = channels
+        size = 128  # of the embedding of time and class
+        steps = list(itertools.pairwise(WIDTHS))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.build(gate, n_classes)
+            self.embed_time = nn.Sequential(nn.Linear(64, size), nn.SiLU(), nn.Linear(size, size))
+            self.embed_class = None
+            if n_classes is not None:
+                self.embed_class = nn.Embedding(n_classes, size)
+                nn.init.zeros_(self.embed_class.weight)
+
+            # The encoder: from each level to the next half as many pixels a side.
+            self.stem = nn.Conv2d(FOLD**2 * channels, WIDTHS[0], 3, padding=1)
+            self.encode = nn.ModuleList(ResBlock(width, size) for width in WIDTHS)
+            self.down = nn.ModuleList(nn.Conv2d(fine, wide, 2, stride=2) for fine, wide in steps)
+
+            # The bottleneck's attention; the decoder, which merges what comes up with the skip.
+            self.attention = SelfAttention(WIDTHS[-1])
+            self.merge = nn.ModuleList(nn.Conv2d(2 * width, width, 1) for width in WIDTHS)
+            self.decode = nn.ModuleList(ResBlock(width, size) for width in WIDTHS)
+            self.up = nn.ModuleList(
+                nn.ConvTranspose2d(wide, fine, 2, stride=2) for fine, wide in steps
+            )
+            self.norm = nn.GroupNorm(8, WIDTHS[0])
+            self.head = start_at_zero(nn.Conv2d(WIDTHS[0], FOLD**2 * channels, 3, padding=1))
+
+            self.gate = gate(WIDTHS[-1])  # last, so that a seed gives the same U-Net to all gates
         self.to(memory_format=torch.channels_last)  # a CPU's convolutions are faster so
-
-    def build(self, gate: Callable[[int], nn.Module | None], n_classes: int | None) -> None:
-        """Makes the layers, with random initial weights."""
-        size = 128  # of the embedding of time and class
-        self.embed_time = nn.Sequential(nn.Linear(64, size), nn.SiLU(), nn.Linear(size, size))
-        self.embed_class = None
-        if n_classes is not None:
-            self.embed_class = nn.Embedding(n_classes, size)
-            nn.init.zeros_(self.embed_class.weight)
-
-        # The encoder: from each level to the next half as many pixels a side.
-        steps = list(itertools.pairwise(WIDTHS))
-        self.stem = nn.Conv2d(FOLD**2 * self.channels, WIDTHS[0], 3, padding=1)
-        self.encode = nn.ModuleList(ResBlock(width, size) for width in WIDTHS)
-        self.down = nn.ModuleList(nn.Conv2d(fine, coarse, 2, stride=2) for fine, coarse in steps)
-
-        # The bottleneck's attention; the decoder, which merges what comes up with the skip.
-        self.attention = SelfAttention(WIDTHS[-1])
-        self.merge = nn.ModuleList(nn.Conv2d(2 * width, width, 1) for width in WIDTHS)
-        self.decode = nn.ModuleList(ResBlock(width, size) for width in WIDTHS)
-        self.up = nn.ModuleList(
-            nn.ConvTranspose2d(coarse, fine, 2, stride=2) for fine, coarse in steps
-        )
-        self.norm = nn.GroupNorm(8, WIDTHS[0])
-        self.head = start_at_zero(nn.Conv2d(WIDTHS[0], FOLD**2 * self.channels, 3, padding=1))
-
-        self.gate = gate(WIDTHS[-1])  # last, so that a seed gives the same U-Net to all gates
 
     def embed(self, t: Tensor, labels: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The embedding of timesteps t (B,), with that of the classes added: (B, 128)."""
@@ -994,16 +970,9 @@ def make_unet(channels: int, settings: Settings) -> UNet:
 # -------------------------------------------------------------------------------------- files
 
 
-@contextlib.contextmanager
-def reading(path: Path, what: str) -> Iterator[None]:
+def reading(path: Path, what: str) -> contextlib.AbstractContextManager:
     """The door for files: whatever reading one raises becomes a UserError that names it."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"{path}: not {what} ({reason})") from error
+    return explaining(f"{path}: not {what}")
 
 
 def write_atomic(path: Path, data: bytes | str | dict) -> None:
@@ -1043,23 +1012,24 @@ def download(data_dir: Path, name: str, fetch: Callable[[Path], object]) -> str 
     fetch: downloads it into another folder, from which it is moved, so that nothing leaves half.
     """
     path = data_dir / name
+    if path.exists():
+        return None
+    print(f"downloading {name} to {data_dir} ...", file=sys.stderr, flush=True)
     timeout_before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    aside = None
     try:
-        if path.exists():
-            return None
-        print(f"downloading {name} to {data_dir} ...", file=sys.stderr, flush=True)
-        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
         data_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=data_dir) as aside:
-            try:
-                fetch(Path(aside))
-            except Exception as error:  # its text may say where to put a copy
-                raise OSError(str(error).replace(aside, str(data_dir))) from error
+            fetch(Path(aside))
             path.parent.mkdir(parents=True, exist_ok=True)
             (Path(aside) / name).rename(path)
     except Exception as error:  # of the network, of what it answers, of the disk
         if not path.exists():  # it does when another process was faster
-            return f"no {path}, download failed: {' '.join(str(error).split()) or 'no answer'}"
+            reason = " ".join(str(error).split()) or "no answer"
+            if aside is not None:  # the reason may say where to put a copy
+                reason = reason.replace(aside, str(data_dir))
+            return f"no {path}, download failed: {reason}"
     finally:
         socket.setdefaulttimeout(timeout_before)
     return None
@@ -1169,6 +1139,35 @@ def select_images(images: Tensor, labels: Tensor, label: int, n: int | None, see
     return of_class[order[:n]]
 
 
+class DataSet(NamedTuple):
+    """What runs are trained on."""
+
+    source: str  # which was in fact loaded, for example "mnist" or "digits"
+    images: Tensor  # (N, C, 28, 28) uint8
+    labels: Tensor  # (N,)
+    total: int  # images of all classes
+    augment: Callable[[Tensor], Sequence] | None  # eight of each image (the PathMNIST script)
+
+    def chosen_images(self, settings: Settings) -> tuple[Tensor, Tensor]:
+        """The images of a run, of each class as many, drawn by its seed, and their labels (n,)."""
+        parts = [
+            select_images(self.images, self.labels, label, settings.n_train, settings.seed)
+            for label in settings.classes
+        ]
+        counts = torch.tensor([len(part) for part in parts])
+        labels = torch.tensor(settings.classes).repeat_interleave(counts)
+        return torch.cat(parts), labels
+
+    def training_images(self, settings: Settings, device: torch.device) -> tuple[Sequence, Tensor]:
+        """What a run is trained on: these, or eight of each."""
+        images, labels = self.chosen_images(settings)
+        images, labels = images.to(device), labels.to(device)
+        if not self.augment:
+            return images, labels
+        augmented = self.augment(images)  # image k % n in its symmetry k // n
+        return augmented, labels.repeat(len(augmented) // len(labels))
+
+
 def to_float(images: Tensor) -> Tensor:
     """uint8 0..255 -> float32 -1..1, the value range of the diffusion."""
     return images.float() / 127.5 - 1
@@ -1209,11 +1208,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for convolutions: Nesterov momentum, orthogonalised.
-
-    A weight of four axes is the matrix of its first axis, mostly the output channels, by all
-    others.
-    """
+    """Muon (Jordan et al. 2024) for convolutions: Nesterov momentum, orthogonalised."""
 
     def __init__(self, weights: Sequence[Tensor], lr: float, momentum: float = 0.95):
         super().__init__(weights, {"lr": lr, "momentum": momentum})
@@ -1231,7 +1226,7 @@ class Muon(torch.optim.Optimizer):
                 nesterov = weight.grad.lerp(average, group["momentum"])
 
                 # A step of orthogonal directions, larger for a matrix with more rows than columns.
-                matrix = nesterov.flatten(1)
+                matrix = nesterov.flatten(1)  # mostly output channels by all other axes
                 scale = max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5
                 update = orthogonalize(matrix).view(weight.shape)
                 weight.add_(update, alpha=-group["lr"] * scale)
@@ -1301,11 +1296,10 @@ def train(
 ) -> UNet:
     """Trains one model, from its checkpoint in the run folder if there is one.
 
-    images: (n, C, 28, 28) uint8 on the device, with .device, .shape and [indices] as of a tensor.
-    run_id: the ``run_hash`` of its configuration, kept in the checkpoint so that no other run
-    resumes it. labels: the images' classes (n,), which a class-conditional model needs. Writes
-    previews, ``loss.csv`` and checkpoints, and returns the model with averaged weights. Raises
-    UserError when it diverges.
+    images: (n, C, 28, 28) uint8 on the device: a tensor, or what is indexed like one. run_id: the
+    ``run_hash`` of its configuration, so that no other run resumes its checkpoint. labels: (n,), of
+    a class-conditional model. Writes previews, ``loss.csv`` and checkpoints, and returns the model
+    with averaged weights. Raises UserError when it diverges.
     """
     device = images.device
     channels = images.shape[1]
@@ -1441,9 +1435,7 @@ def sample_images(
 
     images = diffusion.sample(predict_v, draw_noise(), min(steps, settings.timesteps), draw_noise)
     if images.isnan().any():
-        raise UserError(
-            f"{settings.name}: its images are not numbers; train with a lower --lr or --muon_lr"
-        )
+        raise UserError(f"{settings.name}: its images are not numbers; try a lower --lr, --muon_lr")
     return to_uint8(images).cpu()
 
 
@@ -1453,19 +1445,15 @@ def preview_steps(settings: Settings) -> list[int]:
     return sorted({math.ceil(settings.steps * k / n) for k in range(1, n + 1)})
 
 
-def preview_path(folder: Path, step: int) -> Path:
-    """Where the preview of a step is."""
-    return folder / "samples" / f"step_{step:06d}.png"
-
-
 def save_preview(folder: Path, settings: Settings, model: UNet, step: int) -> None:
     """Writes a few images of a model in training, always from the same noise."""
     steps = min(PREVIEW_STEPS, settings.sample_steps)
     numbers = range(settings.n_samples)
     images = sample_images(settings, model, "preview", numbers, steps)
-    preview_path(folder, step).parent.mkdir(exist_ok=True)
+    path = folder / "samples" / f"step_{step:06d}.png"
+    path.parent.mkdir(exist_ok=True)
     columns = settings.n_samples if settings.conditional else None  # a row for each class
-    save_grid(preview_path(folder, step), images, columns)
+    save_grid(path, images, columns)
 
 
 def sample_final(settings: Settings, model: UNet, folder: Path, n_eval: int, run_id: str) -> None:
@@ -1548,9 +1536,8 @@ def split_tiles(picture: np.ndarray, grid: dict) -> Tensor:
 def save_grid(path: Path, images: Tensor, columns: int | None = None, run: str = "") -> None:
     """Saves images (N, C, H, W) uint8 as one lossless PNG, with a description to split it by.
 
-    The text chunk ``grid`` is JSON. Tile k stands at row k // columns, column k % columns. columns:
-    by default nearly a square, but at least five. run: a hash of the settings of the run that the
-    images belong to.
+    The description is JSON in the text chunk ``grid``. columns: by default nearly a square, but at
+    least five. run: the ``run_hash`` of the run that the images belong to.
     """
     n, channels, height, width = images.shape
     if columns is None:
@@ -1674,8 +1661,7 @@ def decoration(path: Path) -> Iterator[None]:
             matplotlib.rcdefaults()
             yield
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        print(f"NOTICE: no {path} ({reason})", file=sys.stderr)
+        print(f"NOTICE: no {path} ({one_line(error)})", file=sys.stderr)
 
 
 def draw_pictures(settings: Settings, folder: Path) -> None:
@@ -1690,13 +1676,11 @@ def draw_pictures(settings: Settings, folder: Path) -> None:
     path = folder / "training_progress.gif"
     if not path.exists():
         with decoration(path):
-            previews = {k: preview_path(folder, k) for k in preview_steps(settings)}
+            frames = []
+            for preview in sorted(folder.glob("samples/step_*.png")):
+                step = int(preview.stem.removeprefix("step_"))
+                frames.append((f"step {step}  {settings.name}", load_grid(preview)))
             names = [CLASS_NAMES[label] for label in settings.classes]
-            frames = [
-                (f"step {k}  {settings.name}", load_grid(preview))
-                for k, preview in previews.items()
-                if preview.exists()
-            ]
             save_gif(path, frames, names if settings.conditional else ())
 
     path = folder / "circuit.png"
@@ -1710,11 +1694,18 @@ def draw_pictures(settings: Settings, folder: Path) -> None:
 # ---------------------------------------------------------------------------------- run folder
 
 
-def run_config(settings: Settings, images: Tensor, counts: dict, device: torch.device) -> dict:
-    """What made a run, for ``config.json``.
+def run_config(settings: Settings, data: DataSet, device: torch.device) -> dict:
+    """What made a run, for ``config.json``."""
+    # The images, before any are turned or mirrored.
+    images, _ = data.chosen_images(settings)
+    counts = {
+        "total": data.total,
+        "available": sum(int((data.labels == label).sum()) for label in settings.classes),
+        "used": len(images),
+    }
+    if data.augment:
+        counts["symmetries"] = 8
 
-    images: those trained on, (n, C, H, W) uint8, before any are turned or mirrored.
-    """
     # How many parameters there are.
     model = make_unet(images.shape[1], settings)
     parameters = {
@@ -1732,7 +1723,6 @@ def run_config(settings: Settings, images: Tensor, counts: dict, device: torch.d
         "images": {
             "split": "train",
             **counts,
-            "used": len(images),
             "sha256": hashlib.sha256(images.contiguous().numpy()).hexdigest(),
         },
         "weights": {"weights_sha256": None},  # of another run's model (--weights)
@@ -1803,12 +1793,9 @@ def read_config(path: Path) -> dict:
     """A run's ``config.json``. Raises UserError when it is none, or an older version's."""
     with reading(path, "a run's configuration of this version"):
         config = json.loads(path.read_text())
-        if not all(isinstance(config[part], dict) for part in IDENTITY):
-            raise ValueError(f"expected {', '.join(IDENTITY)}")
-        if not {"model_sha256", "n_eval"} <= config.keys():
-            raise ValueError("expected model_sha256 and n_eval")
-        if "classes" not in config["settings"]:
-            raise ValueError("expected settings.classes")
+        missing = {*IDENTITY, "model_sha256", "n_eval"} - config.keys()
+        if missing or "classes" not in config["settings"]:
+            raise ValueError(f"no {', '.join(sorted(missing)) or 'settings.classes'}")
         return config
 
 
@@ -1822,28 +1809,21 @@ def differences(known: dict, asked: dict, skip: Sequence[str] = ()) -> str:
     """In what two configurations differ, for an error; empty: in nothing that makes a run."""
     found = []
     for part in IDENTITY:
-        for key, value in asked[part].items():
-            if key in skip or known[part].get(key) == value:
+        for key, now in asked[part].items():
+            before = known[part].get(key)
+            if key in skip or before == now:
                 continue
-            # Of circuits only the first operation that is another.
-            before, now = known[part].get(key), value
-            if key == "operations":
-                before, now = first_difference(before or "", now or "")
+            if key == "operations" and before and now:  # the first that is another
+                pairs = itertools.zip_longest(before.split("; "), now.split("; "))
+                before, now = next((a, b) for a, b in pairs if a != b)
             found.append(f"{key} {before!r} (asked for: {now!r})")
     return ", ".join(found)
 
 
-def first_difference(one: str, other: str) -> tuple[str, str]:
-    """The first operations in which two circuits differ; empty: it has no more."""
-    pairs = itertools.zip_longest(one.split("; "), other.split("; "), fillvalue="")
-    return next((a, b) for a, b in pairs if a != b)
-
-
 def check_folder(folder: Path, config: dict) -> None:
-    """Raises UserError when a folder must not be used for this run.
+    """Raises UserError for a folder with another run's results, or with files but no config.json.
 
-    It must not when it has results (checkpoint, model, final images) of another run, or files but
-    no config.json. A folder whose run had no results yet may be taken over: see ``open_run``.
+    A folder whose run had no results yet may be taken over: see ``open_run``.
     """
     path = folder / "config.json"
     results = ("checkpoint.pt", "model.pt", "samples_final.png")
@@ -1866,9 +1846,7 @@ def open_run(folder: Path, config: dict) -> Iterator[None]:
         lock = filelock.FileLock(folder / ".lock").acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(f"{folder} is in use by another process") from None
-    except PermissionError as error:
-        raise UserError(f"{folder} is another user's, or read only ({error.strerror})") from None
-    except (OSError, NotImplementedError) as error:
+    except (OSError, NotImplementedError) as error:  # read only, or a disk without locks
         with contextlib.suppress(OSError):
             folder.rmdir()
         found = f"{folder}: no file can be locked there ({error})"
@@ -1879,10 +1857,8 @@ def open_run(folder: Path, config: dict) -> Iterator[None]:
         # Taken over from a run without results: its pictures go, its configuration is replaced.
         path = folder / "config.json"
         if not path.exists() or differences(read_config(path), config):
-            for picture in [
-                *folder.glob("samples/step_*.png"),
-                *(folder / name for name in PICTURES),
-            ]:
+            pictures = [folder / name for name in PICTURES]
+            for picture in [*folder.glob("samples/step_*.png"), *pictures]:
                 picture.unlink(missing_ok=True)
             write_atomic(path, json.dumps(config, indent=2))
 
@@ -1895,19 +1871,19 @@ def open_run(folder: Path, config: dict) -> Iterator[None]:
 def find_weights(folder: Path, settings: Settings, config: dict) -> dict:
     """Entries of ``config.json`` for a run that samples another run's model (--weights).
 
-    The model is that of the run with the same name but no condition, in ``folder``. Raises
-    UserError: there is none, or it was trained otherwise.
+    The model is that of the same run under ideal conditions, in ``folder``. Raises UserError: there
+    is none, or it was trained otherwise.
     """
-    # The same run under ideal conditions.
     path = folder / replace(settings, **IDEAL, sample_steps=SAMPLE_STEPS).name / "model.pt"
     if not path.is_file():
         raise UserError(f"--weights {folder}: no {path}; train it, or name its folder")
-    # It must have been trained with the same settings. The conditions and the previews may differ;
-    # weights_sha256 is only known below.
+
+    # The conditions and the previews may differ; weights_sha256 is only known below.
     source = read_config(path.with_name("config.json"))
     skip = (*IDEAL, "sample_steps", "n_frames", "n_samples", "weights_sha256")
     if difference := differences(source, config, skip):
         raise UserError(f"--weights {folder}: {path} was trained with {difference}")
+
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != source["model_sha256"]:
         raise UserError(f"{path}: damaged, or of another run; remove it and train again")
@@ -1924,10 +1900,9 @@ def load_run(folder: Path | str, device: torch.device | str = "cpu") -> tuple[Se
     with reading(folder / "config.json", "a run's configuration of this version"):
         known = {key: value for key, value in config["settings"].items() if key != "class_names"}
         settings = Settings(**known)
-        before, now = config["circuit"]["operations"], circuit_text(settings)
-        if before != now:
-            before, now = first_difference(before or "", now or "")
-            raise ValueError(f"its circuit had {before!r} where this script's has {now!r}")
+        circuit = config["circuit"] | {"operations": circuit_text(settings)}
+        if difference := differences(config, config | {"circuit": circuit}):
+            raise ValueError(f"its circuit is not this script's: {difference}")
 
     path = folder / "model.pt"
     state = load_tensors(path, "a run's weights; remove it to train again", device)
@@ -1943,13 +1918,14 @@ def load_run(folder: Path | str, device: torch.device | str = "cpu") -> tuple[Se
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line; most flags are fields of Settings, and their ranges are checked there."""
+    """The command line; most flags are fields of Settings, whose ranges are checked there."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="arms:\n" + "\n".join(f"  {name:10} {arm.text}" for name, arm in ARMS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.error = lambda message: parser.exit(2, f"error: {' '.join(message.split())}\n")
+    add = parser.add_argument
     add_data_flags(parser)
 
     # What to run.
@@ -1959,87 +1935,63 @@ def build_parser() -> argparse.ArgumentParser:
         "--use_quantum", nargs="?", const="True", choices=["True", "False"],
         help="shorthand for --arm quantum (True) or --arm classical (False)",
     )  # fmt: skip
-    parser.add_argument(
+    add(
         "--n_train", nargs="+", type=whole_number_or_all, default=[None], metavar="N",
         help="training images of each class, list, or all (default: all)",
     )  # fmt: skip
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="list (default: 0)")
+    add("--seeds", nargs="+", type=int, default=[0], help="list (default: 0)")
 
     # Training.
     length = parser.add_mutually_exclusive_group()
     default = f"{Settings.steps}, of a conditional model {CONDITIONAL_STEPS}"
     length.add_argument("--steps", type=int, help=f"optimizer steps (default: {default})")
     length.add_argument("--epochs", type=int, help="passes over what is trained on")
-    add_setting(parser, "batch_size", int, "images per step")
-    add_setting(parser, "lr", float, "peak learning rate of Adam")
-    add_setting(parser, "muon_lr", float, "and of Muon, for the inner convolutions")
-    add_setting(parser, "ema_decay", float, "target decay of the weights' moving average")
-    add_setting(parser, "timesteps", int, "noise levels T")
-    add_setting(parser, "n_qubits", int, "qubits, or units of a classical gate")
-    add_setting(parser, "n_layers", int, "circuit layers")
-    add_setting(parser, "n_frames", int, "previews in a run")
-    add_setting(parser, "n_samples", int, "images of each class per preview")
 
-    # Conditions.
-    add_setting(parser, "sample_steps", int, "network evaluations per image, at most")
-    add_setting(parser, "simulator", str, "exact, or the name of a PennyLane device")
-    add_setting(parser, "simulator_options", json.loads, "that device's arguments", "JSON")
-    add_setting(parser, "shots", int, "measurements; by default exact means")
-    noise = "depolarising probability after one-qubit, two-qubit gates"
-    add_setting(parser, "gate_noise", two_numbers, noise, "P1,P2")
-    add_setting(parser, "readout_noise", float, "probability that a bit is flipped", "P")
+    # The other settings that are numbers, whole ones where their range is.
+    for one in fields(Settings):
+        if one.metadata and one.name not in ("n_train", "seed", "steps"):
+            kind = type(one.metadata["range"][0])
+            text = one.metadata["text"]
+            text += "" if one.default is None else " (default: %(default)s)"
+            add(f"--{one.name}", type=kind, default=one.default, help=text)
+
+    # Conditions that are no numbers.
+    add("--simulator", default="exact", help="exact (default), or the name of a PennyLane device")
+    add("--simulator_options", type=json.loads, metavar="JSON", help="that device's arguments")
+    add(
+        "--gate_noise", type=two_numbers, default=Settings.gate_noise, metavar="P1,P2",
+        help="depolarising probability after one-qubit, two-qubit gates (default: 0,0)",
+    )  # fmt: skip
 
     # What comes out, and where.
-    parser.add_argument(
-        "--n_eval", type=int, default=25, help="final images of each class (default: 25)"
-    )
-    parser.add_argument(
-        "--weights", type=Path, metavar="FOLDER", help="only sample the models of FOLDER's runs"
-    )
-    parser.add_argument(
-        "--save_dir", type=Path, default=Path("runs"), help="of the run folders (default: runs)"
-    )
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
-    )
+    add("--n_eval", type=int, default=25, help="final images of each class (default: 25)")
+    add("--weights", type=Path, metavar="FOLDER", help="only sample the models of FOLDER's runs")
+    add("--save_dir", type=Path, default=Path("runs"), help="of the run folders (default: runs)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     return parser
-
-
-def add_setting(
-    parser: argparse.ArgumentParser,
-    name: str,
-    kind: Callable,
-    text: str,
-    metavar: str | None = None,
-) -> None:
-    """A flag for a field of Settings, with its default."""
-    default = getattr(Settings, name)
-    text += " (default: %(default)s)" if isinstance(default, (int, float, str)) else ""
-    parser.add_argument(f"--{name}", type=kind, default=default, help=text, metavar=metavar)
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of the data set."""
+    add = parser.add_argument
     names = f"list of {', '.join(PATHMNIST_CLASSES)} or 0-8, or all (default: all)"
-    parser.add_argument(
+    add(
         "--labels", dest="classes", nargs="+", choices=[*CLASS_IDS, "all"], metavar="NAME",
         help=names,
     )  # fmt: skip
-    parser.add_argument(
+    add(
         "--conditional", action=argparse.BooleanOptionalAction, default=True,
         help="one class-conditional model of all these classes (default), or a model each",
     )  # fmt: skip
-    parser.add_argument(
+    add(
         "--augment", action=argparse.BooleanOptionalAction, default=True,
         help="train on the eight symmetries of each image (default)",
     )  # fmt: skip
-    parser.add_argument(
+    add(
         "--data", choices=["auto", "pathmnist", "tissue"], default="auto",
         help="auto (default) takes PathMNIST, or without a network scikit-image's tissue",
     )  # fmt: skip
-    parser.add_argument(
-        "--data_dir", type=Path, default="data", help="holds pathmnist.npz (default: data)"
-    )
+    add("--data_dir", type=Path, default="data", help="holds pathmnist.npz (default: data)")
 
 
 def whole_number_or_all(text: str) -> int | None:
@@ -2060,14 +2012,13 @@ def this_process(device: str) -> tuple[torch.device, int, int]:
     GPU of its own. Raises UserError when there is no such device or rank.
     """
     # The launcher's numbers.
-    numbers = {}
+    numbers = []
     for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         text = os.environ.get(name, default)
-        try:
-            numbers[name] = int(text)
-        except ValueError:
-            raise UserError(f"{name}={text[:20]} in the environment: no whole number") from None
-    rank, size, local = numbers.values()
+        if not text.removeprefix("-").isdecimal():
+            raise UserError(f"{name}={text[:20]} in the environment: no whole number")
+        numbers.append(int(text))
+    rank, size, local = numbers
     if size > 1 and "RANK" not in os.environ:
         raise UserError(f"WORLD_SIZE={size} without RANK: set RANK to this process's number too")
     if not 0 <= rank < size or local < 0:
@@ -2085,40 +2036,6 @@ def this_process(device: str) -> tuple[torch.device, int, int]:
     return torch.device(device), rank, size
 
 
-class DataSet(NamedTuple):
-    """What runs are trained on."""
-
-    source: str  # which was in fact loaded, for example "mnist" or "digits"
-    images: Tensor  # (N, C, 28, 28) uint8
-    labels: Tensor  # (N,)
-    total: int  # images of all classes
-    augment: Callable[[Tensor], Sequence] | None  # eight of each image (the PathMNIST script)
-
-    def of_classes(self, label_ids: Sequence[int]) -> "DataSet":
-        """The same with images of these classes alone, which takes less memory."""
-        wanted = torch.isin(self.labels, torch.tensor(label_ids))
-        return self._replace(images=self.images[wanted], labels=self.labels[wanted])
-
-    def chosen_images(self, settings: Settings) -> tuple[Tensor, Tensor]:
-        """The images of a run, of each class as many, drawn by its seed, and their labels (n,)."""
-        parts = [
-            select_images(self.images, self.labels, label, settings.n_train, settings.seed)
-            for label in settings.classes
-        ]
-        counts = torch.tensor([len(part) for part in parts])
-        labels = torch.tensor(settings.classes).repeat_interleave(counts)
-        return torch.cat(parts), labels
-
-    def training_images(self, settings: Settings, device: torch.device) -> tuple[Sequence, Tensor]:
-        """What a run is trained on: these, or eight of each."""
-        images, labels = self.chosen_images(settings)
-        images, labels = images.to(device), labels.to(device)
-        if not self.augment:
-            return images, labels
-        augmented = self.augment(images)  # image k % n in its symmetry k // n
-        return augmented, labels.repeat(len(augmented) // len(labels))
-
-
 class Run(NamedTuple):
     """A run that the flags ask for."""
 
@@ -2129,7 +2046,7 @@ class Run(NamedTuple):
 def settings_of_flags(args: argparse.Namespace, arm: str, **others: object) -> Settings:
     """The settings of a run of an arm; a circuit's conditions only where there is a circuit."""
     not_flags = ("arm", "data", "classes", "n_train", "seed")
-    names = [field.name for field in fields(Settings) if field.name not in not_flags]
+    names = [one.name for one in fields(Settings) if one.name not in not_flags]
     values = {name: getattr(args, name) for name in names} | others
     if values["steps"] is None:
         several = len(others.get("classes", ())) > 1
@@ -2146,19 +2063,12 @@ def plan_run(
     others: the settings that are no flags: data, classes, n_train and seed.
     """
     settings = settings_of_flags(args, arm, **others)
-    images, _ = data.chosen_images(settings)
-    available = sum(int((data.labels == label).sum()) for label in settings.classes)
-    counts = {"total": data.total, "available": available}
-    if data.augment:
-        counts["symmetries"] = 8
-
-    # Epochs are passes over what is trained on, symmetries included.
-    if args.epochs is not None:
-        n_images = len(images) * counts.get("symmetries", 1)
-        steps = math.ceil(args.epochs * n_images / settings.batch_size)
+    if args.epochs is not None:  # passes over what is trained on, symmetries included
+        images, _ = data.training_images(settings, torch.device("cpu"))
+        steps = math.ceil(args.epochs * len(images) / settings.batch_size)
         settings = settings_of_flags(args, arm, **others, steps=steps)
 
-    config = run_config(settings, images, counts, device)
+    config = run_config(settings, data, device)
     folder = args.save_dir / settings.name
     if args.weights is not None:
         weights = find_weights(args.weights, settings, config)
@@ -2187,7 +2097,8 @@ def make_all(args: argparse.Namespace, augment: Callable | None = None) -> None:
     source, images, labels = load_images(args.data, args.data_dir)
     names = args.classes or ["all" if args.conditional else DEFAULT_CLASS[source]]
     label_ids = labels.unique().tolist() if "all" in names else [CLASS_IDS[name] for name in names]
-    data = DataSet(source, images, labels, len(labels), augment).of_classes(label_ids)
+    wanted = torch.isin(labels, torch.tensor(label_ids))  # the others take memory
+    data = DataSet(source, images[wanted], labels[wanted], len(labels), augment)
     del images, labels
 
     # The grid of runs, dealt out to the processes: a model for all classes, or one for each.
@@ -2205,8 +2116,8 @@ def make_all(args: argparse.Namespace, augment: Callable | None = None) -> None:
     runs = [plan_run(args, data, device, arm, others) for arm, others in share]
 
     failures = []
-    for number, run in enumerate(runs, 1):
-        print(f"[{number}/{len(runs)}] {run.settings.name}", flush=True)
+    for k, run in enumerate(runs, 1):
+        print(f"[{k}/{len(runs)}] {run.settings.name}", flush=True)
         try:
             make_run(args, data, device, run)
         except UserError as error:
@@ -2267,13 +2178,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 # 16x16 on two, whose entries are trigonometric polynomials of the gate's angle.
 #
 # Bonds. A matrix on two neighbours is a sum of r products of matrices on one (its operator-Schmidt
-# decomposition). CNOT = |0><0| x 1 + |1><1| x X has two terms, and since a density matrix is
-# multiplied from both sides, r is 2 * 2. The index of the sum is a bond between the two qubits:
-#
-#     CNOT                                                              r = 4
-#     CNOT, the last operation on its control, of which only I and Z
-#     are read then                                                     r = 2
-#     the same with noise behind it, which is the last operation        r = 4
+# decomposition), and the index of the sum is a bond between the two qubits. CNOT = |0><0| x 1 +
+# |1><1| x X has two terms, and since a density matrix is multiplied from both sides, r is 2 * 2. It
+# is 2 where CNOT is the last operation on its control, of which only I and Z are read then.
 #
 # The bonds of several gates are one bond, of dimension 4 * 4 * 2 = 32 for three layers of CNOTs. So
 # a circuit on a chain is exactly a product of small tensors, one a qubit; nothing is truncated:
@@ -2314,8 +2221,8 @@ class Factor(NamedTuple):
     """What an operation does to one of its qubits: a matrix for each value of the bonds.
 
     The matrix is sum_f features[f] * coefficients[f]. Of one parameter the features are the first
-    ``n_harmonics`` of 1, cos, sin, cos of the half, sin of the half (``harmonics``); of several,
-    all products of one from each, F = n_harmonics ** len(sources). Of none F is 1: a constant.
+    ``n_harmonics`` of its ``harmonics``; of several, all products of one from each. So F is
+    n_harmonics ** len(sources), and 1 for a constant.
     """
 
     coefficients: np.ndarray | Tensor  # (F, l, r, o, i); of a group of qubits (q, F, l, r, o, i)
@@ -2340,15 +2247,11 @@ def pauli_transfer_matrix(operation: qml.operation.Operator) -> np.ndarray:
     R_pq = tr(P_p sum_k K_k P_q K_k^+) / d with PennyLane's Kraus operators K. Returns (4, 4) for
     one qubit, (16, 16) for two.
     """
-    # A gate is a channel with one Kraus operator.
     wires = sorted(operation.wires)
-    if isinstance(operation, qml.operation.Channel):
-        kraus = operation.kraus_matrices()
-    else:
-        kraus = [operation.matrix()]
+    paulis = PAULIS[len(wires)]  # (4 or 16, d, d)
+    is_channel = isinstance(operation, qml.operation.Channel)
+    kraus = operation.kraus_matrices() if is_channel else [operation.matrix()]
 
-    # The sum over the Kraus operators.
-    paulis = PAULIS[len(wires)]
     total = np.zeros((len(paulis), len(paulis)))
     for matrix in kraus:
         matrix = qml.math.expand_matrix(qml.math.toarray(matrix), operation.wires, wires)
@@ -2358,10 +2261,7 @@ def pauli_transfer_matrix(operation: qml.operation.Operator) -> np.ndarray:
 
 
 def harmonics(theta: Tensor) -> Tensor:
-    """1, cos, sin of an angle and cos, sin of its half, of which all gates consist.
-
-    The half angle is that of controlled rotations. (...,) -> (..., 5).
-    """
+    """1, cos, sin of an angle; cos, sin of its half (controlled rotations): (...) -> (..., 5)."""
     half = theta / 2
     one = torch.ones_like(theta)
     return torch.stack([one, theta.cos(), theta.sin(), half.cos(), half.sin()], -1)
@@ -2372,9 +2272,8 @@ def fit_harmonics(
 ) -> tuple[np.ndarray, int]:
     """The transfer matrix of an operation as a trigonometric polynomial of its parameters.
 
-    variable: which parameters are no constants. Found by evaluating PennyLane's matrix at as many
-    angles as there are functions, 3 or, with half angles, 5, and tried at other angles. Returns the
-    coefficients, (F, 4, 4) or (F, 16, 16), and the number of functions. Raises UserError when a
+    variable: which parameters are no constants. Returns the coefficients, (F, 4, 4) or
+    (F, 16, 16), and the number of ``harmonics``: 3 or, with half angles, 5. Raises UserError when a
     parameter enters in another way.
     """
 
@@ -2389,10 +2288,11 @@ def fit_harmonics(
     def features_at(angles: Sequence[float], n: int) -> np.ndarray:
         features = np.ones(1)
         for row in harmonics(torch.tensor(angles, dtype=torch.float64)).numpy():
-            features = np.outer(features, row[:n]).ravel()
+            features = np.kron(features, row[:n])
         return features
 
-    # As many evenly spaced angles over one period as there are functions fix the coefficients.
+    # As many evenly spaced angles over a period as there are functions fix the coefficients, which
+    # are then tried at other angles.
     count = sum(variable)
     test_angles = [0.3 + 0.9 * k for k in range(count)]
     for n, period in ((3, 2 * math.pi), (5, 4 * math.pi)):
@@ -2413,20 +2313,20 @@ def cut(coefficients: np.ndarray, is_last: tuple[bool, bool]) -> tuple[np.ndarra
     """Cuts two-qubit matrices (F, 16, 16) into a part for each qubit, joined by a bond.
 
     Written with rows (low o, low i) and columns (F, high o, high i) they are one matrix M of rank
-    r. Let the r columns of Q be an orthonormal basis of M's column space (from an SVD). Then
-    M = Q (Q^T M): Q is the low qubit's part and does not depend on the gate's angle, Q^T M is the
-    high qubit's and does; the index between them, of r values, is the bond.
+    r. Let the r columns of Q be an orthonormal basis of M's column space. Then M = Q (Q^T M): Q is
+    the low qubit's part and does not depend on the gate's angle, Q^T M is the high qubit's and
+    does; the index between them is the bond.
 
-    is_last: whether this is the low, the high qubit's last operation. Then only the rows I and Z of
-    that qubit are ever read, and r may be smaller. Returns the low part (1, 1, r, o, 4) and the
-    high part (F, r, 1, o, 4); o is 2 where it is the last operation, else 4.
+    is_last: whether this is the low, the high qubit's last operation, of which only I and Z are
+    read. Returns the low part (1, 1, r, o, 4) and the high part (F, r, 1, o, 4); o is 2 for the
+    last operation, else 4.
     """
     low_is_last, high_is_last = is_last
     tensor = coefficients.reshape(-1, 4, 4, 4, 4)  # (F, low o, high o, low i, high i)
 
-    # The rows that are never read go before the SVD, which makes r smaller. The last operation on
-    # both qubits, a chain's last gate, keeps those of the high qubit until afterwards: else its r
-    # would differ from that of the chain's other gates, and both qubits be groups of their own.
+    # Without the rows that are never read r is smaller. A chain's last gate, the last on both its
+    # qubits, keeps the high qubit's until after the SVD: so its r is that of the chain's others,
+    # and its qubits are computed in one batch with theirs.
     if low_is_last:
         tensor = tensor[:, READ_OUT]
     elif high_is_last:
@@ -2447,7 +2347,7 @@ def cut(coefficients: np.ndarray, is_last: tuple[bool, bool]) -> tuple[np.ndarra
 
 
 def factors_of_qubits(recorded: Sequence[Recorded], n_qubits: int) -> list[list[Factor]]:
-    """For each qubit its factors in the order of time; the last has I and Z as its rows.
+    """For each qubit its factors in the order of time; the last reads out I and Z.
 
     Raises UserError, with the way out, for what the exact simulation cannot do.
     """
@@ -2489,19 +2389,18 @@ def factors_of_qubits(recorded: Sequence[Recorded], n_qubits: int) -> list[list[
         if low:
             factors[wires[0]].append(Factor(low[0]))
 
-    # Where the last operation was not cut, I and Z are read out by a factor of its own.
+    # At the end I and Z are read out, to which ``cut`` has cut a gate already.
     for own in factors:
-        if not own or own[-1].coefficients.shape[3] == 4:
-            own.append(Factor(READ_OUT_MATRIX))
+        is_cut = own and own[-1].coefficients.shape[3] == 2
+        own.append(Factor(NOTHING if is_cut else READ_OUT_MATRIX))
     return factors
 
 
 def fuse_constants(factors: Sequence[Factor]) -> list[Factor]:
     """The same product with constant factors multiplied into their neighbours."""
-    # Two factors with parameters each stay apart. Any other pair becomes one, as one of the two has
-    # F = 1.
     fused = []
     for factor in factors:
+        # Two factors with parameters each stay apart; any other pair becomes one.
         if not fused or (fused[-1].sources and factor.sources):
             fused.append(factor)
             continue
@@ -2522,8 +2421,6 @@ def split_at_last_input(factors: Sequence[Factor]) -> tuple[list[Factor], list[F
     split = max(inputs, default=-1) + 1
     before = fuse_constants([Factor(ZERO), *factors[:split]])
     after = fuse_constants(factors[split:])
-    if not after:  # a gate with an input is the last on this qubit, and reads out I and Z
-        after = [Factor(NOTHING)]
 
     # Components in between that are always zero are left out, as Y of RY(x)|0>: rows o of the last
     # factor before, columns i of the first after.
@@ -2534,12 +2431,14 @@ def split_at_last_input(factors: Sequence[Factor]) -> tuple[list[Factor], list[F
 
 
 def pad_ends(halves: list[tuple[list[Factor], list[Factor]]]) -> None:
-    """Pads the outer bonds of the two end qubits with zeros to the size of their neighbours' bonds.
+    """Pads the outer bonds of the two end qubits with zeros to the size of the inner ones.
 
-    Then an end qubit has the shapes of the inner ones and is computed with them in one batch: a
-    fifth of the time. The zeros change nothing: the chain begins and ends with (1, 0, 0, ...), see
-    ``end_of_chain``. An end whose factors are not as many as its neighbour's stays as it is.
+    So the ends are computed with the inner qubits in one batch, where their factors are as many:
+    a fifth of the time saved. The zeros change nothing, as the chain begins and ends with
+    (1, 0, 0, ...): see ``end_of_chain``.
     """
+    if len(halves) < 3:
+        return
     for end, neighbour, axis in ((0, 1, 1), (-1, -2, 2)):  # axis 1: left bonds, 2: right bonds
         if [*map(len, halves[end])] != [*map(len, halves[neighbour])]:
             continue
@@ -2553,11 +2452,9 @@ def pad_ends(halves: list[tuple[list[Factor], list[Factor]]]) -> None:
 def stack_factors(
     qubits: Sequence[Sequence[Factor]], dtype: torch.dtype, device: torch.device
 ) -> list[Factor]:
-    """The factors of several qubits, of equal shapes, as one list on the device."""
-    # The k-th factor of every qubit: coefficients gain the axis q in front, and each source's index
-    # becomes a tensor (q,).
+    """The factors of several qubits, of equal shapes, as one list of factors on the device."""
     stacked = []
-    for same in zip(*qubits, strict=True):
+    for same in zip(*qubits, strict=True):  # the k-th factor of every qubit
         coefficients = np.stack([factor.coefficients for factor in same])
         sources = []
         for parameter in zip(*(factor.sources for factor in same), strict=True):
@@ -2580,8 +2477,7 @@ def compile_circuit(
 ) -> list[Group]:
     """Reads a circuit for the exact simulation: its qubits in groups, with all constants.
 
-    Raises UserError, with the way out, for what the exact simulation cannot do: operations on three
-    qubits or on qubits that are not neighbours, computed parameters, and too large bonds.
+    Raises UserError, with the way out, for what the exact simulation cannot do.
     """
     # A parameter that a second recording, with other values, does not find again was computed.
     sizes = (n_qubits, n_layers, n_weights)
@@ -2592,25 +2488,17 @@ def compile_circuit(
             raise UserError(f"{found} angle or a weight, or a constant, not computed; {WAY_OUT}")
 
     # The factors, and how large the bonds are together.
-    try:
+    with explaining(f"{name_of(circuit)} cannot be read", f"; {WAY_OUT}"):
         factors = factors_of_qubits(recorded, n_qubits)
-    except UserError:
-        raise
-    except Exception as error:  # an operation with a matrix or parameters of another kind
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{name_of(circuit)} cannot be read ({reason}); {WAY_OUT}") from error
     for i, own in enumerate(factors):
         bonds = math.prod(factor.coefficients.shape[2] for factor in own)
         if bonds > MAX_BOND_DIMENSION:
             found = f"{name_of(circuit)}: bond dimension {bonds} between qubits {i} and {i + 1}"
             raise UserError(f"{found}, at most {MAX_BOND_DIMENSION}; fewer layers, or {WAY_OUT}")
     halves = [split_at_last_input(own) for own in factors]
+    pad_ends(halves)
 
-    if n_qubits > 2:  # of two qubits both are ends
-        pad_ends(halves)
-
-    # Qubits whose factors agree in number, in shapes and in the kinds of their parameters ("x" or
-    # "w") are a group: one batch.
+    # Qubits whose factors agree in number, shapes and kinds of parameters ("x" or "w") are a group.
     members = {}
     for qubit, (before, after) in enumerate(halves):
         shapes = [
@@ -2621,9 +2509,8 @@ def compile_circuit(
     chain = []
     for qubits in members.values():
         befores, afters = zip(*(halves[qubit] for qubit in qubits), strict=True)
-        before = stack_factors(befores, dtype, device)
-        after = stack_factors(afters, dtype, device)
-        chain.append(Group(qubits, before, after))
+        stacked = [stack_factors(half, dtype, device) for half in (befores, afters)]
+        chain.append(Group(qubits, *stacked))
     return chain
 
 
@@ -2633,18 +2520,16 @@ def factor_matrices(factor: Factor, features: dict[str, Tensor]) -> Tensor:
     features: ``harmonics`` of the angles "x" (n, B, 5) and of the weights "w" (L n k, 1, 5), which
     are the same for all samples.
     """
-    # A constant: its F = 1 is taken for a B of 1, the same for all samples.
     if not factor.sources:
-        return factor.coefficients  # (q, 1, l, r, o, i)
+        return factor.coefficients  # F = 1 is taken for B = 1: the same for all samples
 
     # The features: products of one function of each parameter.
     product = None
     for kind, index in factor.sources:
         own = features[kind].index_select(0, index)[..., : factor.n_harmonics]  # (q, B, harmonics)
-        if product is None:
-            product = own
-        else:
-            product = (product[..., :, None] * own[..., None, :]).flatten(-2)
+        if product is not None:
+            own = (product[..., :, None] * own[..., None, :]).flatten(-2)
+        product = own
 
     # The sum over the features.
     matrices = product @ factor.coefficients.flatten(2)  # (q, B, F) by (q, F, l r o i)
@@ -2670,7 +2555,7 @@ def site_tensors(
     """For each qubit its two tensors, before and after its last input.
 
     Before: (B, i, l, r), the state of every sample; i is the component between the halves, the
-    output of this half and the input of the next. After: (i, m, o s), the same for all samples; o
+    output of this half and the input of the next. After: (i, m, o, s), the same for all samples; o
     is I or Z as read out. Early bonds are l and r, late ones m and s, to the left and the right.
     """
     features = {"x": harmonics(angles.T), "w": harmonics(weights.flatten())[:, None]}
@@ -2679,7 +2564,7 @@ def site_tensors(
         before = multiply_factors(group.before, features).squeeze(3)  # (q, B, i, l, r)
         before = before.expand(-1, len(angles), -1, -1, -1)
         after = multiply_factors(group.after, features).squeeze(1)  # (q, o, i, m, s)
-        after = after.permute(0, 2, 3, 1, 4).flatten(3)  # (q, i, m, o s)
+        after = after.permute(0, 2, 3, 1, 4).contiguous()  # (q, i, m, o, s)
         pairs = zip(before.unbind(0), after.unbind(0), strict=True)
         for qubit, pair in zip(group.qubits, pairs, strict=True):
             sites[qubit] = pair
@@ -2704,30 +2589,23 @@ def step_right(left: Tensor, site: tuple[Tensor, Tensor]) -> tuple[Tensor, Tenso
     before, after = site
     left = left.unflatten(1, (before.shape[2], -1))  # (B, l, m): early bonds l, late ones m
     state = torch.einsum("blm,bilr->brim", left, before).flatten(2)  # (B, r, i m)
-    state = state @ after.flatten(0, 1)  # (B, r, o s): early bonds r, late ones s
-    read_i, read_z = state.unflatten(2, (2, -1)).unbind(2)
+    state = state @ after.flatten(2).flatten(0, 1)  # (B, r, o s): early bonds r, late ones s
+    read_i, read_z = state.chunk(2, dim=2)
     return read_i.flatten(1), read_z.flatten(1)
-
-
-def step_left(right: Tensor, site: tuple[Tensor, Tensor]) -> Tensor:
-    """The chain from a qubit to its end, from that beyond it; all is read out as I.
-
-    right: (B, bonds to the right). Returns (B, bonds to the left).
-    """
-    before, after = site
-    right = right.unflatten(1, (before.shape[3], -1))  # (B, r, s): early bonds r, late ones s
-    read_i = after.flatten(0, 1)[:, : right.shape[2]]  # (i m, s), the half that reads out I
-    state = (right @ read_i.mT).unflatten(2, (before.shape[1], -1))  # (B, r, i, m)
-    return torch.einsum("bilr,brim->blm", before, state).flatten(1)
 
 
 def chains_beyond(sites: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     """For each qubit the chain to its right, read out as I everywhere: (B, bonds) each."""
     before, after = sites[-1]
-    last = before.shape[3] * (after.shape[2] // 2)
-    beyond = [end_of_chain(last, before).expand(len(before), -1)]
-    for site in reversed(sites[1:]):
-        beyond.append(step_left(beyond[-1], site))
+    n_bonds = before.shape[3] * after.shape[3]
+    right = end_of_chain(n_bonds, before).expand(len(before), -1)
+    beyond = [right]
+    for before, after in reversed(sites[1:]):
+        right = right.unflatten(1, (before.shape[3], -1))  # (B, r, s): early bonds r, late ones s
+        read_i = after[:, :, 0].flatten(0, 1)  # (i m, s)
+        state = (right @ read_i.mT).unflatten(2, (before.shape[1], -1))  # (B, r, i, m)
+        right = torch.einsum("bilr,brim->blm", before, state).flatten(1)
+        beyond.append(right)
     return beyond[::-1]
 
 
@@ -2745,24 +2623,21 @@ def exact_means(sites: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 def sample_outcomes(sites: Sequence[tuple[Tensor, Tensor]], uniform: Tensor) -> Tensor:
     """Measures all qubits together, from left to right: 1 or -1 of every qubit and shot.
 
-    ``left`` is the chain up to a qubit, where every earlier qubit has been read out by the
-    projector (I + z Z) / 2 of its outcome z, divided by the probability of these outcomes. With it,
-    ``mean`` is <Z_i> conditional on them, and z_i is 1 with probability (1 + mean) / 2. So the
-    joint distribution is exact, noise included. uniform: (B, S, n) in 0..1. Returns (B, S, n).
+    uniform: (B, S, n) in 0..1. Returns (B, S, n), whose joint distribution is exact: each qubit has
+    been read out by the projector (I + z Z) / 2 of its outcome z before the next one is.
     """
     before, after = sites[0]
     left = end_of_chain(before.shape[2] * after.shape[1], before)
     left = left.expand(*uniform.shape[:2], -1)  # (B, S, bonds)
     outcomes = []
     for i, (site, right) in enumerate(zip(sites, chains_beyond(sites), strict=True)):
-        # Both halves of the qubit as one matrix, since it serves all shots of a sample: from the
-        # joined left bonds l m to the readout o and the joined right bonds r s.
-        before, after = site
-        after = after.unflatten(2, (2, -1))  # (i, m, o, s)
-        matrix = torch.einsum("bilr,imos->blmors", before, after)
+        # Both halves as one matrix for all shots of a sample, from the joined left bonds l m to the
+        # readout o and the joined right bonds r s.
+        matrix = torch.einsum("bilr,imos->blmors", *site)
         matrix = matrix.flatten(3).flatten(1, 2)  # (B, l m, o r s)
 
-        # The outcome, and the chain with its projector.
+        # <Z_i> given the outcomes so far; the outcome; the chain with its projector, divided by the
+        # outcome's probability.
         read_i, read_z = (left @ matrix).chunk(2, dim=2)  # (B, S, r s)
         mean = read_z @ right[:, :, None]  # (B, S, 1)
         z = torch.where(2 * uniform[:, :, i : i + 1] < 1 + mean, 1.0, -1.0).to(mean)
@@ -2790,8 +2665,8 @@ def circuit_expectations(
         found = f"angles {tuple(angles.shape)}, weights {tuple(weights.shape)}"
         raise UserError(f"{found}: expected (B, n) and (L, n, k)")
     n_layers, n_qubits, n_weights = weights.shape
-    sizes = (n_qubits, n_layers, n_weights)
-    chain = compile_circuit(circuit, *sizes, angles.dtype, angles.device)
+    how = (angles.dtype, angles.device)
+    chain = compile_circuit(circuit, n_qubits, n_layers, n_weights, *how)
     sites = site_tensors(chain, angles, weights)
     means = exact_means(sites)
     if shots is None:
@@ -2825,65 +2700,54 @@ def on_device(circuit: Callable, n_qubits: int, simulator: str, **how: object) -
 def check_circuit(settings: Settings) -> None:
     """Compares the simulator of a run with PennyLane's own, on the circuit of the run's arm.
 
-    Values and gradients, on at most five qubits and three layers. With shots it is the exact means
-    that are compared; of a PennyLane device also its measured values, within six deviations.
-    Raises UserError when they differ, when the device fails, and for a circuit that the exact
-    simulation cannot do.
+    Values and gradients, on at most five qubits and three layers; of a PennyLane device with shots
+    the measured values alone, within six deviations. Raises UserError when they differ, when the
+    device fails, and for a circuit that the exact simulation cannot do.
     """
     arm = ARMS[settings.arm]
     if arm.circuit is None:
         return
     circuit = with_noise(arm.circuit, settings.gate_noise, settings.readout_noise)
-    if settings.simulator == "exact":
+    is_exact = settings.simulator == "exact"
+    if is_exact:
         compile_circuit(circuit, settings.n_qubits, settings.n_layers, arm.n_weights)
 
     # Random inputs.
     n_qubits = min(settings.n_qubits, 5)
-    shape = (min(settings.n_layers, 3), n_qubits, arm.n_weights)
-    generator = random_stream(0, "check")
-    angles = torch.randn(n_qubits + 1, n_qubits, dtype=torch.float64, generator=generator)
-    weights = torch.randn(shape, dtype=torch.float64, generator=generator)
-    angles.requires_grad_()
-    weights.requires_grad_()
+    n_layers = min(settings.n_layers, 3)
+    kind = {"dtype": torch.float64, "generator": random_stream(0, "check")}
+    angles = torch.randn(n_qubits + 1, n_qubits, **kind).requires_grad_()
+    weights = torch.randn(n_layers, n_qubits, arm.n_weights, **kind).requires_grad_()
 
     # PennyLane's own simulator; channels, a circuit's own or --gate_noise's, need density matrices.
-    try:
-        operations = operations_of(circuit, angles, weights)
-    except UserError as error:
-        sizes = f"{n_qubits} qubits and {shape[0]} layers"
-        raise UserError(
-            f"{error} (it is tried on {sizes} before a run: write it for any)"
-        ) from None
+    operations = operations_of(circuit, angles, weights)
     has_channels = any(isinstance(one, qml.operation.Channel) for one in operations)
-    try:
+    mend = "; the input is to be indexed as angles[..., i]"
+    with explaining(f"{name_of(circuit)} does not run in PennyLane", mend):
         own = on_device(circuit, n_qubits, "default.mixed" if has_channels else "default.qubit")
         reference = values_and_gradients(own, angles, weights)
-    except Exception as error:  # a circuit is the user's own code
-        reason = " ".join(str(error).split())
-        found = f"{name_of(circuit)} does not run in PennyLane: {reason}"
-        raise UserError(f"{found}; the input is to be indexed as angles[..., i]") from error
 
-    if settings.simulator == "exact":
-        exact = partial(circuit_expectations, circuit=circuit)
-        error = (values_and_gradients(exact, angles, weights) - reference).abs().max()
-        if not error < 1e-5:  # PennyLane's channels are float32
-            found = f"--arm {settings.arm}: the exact simulation differs by {error:.1e}"
-            raise UserError(f"{found} from PennyLane's; {WAY_OUT}")
-        return
-
-    name, options, shots = settings.simulator, settings.simulator_options, settings.shots
-    try:
-        device = on_device(circuit, n_qubits, name, options=options, shots=shots)
-        if shots is None:
-            error = (values_and_gradients(device, angles, weights) - reference).abs().max()
+    # The run's simulator. Of the exact simulation the means are compared, with shots too.
+    shots = None if is_exact else settings.shots
+    what = f"--simulator {settings.simulator}"
+    mend = "if it samples, give --shots or its state-vector option"
+    if is_exact:
+        what = f"--arm {settings.arm}: the exact simulation"
+        mend = WAY_OUT
+    with explaining(f"{what} does not run the circuit"):
+        if is_exact:
+            simulate = partial(circuit_expectations, circuit=circuit)
         else:
-            values = device(angles, weights).flatten()
-            error = (values - reference[: len(values)]).abs().max()
-    except Exception as error:  # a plugin may raise anything; the reason is shown
-        raise UserError(f"--simulator {name} does not run the circuit: {error}") from None
-    if not error < (1e-5 if shots is None else 6 / math.sqrt(shots)):  # some use float32
-        found = f"--simulator {name} differs from PennyLane's own by {error:.1e}"
-        raise UserError(f"{found}: if it samples, give --shots or its state-vector option")
+            how = {"options": settings.simulator_options, "shots": shots}
+            simulate = on_device(circuit, n_qubits, settings.simulator, **how)
+        if shots is None:
+            found = values_and_gradients(simulate, angles, weights)
+        else:
+            found = simulate(angles, weights).flatten()
+
+    error = (found - reference[: len(found)]).abs().max()
+    if not error < (1e-5 if shots is None else 6 / math.sqrt(shots)):  # some have single precision
+        raise UserError(f"{what} differs by {error:.1e} from PennyLane's own; {mend}")
 
 
 if __name__ == "__main__":

@@ -395,7 +395,9 @@ def test_four_layers_of_cnots_run_and_five_are_refused():
 
 def test_more_weights_than_there_are_is_an_error_on_every_simulator():
     for simulator in ("exact", "default.qubit"):
-        with pytest.raises(qd.UserError, match="ising_circuit fails for 3 qubits: index 2 is out"):
+        with pytest.raises(
+            qd.UserError, match="ising_circuit fails for 3 qubits .*: index 2 is out"
+        ):
             qd.QuantumGate(8, qd.ising_circuit, 3, 1, 2, simulator=simulator)
 
 
@@ -637,7 +639,9 @@ def test_check_says_that_it_tries_other_sizes(monkeypatch):
             qml.RY(angles[..., i], wires=i)
 
     monkeypatch.setitem(qd.ARMS, "six", qd.Arm("for six qubits alone", for_six_alone, 1))
-    with pytest.raises(qd.UserError, match="it is tried on 5 qubits and 3 layers before a run"):
+    with pytest.raises(
+        qd.UserError, match="for 5 qubits .* check on at most 5 qubits and 3 layers"
+    ):
         qd.check_circuit(qd.Settings("six", n_qubits=6))
 
 
