@@ -1793,6 +1793,8 @@ def read_config(path: Path) -> dict:
     """A run's ``config.json``. Raises UserError when it is none, or an older version's."""
     with reading(path, "a run's configuration of this version"):
         config = json.loads(path.read_text())
+        if not all(isinstance(config.get(part, {}), dict) for part in IDENTITY):
+            raise ValueError(f"expected entries in {', '.join(IDENTITY)}")
         missing = {*IDENTITY, "model_sha256", "n_eval"} - config.keys()
         if missing or "classes" not in config["settings"]:
             raise ValueError(f"no {', '.join(sorted(missing)) or 'settings.classes'}")
@@ -1846,7 +1848,9 @@ def open_run(folder: Path, config: dict) -> Iterator[None]:
         lock = filelock.FileLock(folder / ".lock").acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(f"{folder} is in use by another process") from None
-    except (OSError, NotImplementedError) as error:  # read only, or a disk without locks
+    except PermissionError as error:
+        raise UserError(f"{folder} is another user's, or read only ({error.strerror})") from None
+    except (OSError, NotImplementedError) as error:  # a disk without locks
         with contextlib.suppress(OSError):
             folder.rmdir()
         found = f"{folder}: no file can be locked there ({error})"
