@@ -10,11 +10,10 @@ images (the floor).
     python cal_fid_ssim.py runs/* more/* --out study --margin 3     # FID: different, equivalent?
     python cal_fid_ssim.py runs/quantum_mnist3_nall_seed0 --protocol paper
 
-The file in its order: the metrics, which know arrays and images only; the networks that make
-features of images; a run and the real images beside it; what is compared with what, and the tests
-of relative differences; tables; figures; the published procedure; the command line.
-cal_fid_ssim_medmnist.py does the same for PathMNIST. debug_img.py splits pictures, and holds what
-all three command lines share: printing, errors, figures.
+The file in its order: what is measured; runs and real images; features; the metrics; a run beside
+real images; what is compared with what, and the tests; tables; figures; the published procedure;
+the command line. cal_fid_ssim_medmnist.py does the same for PathMNIST. debug_img.py holds what all
+command lines share: printing, errors, saving figures.
 """
 
 import argparse
@@ -25,6 +24,7 @@ import hashlib
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,6 @@ import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
 from scipy import linalg, stats
 from skimage.metrics import structural_similarity
 from torch import Tensor, nn
@@ -45,36 +44,10 @@ from tqdm import tqdm
 
 import quantum_diffusion_mnist as mnist
 from debug_img import OneLineParser, exit_codes, note, one_line, save_figure, say, show_tiles
-from quantum_diffusion_mnist import (
-    ARMS,
-    TILE_PADDING,
-    UserError,
-    load_tensors,
-    random_stream,
-    reading,
-    to_float,
-    write_atomic,
-)
-
-# How the metrics are taken.
-FID_WARNING_BELOW = 1000  # images
-FID_INFINITY_SIZES = 15  # subsets
-NEIGHBOURS = 3  # k of precision and recall
-SSIM_PAIRS = 2000  # at most so many pairs make ssim_diversity
-FLOOR_DRAWS = 5  # samples of real images whose mean is the floor
-ONE_DRAW_ABOVE = 1000  # images: of larger samples one is enough
-SSIM_BORDER = 3  # pixels: half of SSIM's 7x7 window
-SSIM_CHUNK = 100  # images at once, each with a dozen arrays of its size in float64
-CHUNK = 500  # images, or rows of a kernel or distance matrix, that are in memory at once
-CLASSIFIER_STEPS = 1000
-CLASSIFIER_BATCH = 128  # images
-
-# The published procedure.
-PAPER_IMAGES = 5
-PAPER_METRICS = ("fid", "ssim_paired")
-PAPER_DRAWS = 100  # times PAPER_IMAGES real images are scored in the same way, for comparison
+from quantum_diffusion_mnist import ARMS, UserError, random_stream, reading, write_atomic
 
 
+# ---------------------------------------------------------------------------- what is measured
 class Metric(NamedTuple):
     """How tables and figures show a metric."""
 
@@ -82,267 +55,139 @@ class Metric(NamedTuple):
     form: str  # of str.format
 
 
-METRICS = {  # by their key in metrics.json
+METRICS = {  # by their key in metrics.json and comparison.csv
+    # Sets of images, compared by their features.
     "fid": Metric("FID", "{:.3g}"),
-    "fid_ratio": Metric("FID / real", "{:.2f}"),
+    "fid_ratio": Metric("FID / real", "{:.2f}"),  # over FID of as many real images
     "fid_infinity": Metric("FID∞", "{:.3g}"),
     "kid": Metric("KID", "{:.3g}"),
     "precision": Metric("precision", "{:.3f}"),
     "recall": Metric("recall", "{:.3f}"),
+    # Pairs of images: arbitrary ones, generated ones, each with its nearest training image.
     "ssim_paired": Metric("SSIM paired", "{:.4f}"),
     "ssim_diversity": Metric("SSIM diversity", "{:.4f}"),
     "ssim_nearest": Metric("SSIM nearest", "{:.4f}"),
+    # The classifier, and the search for copies of training images.
     "label_accuracy": Metric("label accuracy", "{:.3f}"),
     "distance_ratio": Metric("distance ratio", "{:.3f}"),
     "near_copies": Metric("near copies", "{:.3f}"),
 }
 
-# What is compared with what.
 FLOOR = "real images (floor)"
-SAME_IN_A_PAIR = ["data", "features", "conditional", "n_train", "label", "seed"]
-BUDGET = ["steps", "batch_size", "lr", "muon_lr", "ema_decay"]  # what all runs should have alike
-BUDGET += ["n_qubits", "n_layers", "timesteps", "sample_steps"]
-BASELINES = ("matched", "classical")  # control arms: every other arm is compared with each
-FIGURE_BASELINE = "matched"  # the differences to it are drawn
-DECIDING_UNITS = 5  # seeds, or independent pairs: with fewer the verdict is "too few"
-SIGNIFICANCE = 0.05  # of the tests of relative differences
-MARGIN = 4.0  # per cent of FID: a mean difference within it is none
-CLOSEST_PAIRS = 10  # of a run, in its closest_pairs.png
-
-# Figures.
-OVERVIEW_COLUMNS = 12  # images in a row of overview.png, about
-FOREST_LINE = 32  # characters of a comparison that forest.png has in one line
-FIGURE_METRICS = ["fid", "kid", "precision", "recall"]
-FIGURE_METRICS += ["ssim_diversity", "label_accuracy", "distance_ratio", "near_copies"]
-FLOOR_COLOUR = "#666666"
-OTHER_COLOUR = "#999999"  # of the user's own arms; their markers tell them apart
-ARM_COLOURS = {  # Okabe & Ito
-    "classical": "#000000",
-    "matched": "#E69F00",
-    "quantum": "#0072B2",
-    "published": "#D55E00",
-    "product": "#009E73",
-    "frozen": "#CC79A7",
-    "se": "#56B4E9",
-}
-MARKERS = "os^DvpP*X"  # of the variants that share a colour: an arm under its conditions
+FLOOR_DRAWS = 5  # samples of real images whose mean is the floor
+ONE_DRAW_ABOVE = 1000  # images: of larger samples one is enough
+FID_WARNING_BELOW = 1000  # images
+CHUNK = 500  # images, or rows of a kernel or distance matrix, that are in memory at once
 
 
-# ----------------------------------------------------------------------------------- metrics
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Fréchet distance of two Gaussians fitted to features (n, d) and (m, d) (Heusel et al. 2017).
-
-        |mean_a - mean_b|^2 + tr A + tr B - 2 tr (A B)^(1/2)
-
-    A and B are the covariances (divided by n - 1). Let A = X.T X and B = Y.T Y: the eigenvalues of
-    A B are those of (X Y.T)(X Y.T).T, the squared singular values of X Y.T, and the trace of the
-    root is their sum. This works for covariances of any rank; scipy's sqrtm does not. Both sets
-    have 2 or more images. Raises UserError for features that are not finite.
-    """
-    means = []
-    factors = []  # X (min(n, d), d) and Y (min(m, d), d)
-    for features in (a, b):
-        if not np.isfinite(features).all():
-            raise UserError("features are not finite: the images or the weights are bad")
-        mean = features.mean(axis=0, dtype=np.float64)
-        centred = (features - mean) / np.sqrt(len(features) - 1)  # centred.T centred = covariance
-        means.append(mean)
-        factors.append(np.linalg.qr(centred, mode="r"))  # R.T R = centred.T centred
-
-    # The three terms of the formula.
-    x, y = factors
-    between_means = ((means[0] - means[1]) ** 2).sum()
-    traces = (x**2).sum() + (y**2).sum()
-    cross = linalg.svdvals(x @ y.T).sum()
-    return float(between_means + traces - 2 * cross)
-
-
-def frechet_infinity(features: np.ndarray, reference: np.ndarray, seed: int) -> float:
-    """FID extrapolated to infinitely many generated images (Chong & Forsyth 2020, section 4).
-
-    The bias of FID is linear in 1/n: a line through FID_INFINITY_SIZES subsets of n/4 to n images
-    is read off at 1/n = 0. features (n, d), reference (m, d). NaN below n = 8 d: the smallest
-    subset, n / 4, would have fewer than 2 d images, too few for the 1/n law.
-    """
-    n, d = features.shape
-    if n < 8 * d:
-        return math.nan
-
-    # FID of random subsets of rising size.
-    sizes = np.linspace(n / 4, n, FID_INFINITY_SIZES).astype(int)
-    generator = random_stream(seed, "fid_infinity")
-    values = []
-    for size in sizes:
-        subset = torch.randperm(n, generator=generator)[:size]
-        values.append(frechet_distance(features[subset], reference))
-
-    # The line's value at 1/n = 0.
-    _slope, at_infinity = np.polyfit(1 / sizes, values, deg=1)
-    return float(at_infinity)
-
-
-def kernel_distance(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """KID: unbiased squared MMD with the kernel (x.y / d + 1)^3, and its standard error.
-
-    Bińkowski et al. 2018, section 4, over all pairs instead of random blocks; a (n, d), b (m, d).
-    The standard error is the two-sample jackknife's, which leaves out each image once; NaN for
-    fewer than 3 images. It is too large where both sets have one distribution.
-    """
-    n, d = a.shape
-    m = len(b)
-
-    # Each image's kernel with the others of its set (without itself), and with the other set.
-    within_a = kernel_row_sums(a, a) - ((a * a).sum(axis=1) / d + 1) ** 3  # (n,)
-    within_b = kernel_row_sums(b, b) - ((b * b).sum(axis=1) / d + 1) ** 3  # (m,)
-    across_a = kernel_row_sums(a, b)  # (n,)
-    across_b = kernel_row_sums(b, a)  # (m,)
-
-    aa = within_a.sum()
-    bb = within_b.sum()
-    ab = across_a.sum()
-    distance = float(unbiased_mmd(aa, bb, ab, n, m))
-    if min(n, m) < 3:
-        return distance, math.nan
-
-    # Leaving image i of a out removes row i and column i of the kernel: 2 * within_a[i] from aa,
-    # across_a[i] from ab.
-    without_a = unbiased_mmd(aa - 2 * within_a, bb, ab - across_a, n - 1, m)  # (n,)
-    without_b = unbiased_mmd(aa, bb - 2 * within_b, ab - across_b, n, m - 1)  # (m,)
-
-    # The jackknife's variance of a set: (n - 1) / n times the sum of squared deviations from the
-    # mean, hence (n - 1) var, as numpy's var divides by n. Those of the two sets add.
-    variance = (n - 1) * without_a.var() + (m - 1) * without_b.var()
-    return distance, float(np.sqrt(variance))
-
-
-def kernel_row_sums(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The sums over all rows of y (m, d) of their kernel with each row of x (n, d): (n,)."""
-    sums = []
-    for start in range(0, len(x), CHUNK):
-        kernel = (x[start : start + CHUNK] @ y.T / x.shape[1] + 1) ** 3  # (chunk, m)
-        sums.append(kernel.sum(axis=1))
-    return np.concatenate(sums)
-
-
-def unbiased_mmd(aa: ArrayLike, bb: ArrayLike, ab: ArrayLike, n: int, m: int) -> np.ndarray:
-    """Squared MMD from kernel sums: aa, bb within each set (no image with itself), ab across.
-
-    n and m are the sets' sizes. A sum is an array where it has a value for each image left out.
-    """
-    return aa / (n * (n - 1)) + bb / (m * (m - 1)) - 2 * ab / (n * m)
-
-
-def precision_recall(real: np.ndarray, generated: np.ndarray, k: int) -> tuple[float, float]:
-    """Improved precision and recall (Kynkäänniemi et al. 2019, section 3), each in [0, 1].
-
-    Precision: share of generated features inside a ball around some real feature that reaches to
-    its k-th nearest other real feature; recall: the two sets exchanged. A point on a ball's surface
-    is inside. real (n, d), generated (m, d); n and m should be equal. NaN with k or fewer images.
-    """
-    if min(len(real), len(generated)) <= k:
-        return math.nan, math.nan
-    real = torch.from_numpy(real)
-    generated = torch.from_numpy(generated)
-    precision = share_in_balls(generated, real, k)
-    recall = share_in_balls(real, generated, k)
-    return precision, recall
-
-
-def share_in_balls(points: Tensor, centres: Tensor, k: int) -> float:
-    """Share of points (n, d) in a ball around a centre (m, d) up to its k-th nearest other one."""
-    distance = exact_distance(centres, centres)  # (m, m), 0 to itself: hence k + 1
-    radii = distance.kthvalue(k + 1).values  # (m,)
-    inside = (exact_distance(points, centres) <= radii).any(dim=1)  # (n,)
-    return inside.double().mean().item()
-
-
-def exact_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Distances of rows (n, d) and (m, d): (n, m). Exactly zero for equal rows.
-
-    torch's default, |x|^2 + |y|^2 - 2 x.y, gives small distances that are not zero.
-    """
-    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def ssim(a: Tensor, b: Tensor) -> float:
-    """Mean SSIM (Wang et al. 2004) of image i of ``a`` against image i of ``b``; 1 for equal ones.
-
-    Images (N, C, H, W) uint8; the longer set is cut to the length of the shorter. scikit-image's
-    defaults: a uniform 7x7 window, so that 22x22 of 28x28 pixels count (the 11x11 Gaussian window
-    leaves 18x18); colour: the mean over the channels.
-    """
-    n = min(len(a), len(b))
-    width = a.shape[-1]
-    means = []  # one value for each image, in chunks
-    for start in range(0, n, SSIM_CHUNK):
-        end = min(start + SSIM_CHUNK, n)
-
-        # One call for all images, stacked into one tall picture (chunk C H, W). Windows across the
-        # border of two images mix them, but only within SSIM_BORDER of it, which SSIM leaves out.
-        _mean, values = structural_similarity(
-            a[start:end].reshape(-1, width).numpy(),
-            b[start:end].reshape(-1, width).numpy(),
-            data_range=255,
-            full=True,
-        )  # values: (chunk C H, W)
-        inner = slice(SSIM_BORDER, -SSIM_BORDER)
-        values = values.reshape(end - start, *a.shape[1:])[..., inner, inner]
-        means.append(values.mean(axis=(1, 2, 3)))
-    return float(np.concatenate(means).mean())
-
-
-def ssim_diversity(images: Tensor, seed: int) -> float:
-    """Mean SSIM over pairs of the images (N, C, H, W) uint8: 1 means that all are the same.
-
-    Over all pairs, or over SSIM_PAIRS random ones when there are more.
-    """
-    n = len(images)
-    if n * (n - 1) // 2 <= SSIM_PAIRS:
-        first, second = torch.combinations(torch.arange(n)).T
-    else:
-        generator = random_stream(seed, "ssim_diversity")
-        first = torch.randint(n, (SSIM_PAIRS,), generator=generator)
-        offset = torch.randint(1, n, (SSIM_PAIRS,), generator=generator)
-        second = (first + offset) % n  # never the same image
-
-    return ssim(images[first], images[second])
-
-
+# ----------------------------------------------------------------------- runs and real images
 def pixels(images: Tensor) -> Tensor:
     """What of digits is compared in the search for copies: the images as they are."""
     return images
 
 
-def nearest_images(
-    images: Tensor, training: Tensor, copy_features: Callable[[Tensor], Tensor] = pixels
-) -> tuple[np.ndarray, np.ndarray]:
-    """For each image its nearest training image: (distance, index), each (N,).
+@dataclass(frozen=True)
+class DataSet:
+    """What differs between the MNIST and the PathMNIST command line."""
 
-    Images (N, C, H, W) and (M, C, H, W) uint8. ``copy_features`` makes whole numbers of them, and
-    the distance is the root mean square difference of these over 255: of pixels 1 from black to
-    white.
-    """
-    a = copy_features(images).flatten(1).double()  # (N, d)
-    a_squared = a.square().sum(dim=1, keepdim=True)  # (N, 1)
+    module: Any  # the training script: load_images, select_images, symmetries, CLASS_NAMES
+    held_out_split: dict[str, str]  # by data source, as in a run's settings, for example "test"
+    paper_scores: dict[str, tuple[float, float]]  # by arm: FID and paired SSIM that it printed
+    own_extractors: dict[str, Callable[[Tensor], "Extractor"]]  # more --features; first: default
+    # What of images (N, C, H, W) uint8 is compared in the search for copies: whole numbers.
+    copy_features: Callable[[Tensor], Tensor]
 
-    # The nearest so far; the training images in pieces, as a whole class may be 100,000.
-    smallest = torch.full((len(a),), math.inf, dtype=torch.float64)
-    index = torch.zeros(len(a), dtype=torch.int64)
-    for start in range(0, len(training), CHUNK):
-        b = copy_features(training[start : start + CHUNK]).flatten(1).double()  # (chunk, d)
 
-        # |x - y|^2, (N, chunk): exact (a copy has 0), as float64 holds whole numbers below 2^53.
-        squared = a_squared + b.square().sum(dim=1) - 2 * (a @ b.T)
-        nearest = squared.min(dim=1)
-        is_nearer = nearest.values < smallest
-        smallest = torch.where(is_nearer, nearest.values, smallest)
-        index = torch.where(is_nearer, start + nearest.indices, index)
+MNIST = DataSet(
+    module=mnist,
+    held_out_split={"mnist": "test", "digits": "test"},
+    paper_scores={"classical": (271.05, 0.1085), "quantum": (259.25, 0.1263)},
+    own_extractors={},
+    copy_features=pixels,
+)
 
-    distance = (smallest / a.shape[1]).sqrt() / 255
-    return distance.numpy(), index.numpy()
+
+class Split(NamedTuple):
+    """Images with the classes that they show or were asked to show."""
+
+    images: Tensor  # (N, C, H, W) uint8
+    labels: Tensor | int  # (N,), or one for all
+
+    def of_class(self, label: int) -> Tensor:
+        """The images (n, C, H, W) of one class."""
+        return self.images[self.labels == label]
+
+
+class Run(NamedTuple):
+    """A finished run."""
+
+    folder: Path
+    condition: str  # for example "conditional_shots1000"; "": a single class's model, ideal
+    settings: dict[str, Any]  # config.json's
+    trained_on: dict[str, Any]  # config.json's description of the training images
+    images: dict[int, Tensor]  # the final ones by class, each (n, C, 28, 28) uint8
+
+    @property
+    def conditional(self) -> bool:
+        """Whether one model made the images of several classes."""
+        return len(self.images) > 1
+
+
+def read_run(folder: Path, dataset: DataSet) -> Run:
+    """Read a run folder. Raises UserError when it is none, unfinished, or of another data set."""
+    config = mnist.read_config(folder / "config.json")
+    settings = config["settings"]
+    source = settings.get("data")
+    if source not in dataset.held_out_split:
+        scripts = "cal_fid_ssim.py measures MNIST, cal_fid_ssim_medmnist.py PathMNIST"
+        raise UserError(f"{folder}: data set {source}; {scripts}")
+
+    # Its final images: n_eval, or fewer while they are still sampled.
+    grid = folder / "samples_final.png"
+    if not grid.exists():
+        command = config.get("command", "")  # makes the run, or finishes it
+        raise UserError(f"{folder}: not finished, no {grid.name}; {command}")
+    images = mnist.load_grid(grid)
+    classes = settings["classes"]
+    n = len(images) / len(classes)
+    if n != config["n_eval"] or n < 2:
+        expected = f"expected n_eval = {config['n_eval']} of config.json, and at least 2"
+        raise UserError(f"{grid}: {n:g} images of each class, {expected}")
+
+    condition = config["condition"]
+    return Run(
+        folder=folder,
+        condition=f"conditional_{condition}".strip("_") if len(classes) > 1 else condition,
+        settings=settings,
+        trained_on=config["images"],
+        images=dict(zip(classes, images.chunk(len(classes)), strict=True)),
+    )
+
+
+def read_runs(folders: Sequence[Path], dataset: DataSet) -> list[Run]:
+    """Read the run folders; raises UserError for runs that do not belong into one table."""
+    runs = [read_run(folder, dataset) for folder in folders]
+    sources = sorted({run.settings["data"] for run in runs})
+    if len(sources) > 1:
+        raise UserError(f"mixed data sets: {', '.join(sources)}; evaluate each by itself")
+
+    # Two runs of one cell of the table cannot both be shown.
+    seen: dict[tuple, Run] = {}
+    for run in runs:
+        for label in run.images:
+            settings = [run.settings[name] for name in ("arm", "n_train", "seed", "steps")]
+            other = seen.setdefault((run.condition, label, *settings), run)
+            if other is not run:
+                alike = "have the same arm, condition, class, size, seed and steps"
+                raise UserError(f"{other.folder} and {run.folder} {alike}; evaluate each by itself")
+    return runs
 
 
 # -------------------------------------------------------------- networks: from images to features
+CLASSIFIER_STEPS = 1000
+CLASSIFIER_BATCH = 128  # images
+
+
 @dataclass(frozen=True)
 class Extractor:
     """A network and how images are prepared for it. Features depend on nothing else."""
@@ -351,8 +196,6 @@ class Extractor:
     preprocessing: str  # in words, for the record
     model: nn.Module
     prepare: Callable[[Tensor], Tensor]  # uint8 (N, C, H, W) to what the model takes
-    channels: int  # grey images are repeated to as many
-    size: int  # features of an image
     device: torch.device | str
     batch: int = 100  # images at once, which changes memory and time alone
 
@@ -364,23 +207,11 @@ class Extractor:
 
     def features(self, images: Tensor) -> np.ndarray:
         """Features (N, d) float64 of images (N, C, H, W) uint8."""
-        features = np.empty((len(images), self.size))
+        features = []
         with torch.inference_mode():
-            starts = range(0, len(images), self.batch)
-            for start in tqdm(starts, self.name, delay=2, leave=False):
-                part = images[start : start + self.batch].expand(-1, self.channels, -1, -1)
-                computed = self.model(self.prepare(part).to(self.device)).double()
-                features[start : start + self.batch] = computed.cpu().numpy()
-        return features
-
-
-@contextlib.contextmanager
-def optional(path: Path) -> Iterator[None]:
-    """Makes a file that is not worth stopping for: when that fails, a note says so."""
-    try:
-        yield
-    except (UserError, OSError) as error:
-        note(f"{path} not written ({one_line(error)})")
+            for part in tqdm(images.split(self.batch), self.name, delay=2, leave=False):
+                features.append(self.model(self.prepare(part).to(self.device)).double().cpu())
+        return torch.cat(features).numpy()
 
 
 def content_hash(*tensors: Tensor) -> str:
@@ -390,6 +221,15 @@ def content_hash(*tensors: Tensor) -> str:
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(tensor.cpu().contiguous().numpy())
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def optional(path: Path) -> Iterator[None]:
+    """Makes a file that is not worth stopping for: when that fails, a note says so."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        note(f"{path} not written ({one_line(error)})")
 
 
 def cached(
@@ -404,7 +244,7 @@ def cached(
     path = folder / f"{kind}_{name}.pt"
     try:
         if path.exists():
-            return load_tensors(path, f"{kind} of an earlier evaluation")
+            return mnist.load_tensors(path, f"{kind} of an earlier evaluation")
     except (UserError, OSError) as error:  # damaged, or another user's
         note(f"{one_line(error)}: made again")
 
@@ -465,9 +305,7 @@ def inception_extractor(weights: Path | None, device: torch.device | str) -> Ext
         name="inception",
         preprocessing=str(official.transforms()),
         model=model.eval().to(device),
-        prepare=official.transforms(),
-        channels=3,
-        size=2048,
+        prepare=lambda images: official.transforms()(images.expand(-1, 3, -1, -1)),
         device=device,
         batch=25,  # of 299x299 pixels
     )
@@ -479,9 +317,7 @@ def classifier_extractor(classifier: nn.Sequential, device: torch.device | str) 
         name="classifier",
         preprocessing="x / 127.5 - 1",
         model=copy.deepcopy(classifier[:-1]).to(device),  # a copy: to() moves what it is called on
-        prepare=to_float,
-        channels=classifier[0].in_channels,
-        size=64,
+        prepare=mnist.to_float,
         device=device,
     )
 
@@ -530,7 +366,7 @@ def train_classifier(images: Tensor, labels: Tensor, seed: int) -> nn.Sequential
 
         # All of its images are shifted alike, cyclically.
         shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
-        batch = to_float(images[chosen]).roll(shift, dims=(2, 3))  # (B, C, 28, 28)
+        batch = mnist.to_float(images[chosen]).roll(shift, dims=(2, 3))  # (B, C, 28, 28)
         loss = F.cross_entropy(model(batch), labels[chosen])
 
         optimizer.zero_grad()
@@ -552,7 +388,7 @@ def scale_features(classifier: nn.Sequential, images: Tensor) -> None:
     before_features = classifier[-3]  # Linear, ReLU behind it
     after_features = classifier[-1]  # Linear, to the classes
     with torch.no_grad():
-        scale = classifier[:-1](to_float(images)).square().mean().sqrt()
+        scale = classifier[:-1](mnist.to_float(images)).square().mean().sqrt()
         before_features.weight /= scale
         before_features.bias /= scale
         after_features.weight *= scale
@@ -561,19 +397,8 @@ def scale_features(classifier: nn.Sequential, images: Tensor) -> None:
 def accuracy(classifier: nn.Sequential, images: Tensor, labels: Tensor | int) -> float:
     """Share of images (N, C, 28, 28) uint8 that are given these labels, (N,) or one for all."""
     with torch.inference_mode():
-        guesses = [classifier(to_float(part)).argmax(dim=1) for part in images.split(CHUNK)]
+        guesses = [classifier(mnist.to_float(part)).argmax(dim=1) for part in images.split(CHUNK)]
     return (torch.cat(guesses) == labels).double().mean().item()
-
-
-class Split(NamedTuple):
-    """Real images of one split of a data set, all classes."""
-
-    images: Tensor  # (N, C, H, W) uint8
-    labels: Tensor  # (N,)
-
-    def of_class(self, label: int) -> Tensor:
-        """The images (n, C, H, W) of one class."""
-        return self.images[self.labels == label]
 
 
 def load_classifier(
@@ -581,9 +406,7 @@ def load_classifier(
 ) -> tuple[nn.Sequential, dict[str, Any]]:
     """The data set's classifier and its record, trained when ``folder`` has none of that record.
 
-    The record: source, seed, steps, content hash of the training images and labels, and for each
-    split that it is tested on "n_test" images and "test_accuracy". Raises UserError when there is
-    but one class.
+    tested_on: by name of the split. Raises UserError when there is but one class.
     """
     if len(train.labels.unique()) < 2:
         ways_out = "--features none or inception, or leave --features out"
@@ -596,91 +419,274 @@ def load_classifier(
         "n_train": len(train.images),
         "trained_on": content_hash(train.images, train.labels),
     }
-    for name, split in tested_on.items():
-        record[f"n_{name}"] = len(split.images)
+    record |= {f"n_{name}": len(split.images) for name, split in tested_on.items()}
 
     def make() -> dict[str, Any]:
         trained = train_classifier(train.images, train.labels, seed)
-        accuracies = {}
-        for name, split in tested_on.items():
-            accuracies[f"{name}_accuracy"] = accuracy(trained, split.images, split.labels)
+        accuracies = {f"{name}_accuracy": accuracy(trained, *tested_on[name]) for name in tested_on}
         return {"weights": trained.state_dict(), "accuracies": accuracies}
 
     kept = cached(folder, "classifier", record, make)
     model = build_classifier(train.images.shape[1], int(train.labels.max()) + 1, seed)
     model.load_state_dict(kept["weights"])
-    return model.eval(), record | kept["accuracies"]
+    return model.eval(), record | kept["accuracies"]  # "n_test": 360, "test_accuracy": 0.98
 
 
-# ----------------------------------------------------------- a run, and real images beside it
-@dataclass(frozen=True)
-class DataSet:
-    """What differs between the MNIST and the PathMNIST command line."""
-
-    module: Any  # the training script: load_images, select_images, symmetries, CLASS_NAMES
-    held_out_split: dict[str, str]  # by data source, as in a run's settings, for example "test"
-    paper_scores: dict[str, tuple[float, float]]  # by arm: FID and paired SSIM that it printed
-    own_extractors: dict[str, Callable[[Tensor], Extractor]]  # more --features; the first: default
-    # What of images (N, C, H, W) uint8 is compared in the search for copies: whole numbers.
-    copy_features: Callable[[Tensor], Tensor]
+# ----------------------------------------------------------------------------------- metrics
+FID_INFINITY_SIZES = 15  # subsets
+NEIGHBOURS = 3  # k of precision and recall
+SSIM_PAIRS = 2000  # at most so many pairs make ssim_diversity
+SSIM_BORDER = 3  # pixels: half of SSIM's 7x7 window
+SSIM_CHUNK = 100  # images at once, each with a dozen arrays of its size in float64
 
 
-MNIST = DataSet(
-    module=mnist,
-    held_out_split={"mnist": "test", "digits": "test"},
-    paper_scores={"classical": (271.05, 0.1085), "quantum": (259.25, 0.1263)},
-    own_extractors={},
-    copy_features=pixels,
-)
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Fréchet distance of two Gaussians fitted to features (n, d) and (m, d) (Heusel et al. 2017).
+
+        |mean_a - mean_b|^2 + tr A + tr B - 2 tr (A B)^(1/2)
+
+    A and B are the covariances (divided by n - 1). Let A = X.T X and B = Y.T Y: the eigenvalues of
+    A B are those of (X Y.T)(X Y.T).T, the squared singular values of X Y.T, and the trace of the
+    root is their sum. This works for covariances of any rank; scipy's sqrtm does not. Both sets
+    have 2 or more images. Raises UserError for features that are not finite.
+    """
+    means = []
+    factors = []  # X (min(n, d), d) and Y (min(m, d), d)
+    for features in (a, b):
+        if not np.isfinite(features).all():
+            raise UserError("features are not finite: the images or the weights are bad")
+        mean = features.mean(axis=0, dtype=np.float64)
+        centred = (features - mean) / np.sqrt(len(features) - 1)  # centred.T centred = covariance
+        means.append(mean)
+        factors.append(np.linalg.qr(centred, mode="r"))  # R.T R = centred.T centred
+
+    # The three terms of the formula.
+    x, y = factors
+    between_means = ((means[0] - means[1]) ** 2).sum()
+    traces = (x**2).sum() + (y**2).sum()
+    cross = linalg.svdvals(x @ y.T).sum()
+    return float(between_means + traces - 2 * cross)
 
 
-class Run(NamedTuple):
-    """A finished run."""
+def frechet_infinity(features: np.ndarray, reference: np.ndarray, seed: int) -> float:
+    """FID extrapolated to infinitely many generated images (Chong & Forsyth 2020, section 4).
 
-    folder: Path
-    condition: str  # for example "conditional_shots1000"; "": a single class's model, ideal
-    settings: dict[str, Any]  # config.json's
-    trained_on: dict[str, Any]  # config.json's description of the training images
-    images: dict[int, Tensor]  # the final ones by class, each (n, C, 28, 28) uint8
+    The bias of FID is linear in 1/n: a line through FID_INFINITY_SIZES subsets of n/4 to n images
+    is read off at 1/n = 0. features (n, d), reference (m, d). NaN below n = 8 d: the smallest
+    subset, n / 4, would have fewer than 2 d images, too few for the 1/n law.
+    """
+    n, d = features.shape
+    if n < 8 * d:
+        return math.nan
 
-    @property
-    def conditional(self) -> bool:
-        """Whether one model made the images of several classes."""
-        return len(self.images) > 1
+    # FID of random subsets of rising size.
+    sizes = np.linspace(n / 4, n, FID_INFINITY_SIZES).astype(int)
+    generator = random_stream(seed, "fid_infinity")
+    values = []
+    for size in sizes:
+        subset = torch.randperm(n, generator=generator)[:size]
+        values.append(frechet_distance(features[subset], reference))
+
+    # The line's value at 1/n = 0.
+    _slope, at_infinity = np.polyfit(1 / sizes, values, deg=1)
+    return float(at_infinity)
 
 
-def read_run(folder: Path, dataset: DataSet) -> Run:
-    """Read a run folder. Raises UserError when it is none, unfinished, or of another data set."""
-    config = mnist.read_config(folder / "config.json")
-    settings = config["settings"]
-    source = settings.get("data")
-    if source not in dataset.held_out_split:
-        scripts = "cal_fid_ssim.py measures MNIST, cal_fid_ssim_medmnist.py PathMNIST"
-        raise UserError(f"{folder}: data set {source}; {scripts}")
+def kernel_distance(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """KID: unbiased squared MMD with the kernel (x.y / d + 1)^3, and its standard error.
 
-    # Its final images: n_eval, or fewer while they are still sampled.
-    grid = folder / "samples_final.png"
-    if not grid.exists():
-        command = config.get("command", "")  # makes the run, or finishes it
-        raise UserError(f"{folder}: not finished, no {grid.name}; {command}")
-    images = mnist.load_grid(grid)
-    classes = settings["classes"]
-    n = len(images) / len(classes)
-    if n != config["n_eval"] or n < 2:
-        expected = f"expected n_eval = {config['n_eval']} of config.json, and at least 2"
-        raise UserError(f"{grid}: {n:g} images of each class, {expected}")
+    Bińkowski et al. 2018, section 4, over all pairs instead of random blocks. The mean kernel of
+    two images of a (n, d), plus that of two of b (m, d), minus twice that of one of each:
 
-    conditional = "conditional" if len(classes) > 1 else ""
-    condition = "_".join(word for word in (conditional, config["condition"]) if word)
-    return Run(
-        folder=folder,
-        condition=condition,
-        settings=settings,
-        trained_on=config["images"],
-        images=dict(zip(classes, images.chunk(len(classes)), strict=True)),
+        MMD^2 = aa / (n (n - 1)) + bb / (m (m - 1)) - 2 ab / (n m)
+
+    The standard error is the two-sample jackknife's, which leaves out each image once; NaN for
+    fewer than 3 images. It is too large where both sets have one distribution.
+    """
+    n, d = a.shape
+    m = len(b)
+
+    def mmd(aa: Any, bb: Any, ab: Any, n: int, m: int) -> Any:
+        """The formula, for one sum or an array of sums."""
+        return aa / (n * (n - 1)) + bb / (m * (m - 1)) - 2 * ab / (n * m)
+
+    # Each image's kernel with the others of its set (without itself), and with the other set.
+    within_a = kernel_row_sums(a, a) - ((a * a).sum(axis=1) / d + 1) ** 3  # (n,)
+    within_b = kernel_row_sums(b, b) - ((b * b).sum(axis=1) / d + 1) ** 3  # (m,)
+    across_a = kernel_row_sums(a, b)  # (n,)
+    across_b = kernel_row_sums(b, a)  # (m,)
+
+    aa = within_a.sum()
+    bb = within_b.sum()
+    ab = across_a.sum()
+    distance = float(mmd(aa, bb, ab, n, m))
+    if min(n, m) < 3:
+        return distance, math.nan
+
+    # Leaving image i of a out removes row i and column i of the kernel: 2 * within_a[i] from aa,
+    # across_a[i] from ab.
+    without_a = mmd(aa - 2 * within_a, bb, ab - across_a, n - 1, m)  # (n,)
+    without_b = mmd(aa, bb - 2 * within_b, ab - across_b, n, m - 1)  # (m,)
+
+    # The jackknife's variance of a set: (n - 1) / n times the sum of squared deviations from the
+    # mean, hence (n - 1) var, as numpy's var divides by n. Those of the two sets add.
+    variance = (n - 1) * without_a.var() + (m - 1) * without_b.var()
+    return distance, float(np.sqrt(variance))
+
+
+def kernel_row_sums(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The sums over all rows of y (m, d) of their kernel with each row of x (n, d): (n,)."""
+    sums = []
+    for start in range(0, len(x), CHUNK):
+        kernel = (x[start : start + CHUNK] @ y.T / x.shape[1] + 1) ** 3  # (chunk, m)
+        sums.append(kernel.sum(axis=1))
+    return np.concatenate(sums)
+
+
+def precision_recall(real: np.ndarray, generated: np.ndarray, k: int) -> tuple[float, float]:
+    """Improved precision and recall (Kynkäänniemi et al. 2019, section 3), each in [0, 1].
+
+    Precision: share of generated features inside a ball around some real feature that reaches to
+    its k-th nearest other real feature; recall: the two sets exchanged. A point on a ball's surface
+    is inside. real (n, d), generated (m, d); n and m should be equal. NaN with k or fewer images.
+    """
+    if min(len(real), len(generated)) <= k:
+        return math.nan, math.nan
+
+    # Distances that are exactly zero for equal rows; of torch's default they are not.
+    distance = functools.partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
+    real = torch.from_numpy(real)
+    generated = torch.from_numpy(generated)
+
+    # Radii up to the k-th nearest other: k + 1, as each is its own nearest.
+    real_radii = distance(real, real).kthvalue(k + 1).values  # (n,)
+    generated_radii = distance(generated, generated).kthvalue(k + 1).values  # (m,)
+    between = distance(generated, real)  # (m, n)
+    is_precise = (between <= real_radii).any(dim=1)  # (m,)
+    is_recalled = (between <= generated_radii[:, None]).any(dim=0)  # (n,)
+    return is_precise.double().mean().item(), is_recalled.double().mean().item()
+
+
+def ssim(a: Tensor, b: Tensor) -> float:
+    """Mean SSIM (Wang et al. 2004) of image i of ``a`` against image i of ``b``; 1 for equal ones.
+
+    Images (N, C, H, W) uint8; the longer set is cut to the length of the shorter. scikit-image's
+    defaults: a uniform 7x7 window, so that 22x22 of 28x28 pixels count (the 11x11 Gaussian window
+    leaves 18x18); colour: the mean over the channels.
+    """
+    n = min(len(a), len(b))
+    inner = slice(SSIM_BORDER, -SSIM_BORDER)
+    means = []  # one value for each image, in chunks
+    for x, y in zip(a[:n].split(SSIM_CHUNK), b[:n].split(SSIM_CHUNK), strict=True):
+        # One call for all images, stacked into tall pictures (chunk C H, W). Windows across the
+        # border of two images mix them, but only within SSIM_BORDER of it, which SSIM leaves out.
+        tall = [images.reshape(-1, images.shape[-1]).numpy() for images in (x, y)]
+        _mean, values = structural_similarity(*tall, data_range=255, full=True)
+        values = values.reshape(x.shape)[..., inner, inner]
+        means.append(values.mean(axis=(1, 2, 3)))
+    return float(np.concatenate(means).mean())
+
+
+def ssim_diversity(images: Tensor, seed: int) -> float:
+    """Mean SSIM over pairs of the images (N, C, H, W) uint8: 1 means that all are the same.
+
+    Over all pairs, or over SSIM_PAIRS random ones when there are more.
+    """
+    n = len(images)
+    if n * (n - 1) // 2 <= SSIM_PAIRS:
+        first, second = torch.combinations(torch.arange(n)).T
+    else:
+        generator = random_stream(seed, "ssim_diversity")
+        first = torch.randint(n, (SSIM_PAIRS,), generator=generator)
+        offset = torch.randint(1, n, (SSIM_PAIRS,), generator=generator)
+        second = (first + offset) % n  # never the same image
+
+    return ssim(images[first], images[second])
+
+
+# ------------------------------------------------------------------------------------- copies
+CLOSEST_PAIRS = 10  # of a run, in its closest_pairs.png
+
+
+def nearest_images(
+    images: Tensor, training: Tensor, copy_features: Callable[[Tensor], Tensor] = pixels
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each image its nearest training image: (distance, index), each (N,).
+
+    Images (N, C, H, W) and (M, C, H, W) uint8. ``copy_features`` makes whole numbers of them, and
+    the distance is the root mean square difference of these over 255: of pixels 1 from black to
+    white.
+    """
+    a = copy_features(images).flatten(1).double()  # (N, d)
+    a_squared = a.square().sum(dim=1, keepdim=True)  # (N, 1)
+
+    # The nearest so far; the training images in pieces, as a whole class may be 100,000.
+    smallest = torch.full((len(a),), math.inf, dtype=torch.float64)
+    index = torch.zeros(len(a), dtype=torch.int64)
+    for start in range(0, len(training), CHUNK):
+        b = copy_features(training[start : start + CHUNK]).flatten(1).double()  # (chunk, d)
+
+        # |x - y|^2, (N, chunk): exact (a copy has 0), as float64 holds whole numbers below 2^53.
+        squared = a_squared + b.square().sum(dim=1) - 2 * (a @ b.T)
+        nearest = squared.min(dim=1)
+        is_nearer = nearest.values < smallest
+        smallest = torch.where(is_nearer, nearest.values, smallest)
+        index = torch.where(is_nearer, start + nearest.indices, index)
+
+    distance = (smallest / a.shape[1]).sqrt() / 255
+    return distance.numpy(), index.numpy()
+
+
+class ClosestPairs(NamedTuple):
+    """The generated images of a run that are nearest to a training image."""
+
+    generated: Tensor  # (n, C, H, W) uint8
+    training: Tensor  # (n, C, H, W) uint8
+    distance: np.ndarray  # (n,), rising
+    threshold: float  # of a near copy
+
+
+def search_copies(
+    images: Tensor, unseen: Tensor, training: Tensor, copy_features: Callable[[Tensor], Tensor]
+) -> tuple[dict[str, float], dict[str, float], ClosestPairs]:
+    """How near generated and held-out images are to training images, all (N, C, H, W) uint8.
+
+    The metrics of the generated images, then those of the held-out ones, their floor. A near copy
+    is as near to a training image as 1 % of the held-out images are. distance_ratio is NaN where at
+    least half of these are copies.
+    """
+    distance, nearest = nearest_images(images, training, copy_features)
+    usual_distance, usual_nearest = nearest_images(unseen, training, copy_features)
+    threshold = float(np.percentile(usual_distance, 1))
+    usual = np.median(usual_distance)
+
+    def statistics(some: Tensor, index: np.ndarray, to_nearest: np.ndarray) -> dict[str, float]:
+        return {
+            "ssim_nearest": ssim(some, training[index]),
+            "distance_ratio": float(np.median(to_nearest) / usual) if usual > 0 else math.nan,
+            "near_copies": float((to_nearest <= threshold).mean()),
+        }
+
+    closest = np.argsort(distance, kind="stable")[:CLOSEST_PAIRS]
+    return (
+        statistics(images, nearest, distance),
+        statistics(unseen, usual_nearest, usual_distance),
+        ClosestPairs(images[closest], training[nearest[closest]], distance[closest], threshold),
     )
 
 
+# ------------------------------------------------------------------- a run beside real images
+# What is measured of a run, a row for each class, goes into its metrics.json:
+#
+#     {"run": "quantum_mnist3_nall_seed0", "label": 3, "condition": "", "settings": {"arm": ...},
+#      "reference": "class", "features": "classifier:0f3a9c12d4e5", "preprocessing": ...,
+#      "classifier": {"n_test": 10000, "test_accuracy": 0.99, ...},
+#      "n_generated": 1000, "n_real": 6131,
+#      "metrics": {"fid": 2.9, "fid_ratio": 1.7, ...},  # METRICS and "kid_standard_error"
+#      "floor": {"n": 1000, "draws": 5, "from": "test split", "fid": 1.7, "fid_ratio": 1, ...},
+#      "n_training": 6131, "n_held_out": 1010, "near_copy_threshold": 0.09, "note": ""}
+#
+# NaN is what could not be measured; in the file, as JSON has no NaN, null.
 class Sample(NamedTuple):
     """Images with their features."""
 
@@ -695,21 +701,15 @@ class Sample(NamedTuple):
 class Real(NamedTuple):
     """Real images of a class, or of all classes."""
 
-    reference: Sample  # of the training split
-    held_out: Sample
-
-
-class ClosestPairs(NamedTuple):
-    """The generated images of a run that are nearest to a training image."""
-
-    generated: Tensor  # (n, C, H, W) uint8
-    training: Tensor  # (n, C, H, W) uint8
-    distance: np.ndarray  # (n,), rising
-    threshold: float  # ``near_copy_threshold``
+    reference: Sample  # of the training split: what everything is compared with
+    held_out: Sample  # new to the models, of the training images' distribution: the floor
 
 
 class Evaluator:
-    """Measures runs of one data source; what runs share (real images, floors) is kept."""
+    """Measures runs of one data source; what runs share (real images, floors) is kept.
+
+    ``which`` says which real images something is compared with: a class (int) or "all".
+    """
 
     def __init__(self, dataset: DataSet, source: str, options: argparse.Namespace) -> None:
         self.dataset = dataset
@@ -721,8 +721,7 @@ class Evaluator:
         self.real = functools.cache(self.measure_real)
         self.floor = functools.cache(self.measure_floor)
 
-        # Held-out images are new to the models and have the training images' distribution. The
-        # classifier is tested on them and on the test split, which may be the same.
+        # The classifier is tested on the held-out split and on the test split, perhaps the same.
         self.held_out_name = dataset.held_out_split[source]
         splits = {}
         for name in dict.fromkeys(["train", self.held_out_name, "test"]):  # each once
@@ -730,6 +729,7 @@ class Evaluator:
             splits[name] = Split(images, labels)
         self.train = splits.pop("train")
         self.held_out = splits[self.held_out_name]
+        self.tested_on = splits
 
         # The classifier judges labels. One class trains no classifier; where its features are asked
         # for all the same, load_classifier raises the error.
@@ -764,19 +764,6 @@ class Evaluator:
             features = self.extractor.features(images)
         return Sample(images, features)
 
-    def measure_real(self, which: int | str) -> Real:
-        """The real images of a class or of "all".
-
-        At most ``--n_real`` of each: a random subset, in the split's order, the same for every run.
-        """
-        samples = []
-        for split in (self.train, self.held_out):
-            images = split.images if which == "all" else split.of_class(which)
-            order = torch.randperm(len(images), generator=self.stream("reference"))
-            chosen = order[: self.options.n_real].sort().values
-            samples.append(self.sample(images[chosen], keep=True))
-        return Real(*samples)
-
     def compare(self, sample: Sample, reference: Sample) -> dict[str, float]:
         """The metrics that compare two sets of images; NaN: not measured here."""
         metrics = dict.fromkeys([*METRICS, "kid_standard_error"], math.nan)
@@ -795,13 +782,22 @@ class Evaluator:
         # Precision and recall depend on the sets' sizes: equal numbers.
         size = min(len(a), len(b))
         chosen = torch.randperm(len(b), generator=self.stream("equal"))[:size]
-        precision, recall = precision_recall(b[chosen], a[:size], NEIGHBOURS)
-        metrics["precision"] = precision
-        metrics["recall"] = recall
+        both = precision_recall(b[chosen], a[:size], NEIGHBOURS)
+        metrics["precision"], metrics["recall"] = both
         return metrics
 
+    def measure_real(self, which: int | str) -> Real:
+        """A random subset of each split in its order, ``--n_real`` at most, alike for every run."""
+        samples = []
+        for split in (self.train, self.held_out):
+            images = split.images if which == "all" else split.of_class(which)
+            order = torch.randperm(len(images), generator=self.stream("reference"))
+            chosen = order[: self.options.n_real].sort().values
+            samples.append(self.sample(images[chosen], keep=True))
+        return Real(*samples)
+
     def enough_held_out(self, which: int | str, n: int) -> bool:
-        """Whether there are n held-out images of a class or of "all" (at most ``--n_real``)."""
+        """Whether n images, as many as were generated, can be drawn from the held-out ones."""
         return n <= len(self.real(which).held_out.images)
 
     def floor_draws(self, which: int | str, n: int) -> Iterator[tuple[Sample, Sample]]:
@@ -820,50 +816,97 @@ class Evaluator:
             yield pool.take(order[:size]), rest
 
     def measure_floor(self, which: int | str, n: int) -> dict[str, Any]:
-        """What n real images of a class or of "all" score: the mean over ``floor_draws``."""
+        """What n real images score: the mean over ``floor_draws``."""
         draws = list(self.floor_draws(which, n))
         origin = "training split, set aside"
         if self.enough_held_out(which, n):
             origin = f"{self.held_out_name} split"
         floor = {"n": len(draws[0][0].images), "draws": len(draws), "from": origin}
 
-        measured = [self.compare(some, rest) for some, rest in draws]
-        for key in measured[0]:  # the metrics
-            floor[key] = float(np.mean([metrics[key] for metrics in measured]))
+        floor |= mean_of([self.compare(some, rest) for some, rest in draws])
         floor["fid_ratio"] = 1.0 if self.extractor is not None else math.nan
         return floor
 
-    def fid_ratio(self, which: int | str, sample: Sample, floor: dict[str, Any]) -> float:
-        """FID of generated images over that of real ones, at equal numbers: 1 is as good as real.
+    def measure_images(self, generated: Split, which: int | str, unseen: Split) -> dict[str, Any]:
+        """Generated images beside real ones; unseen: held-out images of the same classes."""
+        n = len(generated.images)
+        reference = self.real(which).reference
+        sample = self.sample(generated.images)
+        metrics = self.compare(sample, reference)
+        floor = self.floor(which, n).copy()  # the kept one stays as it is
 
-        As many generated images as the floor has, against the same real ones: mean over its draws.
+        # FID over that of real images, 1 is as good as they are. Where the floor is drawn from the
+        # reference, as many generated images are compared with the same rest of it.
+        if floor["fid"] > 0:  # not NaN
+            fid = metrics["fid"]
+            if not self.enough_held_out(which, n):
+                values = []
+                for draw, (some, rest) in enumerate(self.floor_draws(which, n)):
+                    order = torch.randperm(n, generator=self.stream("ratio", draw))
+                    chosen = sample.features[order[: len(some.images)]]
+                    values.append(frechet_distance(chosen, rest.features))
+                fid = float(np.mean(values))
+            metrics["fid_ratio"] = fid / floor["fid"]
+
+        if self.classifier is not None:
+            metrics["label_accuracy"] = accuracy(self.classifier, *generated)
+            floor["label_accuracy"] = accuracy(self.classifier, *unseen)
+        return {
+            "n_generated": n,
+            "n_real": len(reference.images),
+            "metrics": metrics,
+            "floor": floor,
+        }
+
+    def measure(self, run: Run) -> tuple[list[dict[str, Any]], dict[str, ClosestPairs]]:
+        """All figures of a run, a row for each class, and by the row's name its closest pairs.
+
+        Of a conditional run two rows follow: the mean over its classes ("mean"), and its images of
+        all classes together ("all").
         """
-        if self.extractor is None or floor["fid"] <= 0:
-            return math.nan
-        n = len(sample.images)
-        if self.enough_held_out(which, n):  # all draws are of all images
-            reference = self.real(which).reference
-            return frechet_distance(sample.features, reference.features) / floor["fid"]
+        by_class = self.training_images(run)
+        measured: dict[int | str, dict[str, Any]] = {}
+        pairs = {}
+        for label, images in run.images.items():
+            unseen = self.held_out.of_class(label)
+            which = label if self.options.reference == "class" else "all"
+            part = self.measure_images(Split(images, label), which, Split(unseen, label))
 
-        values = []
-        for draw, (some, rest) in enumerate(self.floor_draws(which, n)):
-            order = torch.randperm(n, generator=self.stream("ratio", draw))
-            chosen = sample.take(order[: len(some.images)])
-            values.append(frechet_distance(chosen.features, rest.features))
-        return float(np.mean(values) / floor["fid"])
+            # Copies of what this class was trained on.
+            training = by_class[label]
+            if "symmetries" in run.trained_on:  # of one class at a time: they are eight times more
+                training = self.dataset.module.symmetries(training)
+            of_generated, of_unseen, closest = search_copies(
+                images, unseen, training, self.dataset.copy_features
+            )
+            part["metrics"] |= of_generated
+            part["floor"] |= of_unseen
+            part["n_training"] = len(training)
+            part["n_held_out"] = len(unseen)
+            part["near_copy_threshold"] = closest.threshold
+            measured[label] = part
+            pairs[self.row_name(run, label)] = closest
+
+        if run.conditional:
+            mean = mean_of(list(measured.values()))
+
+            # All classes at once; copies are searched class by class alone.
+            images = torch.cat(list(run.images.values()))  # (N, C, H, W)
+            each = len(images) // len(run.images)  # every class has as many
+            labels = torch.tensor(list(run.images)).repeat_interleave(each)  # (N,)
+            together = self.measure_images(Split(images, labels), "all", self.held_out)
+            together["n_training"] = sum(part["n_training"] for part in measured.values())
+            measured |= {"mean": mean, "all": together}
+        return [self.row(run, label, part) for label, part in measured.items()], pairs
 
     def training_images(self, run: Run) -> dict[int, Tensor]:
         """The images that a run was trained on, by class: (n, C, H, W) uint8, before symmetries.
 
         Raises UserError when they are not the ones that its configuration describes.
         """
-        module = self.dataset.module
         n_train, seed = run.settings["n_train"], run.settings["seed"]
-        images, labels = self.train
-        by_class = {
-            label: module.select_images(images, labels, label, n_train, seed)
-            for label in run.images
-        }
+        select_images = self.dataset.module.select_images
+        by_class = {label: select_images(*self.train, label, n_train, seed) for label in run.images}
 
         # The training script's checksum, of the pixels alone.
         together = torch.cat(list(by_class.values()))
@@ -872,94 +915,6 @@ class Evaluator:
             found = f"trained on other images than are in {self.options.data_dir}"
             raise UserError(f"{run.folder}: {found}")
         return by_class
-
-    def measure_images(
-        self,
-        images: Tensor,
-        labels: Tensor | int,
-        which: int | str,
-        held_out: tuple[Tensor, Tensor | int],
-    ) -> dict[str, Any]:
-        """Generated images (N, C, H, W) uint8 beside real ones, as in ``metrics.json``.
-
-        labels: the classes that were asked for, (N,) or one; which: the real images that they are
-        compared with, a class or "all"; held_out: images and labels for the label accuracy's floor.
-        """
-        reference = self.real(which).reference
-        sample = self.sample(images)
-        metrics = self.compare(sample, reference)
-        floor = dict(self.floor(which, len(images)))  # a copy: other runs share the kept one
-        metrics["fid_ratio"] = self.fid_ratio(which, sample, floor)
-        if self.classifier is not None:
-            metrics["label_accuracy"] = accuracy(self.classifier, images, labels)
-            floor["label_accuracy"] = accuracy(self.classifier, *held_out)
-        return {
-            "n_generated": len(images),
-            "n_real": len(reference.images),
-            "metrics": metrics,
-            "floor": floor,
-        }
-
-    def measure_class(
-        self, images: Tensor, label: int, training: Tensor
-    ) -> tuple[dict[str, Any], ClosestPairs]:
-        """Generated images (N, C, H, W) uint8 of a class, with a search for copies.
-
-        training: what the class was trained on, (M, C, H, W) uint8.
-        """
-        which = label if self.options.reference == "class" else "all"
-        unseen = self.held_out.of_class(label)
-        measured = self.measure_images(images, label, which, (unseen, label))
-
-        # The training image nearest to each generated and to each held-out image.
-        copy_features = self.dataset.copy_features
-        distance, nearest = nearest_images(images, training, copy_features)
-        usual_distance, usual_nearest = nearest_images(unseen, training, copy_features)
-        threshold = near_copy_threshold(usual_distance)
-
-        # These fill what ``compare`` has left NaN.
-        of_copies = copy_statistics(images, training[nearest], distance, usual_distance)
-        of_unseen = copy_statistics(unseen, training[usual_nearest], usual_distance, usual_distance)
-        measured["metrics"] |= of_copies
-        measured["floor"] |= of_unseen
-        measured["n_training"] = len(training)
-        measured["n_held_out"] = len(unseen)
-        measured["near_copy_threshold"] = threshold
-
-        closest = np.argsort(distance, kind="stable")[:CLOSEST_PAIRS]
-        pairs = ClosestPairs(
-            images[closest], training[nearest[closest]], distance[closest], threshold
-        )
-        return measured, pairs
-
-    def measure(self, run: Run) -> tuple[list[dict[str, Any]], dict[str, ClosestPairs]]:
-        """All figures of a run, a row for each class, and by the row's name its closest pairs.
-
-        Of a conditional run two rows follow: the mean over its classes ("mean"), and its images of
-        all classes together ("all").
-        """
-        chosen = self.training_images(run)
-        measured: dict[int | str, dict[str, Any]] = {}
-        pairs = {}
-        for label, images in run.images.items():
-            training = chosen[label]
-            if "symmetries" in run.trained_on:  # of one class at a time: they are eight times more
-                training = self.dataset.module.symmetries(training)
-            measured[label], closest = self.measure_class(images, label, training)
-            pairs[self.row_name(run, label)] = closest
-
-        if run.conditional:
-            n_training = sum(part["n_training"] for part in measured.values())
-            measured["mean"] = mean_over_classes(list(measured.values()))
-
-            # All classes at once; copies are searched class by class alone.
-            images = torch.cat(list(run.images.values()))  # (N, C, H, W)
-            each = len(images) // len(run.images)  # every class has as many
-            labels = torch.tensor(list(run.images)).repeat_interleave(each)  # (N,)
-            together = self.measure_images(images, labels, "all", self.held_out)
-            together["n_training"] = n_training
-            measured["all"] = together
-        return [self.row(run, label, part) for label, part in measured.items()], pairs
 
     def row(self, run: Run, label: int | str, measured: dict[str, Any]) -> dict[str, Any]:
         """A row as it goes into ``metrics.json``."""
@@ -984,8 +939,8 @@ class Evaluator:
             "preprocessing": self.extractor and self.extractor.preprocessing,
             "classifier": self.classifier_record,
             **measured,
-            "metrics": without_nan(measured["metrics"]),
-            "floor": without_nan(measured["floor"]),
+            "metrics": none_for_nan(measured["metrics"]),
+            "floor": none_for_nan(measured["floor"]),
             "note": "; ".join(notes),
         }
 
@@ -997,52 +952,26 @@ class Evaluator:
         return f"{run.folder.resolve().name}: {name}"
 
 
-def mean_over_classes(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The mean of what ``measure_class`` returns of each class; NaN where a class has NaN."""
-    parts = {key: mean_of([one[key] for one in measured]) for key in ("metrics", "floor")}
-    numbers = [{key: one[key] for key in one if key not in parts} for one in measured]
-    return mean_of(numbers) | parts
+def mean_of(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The mean of each entry: of counts rounded, of dictionaries again entry by entry.
 
-
-def mean_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The mean of each entry: counts are rounded, and of texts it is the first."""
+    Of texts it is the first; NaN where one of the parts is NaN. Dictionaries come last.
+    """
     mean = {}
-    for key, first in rows[0].items():
-        if isinstance(first, str):
+    for key, first in sorted(parts[0].items(), key=lambda item: isinstance(item[1], dict)):
+        values = [part[key] for part in parts]
+        if isinstance(first, dict):
+            mean[key] = mean_of(values)
+        elif isinstance(first, str):
             mean[key] = first
         else:
-            value = float(np.mean([row[key] for row in rows]))
+            value = float(np.mean(values))
             mean[key] = round(value) if isinstance(first, int) else value
     return mean
 
 
-def copy_statistics(
-    images: Tensor, nearest: Tensor, distance: np.ndarray, usual_distance: np.ndarray
-) -> dict[str, float]:
-    """How near images (N, C, H, W) uint8 are to their ``nearest`` training images.
-
-    distance (N,): from each image to its nearest; usual_distance (n,): the same of held-out images.
-    The ratio is NaN where at least half of these are copies.
-    """
-    median = np.median(usual_distance)
-    ratio = np.median(distance) / median if median > 0 else math.nan
-    return {
-        "ssim_nearest": ssim(images, nearest),
-        "distance_ratio": float(ratio),
-        "near_copies": float((distance <= near_copy_threshold(usual_distance)).mean()),
-    }
-
-
-def near_copy_threshold(usual_distance: np.ndarray) -> float:
-    """The distance that 1 % of the held-out images do not exceed.
-
-    A generated image that is this near to a training image counts as a copy.
-    """
-    return float(np.percentile(usual_distance, 1))
-
-
-def without_nan(values: dict[str, Any]) -> dict[str, Any]:
-    """The same for JSON, which has no NaN: None."""
+def none_for_nan(values: dict[str, Any]) -> dict[str, Any]:
+    """The same for JSON, which has no NaN."""
     return {
         key: None if isinstance(value, float) and math.isnan(value) else value
         for key, value in values.items()
@@ -1050,6 +979,12 @@ def without_nan(values: dict[str, Any]) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------ what is compared with what
+BASELINES = ("matched", "classical")  # control arms: every other arm is compared with each
+ALL_BASELINES = [*BASELINES, *(arm for arm in ARMS if arm not in BASELINES)]
+BUDGET = ["steps", "batch_size", "lr", "muon_lr", "ema_decay"]  # what all runs should have alike
+BUDGET += ["n_qubits", "n_layers", "timesteps", "sample_steps"]
+
+
 def comparison_csv(results: list[dict[str, Any]]) -> str:
     """``comparison.csv``: one row per result with settings, metrics ("fid"), floors ("floor_fid").
 
@@ -1070,8 +1005,15 @@ def comparison_csv(results: list[dict[str, Any]]) -> str:
 def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
     """``comparison.csv``, one row per result: all tables and figures are made of this.
 
-    ``n_train`` is infinite for a whole class. ``variant`` is the arm with its condition and with
-    ``other_steps``, an ordered category that ends with FLOOR.
+    ``n_train`` is infinite for a whole class. Three columns are added, for example
+
+        arm       condition            steps   conditional   other_steps    variant
+        matched                        1250    False                        matched
+        quantum                        1250    False                        quantum
+        quantum                        1150    False         "1150 steps"   quantum 1150 steps
+        quantum   conditional_shots10  1250    True                         quantum conditional_...
+
+    ``variant`` is what tables and figures tell apart, an ordered category that ends with FLOOR.
     """
     # Nothing but an empty cell is missing; of these columns it is an empty text.
     texts = dict.fromkeys(["run", "arm", "condition", "label", "note"], "")
@@ -1082,13 +1024,9 @@ def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
     expected = [name for key in METRICS for name in (key, f"floor_{key}")]
     frame = frame.reindex(columns=frame.columns.union(expected, sort=False))
 
-    # The parts of the condition: "conditional_shots10_steps2" is conditional, its circuit's part is
-    # "shots10", its sampling steps are a column of their own.
-    frame["conditional"] = frame["condition"].str.startswith("conditional")
-    frame["circuit"] = frame["condition"].str.replace(r"^conditional_?|_?steps\d+$", "", regex=True)
-
     # An arm may be trained with two numbers of steps. The one that most rows of that size have is
-    # usual (of a tie the largest), another is told: "1150 steps".
+    # usual (of a tie the largest), another is told.
+    frame["conditional"] = frame["condition"].str.startswith("conditional")
     usual = frame.groupby(["data", "conditional", "n_train"])["steps"].transform(
         lambda steps: steps.mode().max()
     )
@@ -1096,24 +1034,59 @@ def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
     is_other = (counts > 1) & (frame["steps"] != usual)
     frame["other_steps"] = (frame["steps"].astype(str) + " steps").where(is_other, "")
 
-    # Variants in the usual order of their arms, also in tables and figures.
+    # Variants in the order of ARMS, then arms that it does not know; also in tables and figures.
+    arms = [*ARMS, *sorted(set(frame["arm"]) - set(ARMS))]
     words = frame["arm"] + " " + frame["condition"] + " " + frame["other_steps"]
     frame["variant"] = words.str.split().str.join(" ")
-    variants = sorted(frame["variant"].unique(), key=order_of_variants)
+    variants = sorted(set(frame["variant"]), key=lambda name: (arms.index(name.split()[0]), name))
     frame["variant"] = pd.Categorical(frame["variant"], [*variants, FLOOR], ordered=True)
     return frame
-
-
-def order_of_variants(variant: str) -> tuple[int, str]:
-    """A sorting key: arms as in ARMS, each with its conditions; then arms that it does not know."""
-    arm = variant.split()[0]
-    place = list(ARMS).index(arm) if arm in ARMS else len(ARMS)
-    return place, variant
 
 
 def of_classes(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows of single classes, without the "mean" and "all" of conditional runs."""
     return frame[~frame["label"].isin(["mean", "all"])]
+
+
+def pairs_of_runs(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
+    """One row per run that has a base among the runs of the arm ``baseline``.
+
+    The base is of the same class, training-set size and seed, and differs in one thing:
+
+        run                      its base         which differs in
+        quantum                  matched          the arm, where that is one of BASELINES
+        quantum shots10_steps2   matched steps2   the arm, and the circuit's condition
+        matched shots10_steps2   matched steps2   the circuit's condition
+        matched steps2           matched          the sampling steps
+        matched conditional      matched          one model for all classes instead of each
+        matched 1150 steps       matched          the training steps: never in another arm
+
+    The columns of the base end with "_base".
+    """
+    told = frame[["arm", "condition", "other_steps"]].to_dict("records")
+    runs = frame.assign(wanted=[base_condition(run, baseline) for run in told])
+    runs = runs.dropna(subset="wanted")
+    bases = frame[(frame["arm"] == baseline) & (frame["other_steps"] == "")]
+    bases = bases.assign(wanted=bases["condition"])
+    same = ["data", "features", "n_train", "label", "seed", "wanted"]
+    return runs.merge(bases, on=same, suffixes=("", "_base"))
+
+
+def base_condition(run: dict[str, Any], baseline: str) -> str | None:
+    """The condition of a run's base in the arm ``baseline``; None: it has none in that arm."""
+    # "conditional_shots10_steps2": one model of all classes, the circuit's part, sampling steps.
+    parts = re.fullmatch(r"(conditional)?_?(.*?)_?(steps\d+)?", run["condition"])
+    conditional, circuit, sampling = parts.groups(default="")
+    is_own = run["arm"] == baseline
+    if run["other_steps"]:
+        return run["condition"] if is_own else None
+    if not is_own and baseline not in BASELINES:
+        return None
+    if circuit or not is_own:
+        return f"{conditional}_{sampling}".strip("_")
+    if sampling:
+        return conditional
+    return "" if conditional else None
 
 
 def shared_classes(frame: pd.DataFrame, within: list[str], series: list[str]) -> pd.DataFrame:
@@ -1152,46 +1125,8 @@ def with_floors(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([runs, floors])
 
 
-def pair_differences(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """One row per pair of runs: the metrics of a run minus those of its base run.
-
-    The base is a noiseless run of the arm ``baseline``, of the same class, training-set size and
-    seed. For example
-
-        run                      minus its base         which differs in
-        matched shots10_steps2   matched steps2         the circuit's condition
-        matched steps2           matched                the sampling steps
-        matched conditional      matched                one model for all classes instead of each
-        matched 1150 steps       matched                the training steps
-        quantum shots10_steps2   matched steps2         the arm, and perhaps the circuit's condition
-
-    The last kind is there for BASELINES only. Columns of the base run end with "_base". With other
-    training steps than usual a run is compared with its own arm and condition, and nothing else.
-    """
-    of_arm = frame["arm"] == baseline
-    usual = frame["other_steps"] == ""
-    own = of_arm & usual
-    noiseless = own & (frame["circuit"] == "")
-    ideal = frame["condition"].isin(["", "conditional"])
-    same_steps = [*SAME_IN_A_PAIR, "sample_steps"]
-
-    def pair(runs: pd.Series, base: pd.Series, on: list[str]) -> pd.DataFrame:
-        return frame[runs].merge(frame[base], on=on, suffixes=("", "_base"))
-
-    kinds = [
-        pair(own & ~noiseless, noiseless, same_steps),
-        pair(noiseless & ~ideal, noiseless & ideal, SAME_IN_A_PAIR),
-        pair(
-            noiseless & ideal & frame["conditional"],
-            noiseless & ideal & ~frame["conditional"],
-            [column for column in same_steps if column != "conditional"],
-        ),
-        pair(of_arm & ~usual, own, [*SAME_IN_A_PAIR, "condition"]),
-    ]
-    if baseline in BASELINES:
-        kinds.append(pair(usual & ~of_arm, noiseless, same_steps))
-
-    pairs = pd.concat(kinds, ignore_index=True)
+def minus_base(pairs: pd.DataFrame) -> pd.DataFrame:
+    """The pairs, with the difference of a run and its base as metrics."""
     return pairs.assign(**{key: pairs[key] - pairs[f"{key}_base"] for key in METRICS})
 
 
@@ -1209,6 +1144,9 @@ def over_seeds(means: pd.DataFrame) -> pd.DataFrame:
     """Mean over seeds of ``class_means`` and half-width of its 95 % interval by Student's t.
 
     One row for each variant, n_train and measured metric; the half-width is NaN for one seed.
+
+        variant   n_train   metric   seeds   mean    sem     half
+        matched   inf       fid      5       3.012   0.050   0.139
     """
     values = means.reset_index().melt(["variant", "n_train", "seed"], var_name="metric").dropna()
     values["metric"] = pd.Categorical(values["metric"], METRICS)  # for their order
@@ -1223,48 +1161,37 @@ def paired_differences(pairs: pd.DataFrame) -> pd.DataFrame:
     series = ["variant", "n_train"]  # with one baseline each has the same base in all pairs
     groups = pairs.groupby(series, observed=True)
     made_of = groups.agg(variant_base=("variant_base", "first"), classes=("label", "nunique"))
-    differences = over_seeds(class_means(pairs)).merge(made_of, on=series)
+    differences = over_seeds(class_means(minus_base(pairs))).merge(made_of, on=series)
     differences["pairs"] = differences["seeds"] * differences["classes"]
+    differences["low"] = differences["mean"] - differences["half"]
+    differences["high"] = differences["mean"] + differences["half"]
     differences["leaves_zero_out"] = differences["mean"].abs() > differences["half"]
     return differences
 
 
-def baselines() -> list[str]:
-    """All arms, the two controls first: what is compared is compared with one of these."""
-    return [*BASELINES, *(arm for arm in ARMS if arm not in BASELINES)]
-
-
 # ------------------------------------------------ relative differences of FID and their tests
 COMPARISON = ["baseline", "data", "n_train", "variant", "variant_base"]  # what is compared
+DECIDING_UNITS = 5  # seeds, or independent pairs: with fewer the verdict is "too few"
+SIGNIFICANCE = 0.05  # of the tests of relative differences
+MARGIN = 4.0  # per cent of FID: a mean difference within it is none
 
 
 def relative_differences(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per pair of ``pair_differences``, in all tables: COMPARISON, class, seed, "percent".
+    """All pairs, with the relative difference of FID of a run a and its base b in "percent".
 
-    "percent" is the relative difference of FID of a run a and its base b,
     100 (a - b) / ((a + b) / 2). matched - classical is left out beside classical - matched.
     """
     classes = of_classes(frame)
-    parts = [pair_differences(classes, arm).assign(baseline=arm) for arm in baselines()]
+    parts = [pairs_of_runs(classes, arm).assign(baseline=arm) for arm in ALL_BASELINES]
     pairs = pd.concat(parts, ignore_index=True)
-    pairs["baseline"] = pd.Categorical(pairs["baseline"], baselines())  # for their order
+    pairs["baseline"] = pd.Categorical(pairs["baseline"], ALL_BASELINES)  # for their order
 
+    a = pairs["fid"]
+    b = pairs["fid_base"]
+    pairs["percent"] = 100 * (a - b) / ((a + b) / 2)
     first, second = BASELINES
     is_repeated = (pairs["baseline"] == second) & (pairs["arm"] == first)
-    pairs["percent"] = 100 * pairs["fid"] / (pairs["fid_base"] + pairs["fid"] / 2)
-    columns = [*COMPARISON, "conditional", "label", "seed", "percent"]
-    return pairs.loc[~is_repeated, columns].dropna(subset="percent")
-
-
-def independent_units(pairs: pd.DataFrame) -> pd.Series:
-    """The independent relative differences of one comparison, in per cent.
-
-    Of single-class models every pair is one: initial weights and all random streams depend on class
-    and seed. The classes of a conditional model share them: a seed is one, the mean of its classes.
-    """
-    if not pairs["conditional"].all():
-        return pairs["percent"]
-    return comparable_pairs(pairs).groupby("seed")["percent"].mean()
+    return pairs[~is_repeated].dropna(subset="percent")
 
 
 def fid_comparisons(frame: pd.DataFrame, margin: float) -> pd.DataFrame:
@@ -1275,17 +1202,21 @@ def fid_comparisons(frame: pd.DataFrame, margin: float) -> pd.DataFrame:
     """
     rows = []
     for key, pairs in relative_differences(frame).groupby(COMPARISON, observed=True):
-        values = independent_units(pairs)
-        unit = "seed" if pairs["conditional"].all() else "class × seed"
-        rows.append(
-            dict(zip(COMPARISON, key, strict=True))
-            | {"unit": unit, "n": len(values)}
-            | unit_statistics(values, margin)
-        )
-    if len(rows) == 0:
-        return pd.DataFrame(rows)
+        # Independent units. Of single-class models every pair is one: initial weights and all
+        # random streams depend on class and seed. The classes of a conditional model share them: a
+        # seed is one, the mean of its classes.
+        unit = "class × seed"
+        values = pairs["percent"]
+        if pairs["conditional"].all():
+            unit = "seed"
+            values = comparable_pairs(pairs).groupby("seed")["percent"].mean()
+
+        row = dict(zip(COMPARISON, key, strict=True)) | {"unit": unit, "n": len(values)}
+        rows.append(row | unit_statistics(values, margin))
 
     comparisons = pd.DataFrame(rows)
+    if len(rows) == 0:
+        return comparisons
     for test in ("p_different", "p_equivalent"):
         comparisons[test] = holm(comparisons[test])
     return comparisons.assign(verdict=comparisons.apply(verdict, axis=1))
@@ -1297,9 +1228,8 @@ def unit_statistics(values: pd.Series, margin: float) -> dict[str, float]:
     p_different: two-sided t test of mean 0. p_equivalent: two one-sided t tests (TOST; Schuirmann
     1987) of a mean above -margin and below +margin, the larger p.
     """
-    statistics = {"mean": values.mean(), "sd": values.std()}
-    for name in ("low_90", "high_90", "low_95", "high_95", "p_different", "p_equivalent"):
-        statistics[name] = math.nan
+    limits_and_p = ["low_90", "high_90", "low_95", "high_95", "p_different", "p_equivalent"]
+    statistics = {"mean": values.mean(), "sd": values.std()} | dict.fromkeys(limits_and_p, math.nan)
     if values.nunique() < 2:
         return statistics
 
@@ -1430,14 +1360,12 @@ def difference_table(differences: pd.DataFrame) -> str:
 
         limits = "–"
         if item.seeds > 1:
-            low = show(item.mean - item.half, signed)
-            high = show(item.mean + item.half, signed)
-            limits = f"[{low}, {high}]" + (" *" if item.leaves_zero_out else "")
-
-        verdict = "yes" if item.leaves_zero_out else "no"
+            limits = f"[{show(item.low, signed)}, {show(item.high, signed)}]"
+            limits += " *" if item.leaves_zero_out else ""
+        clear = "yes" if item.leaves_zero_out else "no"
         if item.seeds < DECIDING_UNITS:
-            verdict = "too few seeds"
-        rows.append([*row, limits, verdict])
+            clear = "too few seeds"
+        rows.append([*row, limits, clear])
 
     header = ["difference", "N", "metric", "pairs", "seeds", "mean", "95 % interval", "clear of 0"]
     return table(header, rows)
@@ -1482,6 +1410,7 @@ def comparison_text(frame: pd.DataFrame, margin: float = MARGIN) -> str:
     together = frame[frame["label"] == "all"]
     runs = comparable_runs(classes)
     features = ", ".join(sorted(set(frame["features"])))
+    notes = {note for cell in frame["note"] for note in cell.split("; ") if note}
     paragraphs = [
         "# Comparison of runs",
         f"Features: {features}. Real images: {', '.join(sorted(set(frame['data'])))}, "
@@ -1489,7 +1418,7 @@ def comparison_text(frame: pd.DataFrame, margin: float = MARGIN) -> str:
         f"(Student's t). {FLOOR}: held-out images, as many as generated.",
         FLOOR_TEXT,
         f"Budget: {budget_text(classes)}.",
-        notes_text(frame),
+        "; ".join(sorted(notes)),
         arm_table(runs),
     ]
     if len(runs) < len(classes):
@@ -1498,21 +1427,17 @@ def comparison_text(frame: pd.DataFrame, margin: float = MARGIN) -> str:
     if len(together) > 0:
         paragraphs += ["## All classes of a model together", arm_table(together)]
 
-    # All arms against the two controls, then every arm's conditions against the arm itself.
-    for baseline in baselines():
-        all_pairs = pair_differences(classes, baseline)
+    # All arms against the two controls, then every other arm's conditions against the arm itself.
+    for baseline in ALL_BASELINES:
+        all_pairs = pairs_of_runs(classes, baseline)
         if len(all_pairs) > 0:
             paragraphs.append(f"## Paired differences against {baseline}")
             paragraphs += difference_paragraphs(all_pairs)
 
     comparisons = fid_comparisons(frame, margin)
     if len(comparisons) > 0:
-        paragraphs += [
-            "## Relative differences of FID",
-            RELATIVE_TEXT.format(margin=margin, level=100 * SIGNIFICANCE),
-        ]
-        paragraphs.append(relative_table(comparisons))
-
+        explanation = RELATIVE_TEXT.format(margin=margin, level=100 * SIGNIFICANCE)
+        paragraphs += ["## Relative differences of FID", explanation, relative_table(comparisons)]
     paragraphs += ["## Runs", result_table(frame)]
     return "\n\n".join(text for text in paragraphs if text) + "\n"
 
@@ -1551,13 +1476,27 @@ def budget_text(frame: pd.DataFrame) -> str:
     return ", ".join(texts)
 
 
-def notes_text(frame: pd.DataFrame) -> str:
-    """The runs' notes, each once."""
-    notes = {note for cell in frame["note"] for note in cell.split("; ")}
-    return "; ".join(sorted(notes - {""}))
-
-
 # ------------------------------------------------------------------------------------- figures
+FIGURE_BASELINE = "matched"  # the differences to it are drawn
+FIGURE_METRICS = ["fid", "kid", "precision", "recall"]
+FIGURE_METRICS += ["ssim_diversity", "label_accuracy", "distance_ratio", "near_copies"]
+FOREST_LINE = 32  # characters of a comparison that forest.png has in one line
+OVERVIEW_COLUMNS = 12  # images in a row of overview.png, about
+
+FLOOR_COLOUR = "#666666"
+OTHER_COLOUR = "#999999"  # of the user's own arms; their markers tell them apart
+ARM_COLOURS = {  # Okabe & Ito
+    "classical": "#000000",
+    "matched": "#E69F00",
+    "quantum": "#0072B2",
+    "published": "#D55E00",
+    "product": "#009E73",
+    "frozen": "#CC79A7",
+    "se": "#56B4E9",
+}
+MARKERS = "os^DvpP*X"  # of the variants that share a colour: an arm under its conditions
+
+
 def draw_closest_pairs(pairs: dict[str, ClosestPairs]) -> Figure:
     """``closest_pairs.png``: generated images above the training images nearest to them.
 
@@ -1569,7 +1508,7 @@ def draw_closest_pairs(pairs: dict[str, ClosestPairs]) -> Figure:
         count = len(closest.generated)
         show_tiles(axes, torch.cat([closest.generated, closest.training]), columns=count)
 
-        side = closest.generated.shape[-1] + TILE_PADDING
+        side = closest.generated.shape[-1] + mnist.TILE_PADDING
         axes.set_xticks((np.arange(count) + 0.5) * side, [f"{x:.3f}" for x in closest.distance])
         axes.set_yticks([0.5 * side, 1.5 * side], ["generated", "training"])
         axes.tick_params(length=0, labelsize=7)
@@ -1589,15 +1528,28 @@ def draw_panels(frame: pd.DataFrame, against_size: bool) -> Figure:
     # What is drawn: every variant's means and, where there are pairs, their differences.
     frame = of_classes(frame)
     means = class_means(with_floors(comparable_runs(frame)))
-    differences = class_means(comparable_pairs(pair_differences(frame, FIGURE_BASELINE)))
+    pairs = comparable_pairs(pairs_of_runs(frame, FIGURE_BASELINE))
+    differences = class_means(minus_base(pairs))
     has_differences = len(differences) > 0
     metrics = [key for key in FIGURE_METRICS if frame[key].notna().any()]
 
-    # Where it is drawn.
+    # Where: sizes stand at 0, 1, 2 and so on or at their decimal logarithms, variants side by side
+    # within 0.4 of their slots' sum on both sides of that, the floor's line within 0.45.
     variants = [name for name in frame["variant"].cat.categories if name != FLOOR]
+    count = len(variants)
     sizes = frame.groupby("n_train")["n_training"].mean()  # training images, by n_train
-    places = variant_places(sizes, variants, against_size)
-    ticks = [f"{size:.0f}" if against_size else show_size(n) for n, size in sizes.items()]
+    if against_size:
+        middle = np.log10(sizes)
+        slot = min(0.06, middle.diff().min() / count)  # no size reaches the next
+        ticks = [f"{size:.0f}" for size in sizes]
+    else:
+        middle = pd.Series(np.arange(len(sizes)), index=sizes.index)
+        slot = 1 / count
+        ticks = [show_size(n_train) for n_train in sizes.index]
+    offsets = 0.8 * slot * (np.arange(count) - (count - 1) / 2)
+    places = {variant: middle + offset for variant, offset in zip(variants, offsets, strict=True)}
+    places[FLOOR] = middle
+    half_floor = 0.45 * slot * count
 
     # Four metrics side by side, the differences below each.
     rows = math.ceil(len(metrics) / 4)
@@ -1608,18 +1560,18 @@ def draw_panels(frame: pd.DataFrame, against_size: bool) -> Figure:
         heading = METRICS[metric].heading
         if has_differences:
             upper, lowest = part.subplots(2, 1, sharex=True, height_ratios=[2, 1])
-            draw_variants(lowest, differences[metric], variants, places, against_size)
+            draw_variants(lowest, differences[metric], places, half_floor, against_size)
             lowest.axhline(0, color=ARM_COLOURS[FIGURE_BASELINE], linewidth=1)
             lowest.set_ylabel(f"{heading}\n− {FIGURE_BASELINE}")
         else:
             upper = lowest = part.subplots()
 
-        draw_variants(upper, means[metric], variants, places, against_size)
+        draw_variants(upper, means[metric], places, half_floor, against_size)
         upper.set_ylabel(heading)
 
         # Many sizes, or near ones on a logarithmic axis, would overlap if written level.
         turned = {"rotation": 45, "fontsize": 6} if len(ticks) > 3 else {"fontsize": 8}
-        lowest.set_xticks(places["middle"], ticks, **turned)
+        lowest.set_xticks(middle, ticks, **turned)
         lowest.set_xlabel("training images" + (" (log scale)" if against_size else ""))
 
     # One legend for all panels.
@@ -1628,51 +1580,27 @@ def draw_panels(frame: pd.DataFrame, against_size: bool) -> Figure:
     return figure
 
 
-def variant_places(sizes: pd.Series, variants: Sequence[str], against_size: bool) -> pd.DataFrame:
-    """Where the variants stand on the horizontal axis: a row per training-set size.
-
-    ``sizes`` are numbers of training images by n_train. Sizes stand at 0, 1, 2 and so on or,
-    ``against_size``, at their decimal logarithms: the column "middle". The variants, a column each,
-    stand side by side around it. The columns "left" and "right" are the ends of the floor.
-    """
-    count = len(variants)
-    if against_size:
-        middle = np.log10(sizes)
-        slot = min(0.06, middle.diff().min() / count)  # no size reaches the next
-    else:
-        middle = pd.Series(np.arange(len(sizes)), index=sizes.index)
-        slot = 1 / count
-
-    # Marks within 0.4 of the slots' sum on both sides of the middle, the floor's line within 0.45.
-    offsets = 0.8 * slot * (np.arange(count) - (count - 1) / 2)
-    places = {variant: middle + offset for variant, offset in zip(variants, offsets, strict=True)}
-    half = 0.45 * slot * count
-    places |= {"middle": middle, "left": middle - half, "right": middle + half}
-    return pd.DataFrame(places)
-
-
 def draw_variants(
-    axes: Axes, values: pd.Series, variants: Sequence[str], places: pd.DataFrame, with_lines: bool
+    axes: Axes, values: pd.Series, places: dict[str, pd.Series], half_floor: float, with_lines: bool
 ) -> None:
     """One panel: values by n_train, variant and seed, as mean, interval and a dot for each seed.
 
-    ``variants`` are all of the figure's, ``places`` those of ``variant_places``; ``with_lines``
-    from size to size. FLOOR is a dashed line.
+    ``places`` of all variants, a number for each n_train; FLOOR is a dashed line of this half width
+    around its place. ``with_lines`` from size to size.
     """
     for variant, rows in over_seeds(values.to_frame()).groupby("variant", observed=True):
-        # The floor belongs to all variants of a size: a line over their whole width.
-        here = places.loc[rows["n_train"]]
+        x = places[variant].loc[rows["n_train"]]
         if variant == FLOOR:
-            ends = here["left"], here["right"]
+            ends = x - half_floor, x + half_floor
             axes.hlines(rows["mean"], *ends, FLOOR_COLOUR, "--", label=FLOOR, linewidth=1)
             continue
 
-        style = variant_style(variant, variants) | {"linestyle": "-" if with_lines else "none"}
-        axes.errorbar(here[variant], rows["mean"], rows["half"], label=variant, **style)
+        style = variant_style(variant, list(places)) | {"linestyle": "-" if with_lines else "none"}
+        axes.errorbar(x, rows["mean"], rows["half"], label=variant, **style)
 
         # A dot for each seed.
         dots = values.xs(variant, level="variant").dropna()  # by n_train and seed
-        x = places.loc[dots.index.get_level_values("n_train"), variant]
+        x = places[variant].loc[dots.index.get_level_values("n_train")]
         axes.scatter(x, dots, s=5, color=style["color"], alpha=0.4)
 
 
@@ -1738,32 +1666,16 @@ def forest_labels(comparisons: pd.DataFrame) -> list[str]:
 
 
 def draw_overview(runs: Sequence[Run], frame: pd.DataFrame, evaluator: Evaluator) -> Figure:
-    """``overview.png``: real training images and the first images of each variant.
-
-    Of one class each variant has a row. Of several each class has a row, and the variants stand
-    side by side. The images are those of the lowest seed; each training-set size has such rows.
-    """
-    series = overview_series(runs, frame, evaluator)
-    labels = sorted({label for run in runs for label in run.images})
-    names = [evaluator.dataset.module.CLASS_NAMES[label] for label in labels]
-    channels = evaluator.train.images.shape[1]
-
-    # The cells of the picture: (row, column) -> images.
-    cells: dict[tuple[str, str], Tensor] = {}
-    for (n_train, variant), by_label in series.items():
-        ending = "" if n_train is None else f", N = {n_train}"
-        for label, name in zip(labels, names, strict=True):
-            place = (variant + ending, name) if len(labels) == 1 else (name + ending, variant)
-            if label in by_label:
-                cells[place] = by_label[label]
-
-    # Every cell has the same number of images, white where some are missing.
+    """``overview.png``: a panel for each of ``overview_cells``, their first images side by side."""
+    cells = overview_cells(runs, frame, evaluator)
     rows = list(dict.fromkeys(row for row, _column in cells))
     columns = list(dict.fromkeys(column for _row, column in cells))
-    each = max(1, OVERVIEW_COLUMNS // len(columns))
-    white = torch.full((each, channels, mnist.IMAGE_SIZE, mnist.IMAGE_SIZE), 255, dtype=torch.uint8)
 
-    # A panel for each cell. Its tiles are square, and all of them about 5 of the figure's 6 inches.
+    # Every cell has the same number of images, white where some are missing.
+    each = max(1, OVERVIEW_COLUMNS // len(columns))
+    white = torch.full_like(next(iter(cells.values()))[:1], 255).repeat(each, 1, 1, 1)
+
+    # Tiles are square, and all of them about 5 of the figure's 6 inches.
     row_height = 5 / each / len(columns)
     figure = Figure(figsize=(6, 0.3 + row_height * len(rows)), layout="constrained")
     panels = figure.subplots(len(rows), len(columns), squeeze=False)
@@ -1777,66 +1689,71 @@ def draw_overview(runs: Sequence[Run], frame: pd.DataFrame, evaluator: Evaluator
     return figure
 
 
-def overview_series(
+def overview_cells(
     runs: Sequence[Run], frame: pd.DataFrame, evaluator: Evaluator
-) -> dict[tuple[int | None, str], dict[int, Tensor]]:
-    """What ``overview.png`` shows: by n_train and variant, images (n, C, H, W) by label.
+) -> dict[tuple[str, str], Tensor]:
+    """What ``overview.png`` shows: by row and column, images (n, C, H, W) of the lowest seed.
 
-    For each size, the whole class (None) last: "real" images, then the variants as in all tables.
+    Real training images and those of each variant. Of one class they are the rows; of several each
+    class is a row, and they are the columns. Each training-set size has its own rows.
     """
+    labels = {label for run in runs for label in run.images}
+    names = evaluator.dataset.module.CLASS_NAMES
+    select_images = evaluator.dataset.module.select_images
+
     # The table has one row for each class of each run, in the runs' order.
     by_class = [(run, label) for run in runs for label in run.images]
-    rows = of_classes(frame).assign(by_class=by_class)
+    shown = of_classes(frame).assign(by_class=by_class).sort_values("seed", kind="stable")
+    shown = shown.drop_duplicates(["n_train", "variant", "label"])
 
-    series: dict[tuple[int | None, str], dict[int, Tensor]] = {}
-    for row in rows.sort_values(["n_train", "variant", "seed"], kind="stable").itertuples():
-        run, label = row.by_class
-        n_train = run.settings["n_train"]
+    cells = {}
+    for n_train, of_size in shown.sort_values("variant", kind="stable").groupby("n_train"):
+        ending = "" if np.isinf(n_train) else f", N = {n_train:.0f}"
+        found = []  # name, class, images
 
-        # What the first variant was trained on, and what each made; of each the lowest seed.
-        real = series.setdefault((n_train, "real"), {})
-        if label not in real:
-            select_images = evaluator.dataset.module.select_images
-            real[label] = select_images(*evaluator.train, label, n_train, row.seed)
-        series.setdefault((n_train, row.variant), {}).setdefault(label, run.images[label])
-    return series
+        # What the first variant was trained on, and what each made.
+        for row in of_size.drop_duplicates("label").sort_values("label").itertuples():
+            run, label = row.by_class
+            real = select_images(*evaluator.train, label, run.settings["n_train"], row.seed)
+            found.append(("real", label, real))
+        for row in of_size.itertuples():
+            run, label = row.by_class
+            found.append((row.variant, label, run.images[label]))
+
+        for name, label, images in found:
+            one_class = (name + ending, names[label])
+            several = (names[label] + ending, name)
+            cells[one_class if len(labels) == 1 else several] = images
+    return cells
 
 
 # ----------------------------------------------------------------------- the published procedure
 # Published: 5 generated images against the first 5 training images of any class, FID and paired
 # SSIM. Beside it 5 real images of the run's own class, PAPER_DRAWS times, as a perfect generator
 # would draw them: how far chance alone moves both figures.
-def paper_protocol(
-    evaluator: Evaluator, run: Run, first_training: Sample, real_scores: dict[int, pd.DataFrame]
-) -> list[dict[str, Any]]:
-    """The published evaluation of a run: one record per class, as in ``metrics_paper.json``.
+PAPER_IMAGES = 5
+PAPER_METRICS = ("fid", "ssim_paired")
+PAPER_DRAWS = 100
 
-    real_scores: ``real_paper_scores`` by class. Raises UserError for a run with fewer than
-    PAPER_IMAGES images.
-    """
+
+def evaluate_as_published(evaluator: Evaluator, runs: Sequence[Run], out: Path | None) -> None:
+    """The published procedure: into each run's folder, a table, and into ``out`` the table."""
+    first_training = evaluator.sample(evaluator.train.images[:PAPER_IMAGES])  # of any class
+    labels = sorted({label for run in runs for label in run.images})
+    real_scores = {label: real_paper_scores(evaluator, label, first_training) for label in labels}
     records = []
-    for label, images in run.images.items():
-        if len(images) < PAPER_IMAGES:
-            raise UserError(f"{run.folder}: {len(images)} images, expected {PAPER_IMAGES}")
-        score = evaluator.compare(evaluator.sample(images[:PAPER_IMAGES]), first_training)
-        real = real_scores[label]
+    for run in tqdm(runs, "runs", delay=2, leave=False):
+        of_run = [
+            paper_record(evaluator, run, label, first_training, real_scores[label])
+            for label in run.images
+        ]
+        records += of_run
+        write_json(run.folder / "metrics_paper.json", of_run if run.conditional else of_run[0])
 
-        record = {
-            "run": evaluator.row_name(run, label),
-            "n_generated": PAPER_IMAGES,
-            "n_real": PAPER_IMAGES,
-            "draws": PAPER_DRAWS,
-            "features": str(evaluator.extractor),
-        }
-        for metric in PAPER_METRICS:  # the run's, and mean and central 95 % of real images'
-            low, high = np.percentile(real[metric], [2.5, 97.5])
-            record[metric] = {
-                "run": score[metric],
-                "real_mean": float(real[metric].mean()),
-                "real_95": [float(low), float(high)],
-            }
-        records.append(record)
-    return records
+    text = paper_table(records, evaluator.dataset.paper_scores)
+    say(text)
+    if out is not None:
+        write_atomic(out / "paper_protocol.md", f"{text}\n")
 
 
 def real_paper_scores(evaluator: Evaluator, label: int, first_training: Sample) -> pd.DataFrame:
@@ -1857,6 +1774,32 @@ def real_paper_scores(evaluator: Evaluator, label: int, first_training: Sample) 
         five = torch.randperm(len(order), generator=generator)[:PAPER_IMAGES]
         scores.append(evaluator.compare(pool.take(five), first_training))
     return pd.DataFrame(scores)
+
+
+def paper_record(
+    evaluator: Evaluator, run: Run, label: int, first_training: Sample, real: pd.DataFrame
+) -> dict[str, Any]:
+    """As in ``metrics_paper.json``: scores of a class, mean and central 95 % of real images'."""
+    images = run.images[label]
+    if len(images) < PAPER_IMAGES:
+        raise UserError(f"{run.folder}: {len(images)} images, expected {PAPER_IMAGES}")
+    score = evaluator.compare(evaluator.sample(images[:PAPER_IMAGES]), first_training)
+
+    record = {
+        "run": evaluator.row_name(run, label),
+        "n_generated": PAPER_IMAGES,
+        "n_real": PAPER_IMAGES,
+        "draws": PAPER_DRAWS,
+        "features": str(evaluator.extractor),
+    }
+    for metric in PAPER_METRICS:
+        low, high = np.percentile(real[metric], [2.5, 97.5])
+        record[metric] = {
+            "run": score[metric],
+            "real_mean": float(real[metric].mean()),
+            "real_95": [float(low), float(high)],
+        }
+    return record
 
 
 def paper_table(records: Sequence[dict[str, Any]], paper_scores: dict[str, tuple]) -> str:
@@ -1935,32 +1878,13 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
     return options
 
 
-def read_runs(folders: Sequence[Path], dataset: DataSet) -> list[Run]:
-    """Read the run folders; raises UserError for runs that do not belong into one table."""
-    runs = [read_run(folder, dataset) for folder in folders]
-    sources = sorted({run.settings["data"] for run in runs})
-    if len(sources) > 1:
-        raise UserError(f"mixed data sets: {', '.join(sources)}; evaluate each by itself")
-
-    # Two runs of one cell of the table cannot both be shown.
-    seen: dict[tuple, Run] = {}
-    for run in runs:
-        for label in run.images:
-            settings = [run.settings[name] for name in ("arm", "n_train", "seed", "steps")]
-            other = seen.setdefault((run.condition, label, *settings), run)
-            if other is not run:
-                alike = "have the same arm, condition, class, size, seed and steps"
-                raise UserError(f"{other.folder} and {run.folder} {alike}; evaluate each by itself")
-    return runs
-
-
 def evaluate(options: argparse.Namespace, dataset: DataSet) -> None:
     """Measure the runs by the protocol that was asked for."""
     runs = read_runs(options.runs, dataset)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
     if not runs:
-        write_tables(joined(read_tables(options.csv)), options)
+        write_tables(read_tables(options.csv), options)
         return
 
     evaluator = Evaluator(dataset, runs[0].settings["data"], options)
@@ -1968,8 +1892,7 @@ def evaluate(options: argparse.Namespace, dataset: DataSet) -> None:
     if record is not None:
         shares = [
             f"{record[f'{split}_accuracy']:.2%} of {record[f'n_{split}']} {split} images"
-            for split in ("val", "test")
-            if f"n_{split}" in record
+            for split in evaluator.tested_on
         ]
         say(f"classifier: {', '.join(shares)}")
 
@@ -1993,16 +1916,15 @@ def evaluate_fully(evaluator: Evaluator, runs: Sequence[Run], options: argparse.
     csv = comparison_csv(results)
     frame = read_comparison(io.StringIO(csv))  # of these runs alone
     say(result_table(frame))
-    if options.csv:
-        table = options.csv[0]
-        earlier = read_tables([table]) if table.exists() else []
-        csv = joined([*earlier, csv])
-        table.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(table, csv)
 
+    # Added to the table of earlier evaluations, and shown with the other ones.
+    if options.csv:
+        kept = options.csv[0]
+        csv = joined([*read_tables([kept] if kept.exists() else []), csv])
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(kept, csv)
     if options.out is not None:
-        texts = [csv, *read_tables(options.csv[1:])]
-        write_tables(joined(texts), options)
+        write_tables([csv, *read_tables(options.csv[1:])], options)
         draw(options.out / "overview.png", draw_overview, runs, frame, evaluator)
 
 
@@ -2023,50 +1945,32 @@ def joined(texts: Sequence[str]) -> str:
     Of rows with equal run, reference and budget the last stays, by whatever features it was judged.
     """
     parts = [pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False) for text in texts]
-    rows = pd.concat(parts).drop_duplicates(["run", "reference", *BUDGET], keep="last")
-    return rows.to_csv(index=False)
+    rows = pd.concat(parts)
+    told_by = rows.columns.intersection(["run", "reference", *BUDGET])  # an old table has fewer
+    return rows.drop_duplicates(told_by, keep="last").to_csv(index=False)
 
 
-def write_tables(csv: str, options: argparse.Namespace) -> None:
-    """Tables and figures of all rows of a comparison.csv, into ``--out``."""
+def write_tables(texts: Sequence[str], options: argparse.Namespace) -> None:
+    """Tables and figures of all rows of several comparison.csv, into ``--out``."""
     out = options.out
+    csv = joined(texts)
     frame = read_comparison(io.StringIO(csv))
     write_atomic(out / "comparison.csv", csv)
     write_atomic(out / "comparison.md", comparison_text(frame, options.margin))
 
     # Figures of what there is; none of other runs stays.
+    draw(out / "comparison.png", draw_panels, frame, against_size=False)
+    (out / "scaling.png").unlink(missing_ok=True)
+    if frame["n_train"].nunique() > 1:
+        draw(out / "scaling.png", draw_panels, frame, against_size=True)
+    (out / "forest.png").unlink(missing_ok=True)
     comparisons = fid_comparisons(frame, options.margin)
-    figures = {
-        "comparison.png": (draw_panels, frame, False),
-        "scaling.png": (draw_panels, frame, True) if frame["n_train"].nunique() > 1 else None,
-        "forest.png": (draw_forest, comparisons, options.margin) if len(comparisons) else None,
-    }
-    for name, figure in figures.items():
-        if figure is not None:
-            draw(out / name, *figure)
-        else:
-            (out / name).unlink(missing_ok=True)
+    if len(comparisons) > 0:
+        draw(out / "forest.png", draw_forest, comparisons, options.margin)
     say(f"written to {out}")
 
 
-def evaluate_as_published(evaluator: Evaluator, runs: Sequence[Run], out: Path | None) -> None:
-    """The published procedure: into each run's folder, a table, and into ``out`` the table."""
-    first_training = evaluator.sample(evaluator.train.images[:PAPER_IMAGES])  # of any class
-    labels = sorted({label for run in runs for label in run.images})
-    real_scores = {label: real_paper_scores(evaluator, label, first_training) for label in labels}
-    records = []
-    for run in tqdm(runs, "runs", delay=2, leave=False):
-        of_run = paper_protocol(evaluator, run, first_training, real_scores)
-        records += of_run
-        write_json(run.folder / "metrics_paper.json", of_run if run.conditional else of_run[0])
-
-    text = paper_table(records, evaluator.dataset.paper_scores)
-    say(text)
-    if out is not None:
-        write_atomic(out / "paper_protocol.md", f"{text}\n")
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: Any) -> None:
     """Write an indented JSON file; one in a colleague's folder is not worth stopping for."""
     with optional(path):
         write_atomic(path, f"{json.dumps(content, indent=2)}\n")

@@ -125,8 +125,6 @@ def scattering_extractor(images: Tensor) -> cal_fid_ssim.Extractor:
         preprocessing="x / 255",
         model=Scattering(images[::every]).eval(),
         prepare=to_unit,
-        channels=3,
-        size=186,
         device="cpu",
         batch=BATCH,
     )
