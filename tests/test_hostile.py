@@ -393,10 +393,26 @@ def test_environment(tmp_path, monkeypatch, rank, world_size, local_rank, said, 
     assert said in quantum_fails(tmp_path, fails)
 
 
-def test_a_shell_inside_jupyter(tmp_path):
-    # It names a backend for figures that only Jupyter's own environment has.
-    environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    command = [sys.executable, ROOT / "quantum_diffusion_mnist.py", "--help"]
+def test_a_shell_inside_jupyter(finished, tmp_path):
+    """It names a backend for figures that only Jupyter's own environment has."""
+    shutil.copy(finished / "samples_final.png", tmp_path / "grid.png")
+
+    # Both scripts as if started by python, one after the other: they share what takes seconds.
+    by_python = """
+import runpy, sys
+debug_img, training = sys.argv[1:]
+sys.argv = [debug_img, "grid.png"]
+runpy.run_path(debug_img, run_name="__main__")
+sys.argv = [training, "--help"]
+runpy.run_path(training, run_name="__main__")
+"""
+    scripts = [ROOT / "debug_img.py", ROOT / "quantum_diffusion_mnist.py"]
+    environment = os.environ | {
+        "MPLBACKEND": "module://not_installed.backend_inline",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "-c", by_python, *scripts]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "grid_split.png").exists()
     assert "--use_quantum" in done.stdout
