@@ -162,6 +162,7 @@ def test_the_circuit_of_the_page_runs_exactly(monkeypatch):
     qd.check_circuit(qd.Settings("xy"))  # against PennyLane
 
 
+@pytest.mark.usefixtures("quick_loss_curve")
 def test_the_notebook_of_the_page_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     qd.main(tiny("runs", "--use_quantum", "--timesteps", "60"))
