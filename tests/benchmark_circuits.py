@@ -93,8 +93,10 @@ def circuit_call(
 ) -> Callable[[], None]:
     """Forward and backward of the circuit alone."""
     torch.manual_seed(0)
-    circuit, n_weights = mnist.ARMS[arm].circuit, mnist.ARMS[arm].n_weights
-    gate = mnist.QuantumGate(128, circuit, qubits, layers, n_weights, simulator=simulator)
+    known = mnist.ARMS[arm]
+    gate = mnist.QuantumGate(
+        128, known.circuit, qubits, layers, known.n_weights, simulator=simulator
+    )
     angles = torch.randn(BATCH, qubits, requires_grad=True)
     return lambda: gate.expectations(angles).square().sum().backward()
 
@@ -175,23 +177,34 @@ def processor() -> str:
 
 def state_vector(xp, angles, weights):
     """<Z_i> (B, n) by plain state vectors. xp: torch or jax.numpy; weights: (L, n, 2)."""
-    n, state = angles.shape[1], xp.ones_like(angles[:, :1]) + 0j
+    n = angles.shape[1]
+    state = xp.ones_like(angles[:, :1]) + 0j
 
     def pairs(i, *axes):  # the state's amplitudes, with qubit i, or i and i + 1, on an axis
         return state.reshape((len(angles), 2**i, *axes, -1))
 
-    for i in range(n):  # RY(x)|0>
-        cos, sin = (f(angles[:, i] / 2) for f in (xp.cos, xp.sin))
-        state = (state[:, :, None] * xp.stack([cos, sin], 1)[:, None]).reshape(len(angles), -1)
+    # RY(x)|0> on each qubit.
+    for i in range(n):
+        half = angles[:, i] / 2
+        qubit = xp.stack([xp.cos(half), xp.sin(half)], 1)  # (B, 2)
+        state = (state[:, :, None] * qubit[:, None]).reshape(len(angles), -1)
+
     for layer in weights:
+        # RZ, then RY, on each qubit.
         for i in range(n):
-            cos, sin = (f(layer[i, 1] / 2) for f in (xp.cos, xp.sin))
             turn = xp.exp(0.5j * layer[i, 0])
-            zero, one = pairs(i, 2)[:, :, 0] / turn, pairs(i, 2)[:, :, 1] * turn
+            zero = pairs(i, 2)[:, :, 0] / turn
+            one = pairs(i, 2)[:, :, 1] * turn
+            cos = xp.cos(layer[i, 1] / 2)
+            sin = xp.sin(layer[i, 1] / 2)
             state = xp.stack([cos * zero - sin * one, sin * zero + cos * one], 2)
+
+        # CNOT on each two neighbours.
         for i in range(n - 1):
-            zero, one = pairs(i, 2, 2)[:, :, 0], pairs(i, 2, 2)[:, :, 1]
+            zero = pairs(i, 2, 2)[:, :, 0]
+            one = pairs(i, 2, 2)[:, :, 1]
             state = xp.stack([zero, xp.flip(one, (2,))], 2)
+
     odds = [(abs(pairs(i, 2)) ** 2).sum(3).sum(1) for i in range(n)]
     return xp.stack([p[:, 0] - p[:, 1] for p in odds], 1)
 
@@ -286,8 +299,10 @@ PEERS = {
 
 
 def peers(out: Path) -> None:
-    """peers.csv: forward and backward of the circuit by other simulators, and the exact
-    layer after each. What is compared first: values and gradients."""
+    """peers.csv: forward and backward of the circuit by other simulators.
+
+    The exact layer is timed after each. Values and gradients are compared first.
+    """
     generator = torch.Generator().manual_seed(0)
     angles = torch.randn(BATCH, QUBITS, generator=generator)
     weights = 2 * torch.pi * torch.rand(LAYERS, QUBITS, 2, generator=generator)
@@ -296,18 +311,20 @@ def peers(out: Path) -> None:
     rows = []
     for name, make in PEERS.items():
         try:
-            peer, start = make(), time.perf_counter()
+            peer = make()
         except ImportError as error:
             print(f"{name}: skipped, no package {error.name}")
             continue
+        start = time.perf_counter()
         found = peer(angles, weights)
         first = time.perf_counter() - start  # compiling included
         errors = [(a - b).abs().max().item() for a, b in zip(found, true, strict=True)]
-        # One after the other: threads that spin and freed memory would slow a call between two
-        seconds, ours = (
-            medians({f: partial(f, angles, weights)}, n)[f] for f, n in ((peer, 5), (exact, 40))
-        )
-        numbers = (1e3 * seconds, seconds / ours, first, max(errors[:1]), max(errors[1:]))
+        of_value, *of_gradients = errors
+
+        # One after the other: threads that spin and freed memory would slow a call between two.
+        seconds = medians({name: partial(peer, angles, weights)}, 5)[name]
+        ours = medians({name: partial(exact, angles, weights)}, 40)[name]
+        numbers = (1e3 * seconds, seconds / ours, first, of_value, max(of_gradients))
         rows.append((name, *(f"{x:.4g}" for x in numbers)))
         print(*rows[-1], sep=", ", flush=True)
     columns = ("simulator", "ms", "times the exact layer's", "first call, s")

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import quantum_diffusion_mnist as mnist
 import quantum_diffusion_pathmnist as pathmnist
@@ -117,6 +118,22 @@ def fails(capsys):
         return lines[0]
 
     return check
+
+
+@pytest.fixture
+def quick_loss_curve(monkeypatch):
+    """A line of text instead of the loss curve, whose axes take a third of a tiny run.
+
+    For tests that do not look at it. Of other losses it is another picture.
+    """
+
+    def draw(losses, title):
+        figure = Figure(figsize=(1, 1))
+        figure.text(0, 0.5, f"{title}: {len(losses)}, {losses.double().mean()}")
+        return figure
+
+    for module in (mnist, pathmnist):
+        monkeypatch.setattr(module, "draw_loss_curve", draw)
 
 
 @pytest.fixture

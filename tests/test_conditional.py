@@ -9,6 +9,7 @@ from conftest import leave_zero, only, tiny, write_npz
 import quantum_diffusion_mnist as qd
 import quantum_diffusion_pathmnist as pathmnist
 
+pytestmark = pytest.mark.usefixtures("quick_loss_curve")
 TWO = ["--conditional", "--digits", "3", "8"]
 
 

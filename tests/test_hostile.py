@@ -393,10 +393,28 @@ def test_environment(tmp_path, monkeypatch, rank, world_size, local_rank, said, 
     assert said in quantum_fails(tmp_path, fails)
 
 
-def test_a_shell_inside_jupyter(tmp_path):
-    # It names a backend for figures that only Jupyter's own environment has.
-    environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    command = [sys.executable, ROOT / "quantum_diffusion_mnist.py", "--help"]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "--use_quantum" in done.stdout
+def test_a_shell_inside_jupyter(finished, tmp_path):
+    """It names a backend for figures that only Jupyter's own environment has."""
+    shutil.copy(finished / "samples_final.png", tmp_path / "grid.png")
+
+    # Both scripts at the same time: each takes seconds to import what it needs.
+    processes = []
+    for backend, *words in (
+        ("matplotlib_inline", ROOT / "quantum_diffusion_mnist.py", "--help"),
+        ("not_installed", ROOT / "debug_img.py", "grid.png"),
+    ):
+        process = subprocess.Popen(
+            [sys.executable, *words],
+            env=os.environ | {"MPLBACKEND": f"module://{backend}.backend_inline"},
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+
+    (text, errors), (_, errors_of_figure) = [process.communicate() for process in processes]
+    assert processes[0].returncode == 0, errors
+    assert "--use_quantum" in text
+    assert processes[1].returncode == 0, errors_of_figure
+    assert (tmp_path / "grid_split.png").exists()

@@ -11,7 +11,9 @@ from scipy import stats
 import quantum_diffusion_mnist as qd
 
 ROOT = Path(__file__).parent.parent
-README, RESULTS = PAGES = ROOT / "README.md", ROOT / "result_gif" / "README.md"
+README = ROOT / "README.md"
+RESULTS = ROOT / "result_gif" / "README.md"
+PAGES = [README, RESULTS]
 CELLS = {
     "scaling": 21 * 6,
     "four_arms": 8 * 6,
@@ -32,14 +34,28 @@ def table(page: Path, name: str) -> list[dict[str, str]]:
 
 
 def expected(arms: list[str], values: pd.Series) -> list[float]:
-    """Of one arm (or real images) the mean; of two the mean difference and, from several seeds,
-    the ends of its interval. values: by arm, class and seed."""
-    if len(arms) < 2:
-        return [values[arms[0]].mean() if arms else values.mean()]
-    seeds = (values[arms[0]] - values[arms[1]]).groupby("seed").mean()
-    half = stats.t.ppf(0.975, len(seeds) - 1) * seeds.sem()
-    mean = seeds.mean()
-    return [mean, mean - half, mean + half] if len(seeds) > 1 else [mean]
+    """The numbers of a cell.
+
+    Of one arm, or of none (real images), the mean; of two the mean difference and, from several
+    seeds, the ends of its interval. values: by arm, class and seed.
+    """
+    if len(arms) == 0:
+        return [values.mean()]
+    if len(arms) == 1:
+        return [values[arms[0]].mean()]
+
+    first, second = arms
+    by_seed = (values[first] - values[second]).groupby("seed").mean()
+    mean = by_seed.mean()
+    if len(by_seed) == 1:
+        return [mean]
+    half = stats.t.ppf(0.975, len(by_seed) - 1) * by_seed.sem()
+    return [mean, mean - half, mean + half]
+
+
+def column_of(words: str) -> str:
+    """The column of comparison.csv that a heading stands for: "floor_fid" of "real FID"."""
+    return re.sub("[ -]", "_", words.lower().replace("real ", "floor_"))
 
 
 @pytest.mark.parametrize("study", CELLS)
@@ -47,18 +63,29 @@ def test_tables_are_the_csvs(study):
     runs = pd.read_csv(RESULTS.parent / "results" / study / "comparison.csv")
     cells = 0
     for row in table(RESULTS, study):
-        size, label = row.pop("N", ".*").replace(",", ""), row.pop("class", "")
+        # The runs that the row is about: of a size, of a class, of both or of all.
+        size = row.pop("N", ".*").replace(",", "")
+        label = row.pop("class", "")
         one_class = f"(?:_|mnist){label or '.*'}_n{size}_[^:]*$"
         here = runs[runs["run"].str.contains(f"{one_class}|: {label}$")]
-        metric, of = row.pop("metric", None), row.pop("arm", None)
+        here = here.set_index(["arm", "label", "seed"])
+
+        # Metric and arm stand in the row or in the heading.
+        metric = row.pop("metric", None)
+        arm_of_row = row.pop("arm", None)
         for heading, cell in row.items():
-            name = re.sub("[ -]", "_", (metric or heading).lower().replace("real ", "floor_"))
-            name = "floor_" + name if heading == "real" else name
-            arms = [x for x in heading.split(",")[0].split(" − ") if x in {*runs["arm"]}]
-            values = here.set_index(["arm", "label", "seed"])[name]
+            column = column_of(metric or heading)
+            if heading == "real":
+                column = f"floor_{column}"
+            words = heading.split(",")[0].split(" − ")
+            arms = [word for word in words if word in set(runs["arm"])]
+            if not arms and arm_of_row:
+                arms = [arm_of_row]
+
             found = NUMBER.findall(cell)
-            for text, value in zip(found, expected(arms or [of][: bool(of)], values), strict=True):
-                assert abs(float(text) - value) <= 0.5001 * 10.0 ** -len(text.split(".")[1]), row
+            for text, value in zip(found, expected(arms, here[column]), strict=True):
+                decimals = len(text.split(".")[1])
+                assert abs(float(text) - value) <= 0.5001 * 10.0**-decimals, row
             cells += 1
     assert cells == CELLS[study]
 
@@ -66,12 +93,22 @@ def test_tables_are_the_csvs(study):
 def test_readme_repeats_the_tables():
     full = {study: table(RESULTS, study) for study in ("scaling", "four_arms", "seeds")}
     for row in table(README, "summary"):
-        size = (re.search(r"([\d,]+) images", row["data"]) or [None, None])[1]
-        study = "seeds" if "seeds" in row["data"] else "scaling" if size else "four_arms"
-        (there,) = [r for r in full[study] if (r["metric"], r.get("N")) == (row["metric"], size)]
-        there = {key.split(",")[0]: NUMBER.findall(value) for key, value in there.items()}
-        for key in [*row][2:]:
-            assert NUMBER.findall(row[key]) == there[key.split(",")[0]], row
+        match = re.search(r"([\d,]+) images", row["data"])
+        size = match[1] if match else None
+        if "seeds" in row["data"]:
+            study = "seeds"
+        elif size is not None:
+            study = "scaling"
+        else:
+            study = "four_arms"
+
+        # The same numbers in the same columns.
+        wanted = (row["metric"], size)
+        (there,) = [other for other in full[study] if (other["metric"], other.get("N")) == wanted]
+        numbers = {key.split(",")[0]: NUMBER.findall(cell) for key, cell in there.items()}
+        _data, _metric, *columns = row
+        for key in columns:
+            assert NUMBER.findall(row[key]) == numbers[key.split(",")[0]], row
 
 
 @pytest.mark.parametrize("page", PAGES, ids=["README", "results"])
@@ -125,6 +162,7 @@ def test_the_circuit_of_the_page_runs_exactly(monkeypatch):
     qd.check_circuit(qd.Settings("xy"))  # against PennyLane
 
 
+@pytest.mark.usefixtures("quick_loss_curve")
 def test_the_notebook_of_the_page_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     qd.main(tiny("runs", "--use_quantum", "--timesteps", "60"))

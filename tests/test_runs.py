@@ -18,7 +18,6 @@ import matplotlib
 import pytest
 import torch
 from conftest import only, tiny
-from matplotlib.figure import Figure
 from PIL import Image
 from torch.utils._pytree import tree_map
 
@@ -163,6 +162,7 @@ def test_captions_begin_with_the_step(run, monkeypatch):
 # ------------------------------------------------------------------------------- killed, resumed
 
 
+@pytest.mark.usefixtures("quick_loss_curve")
 def test_killed_anywhere_and_continued_equals_uninterrupted(tmp_path, monkeypatch):
     # What is on the disk just before each file gets its name.
     states = []
@@ -174,7 +174,6 @@ def test_killed_anywhere_and_continued_equals_uninterrupted(tmp_path, monkeypatc
         states.append((Path(target).name, copy))
         replace(source, target)
 
-    monkeypatch.setattr(qd, "draw_loss_curve", lambda *_: Figure(figsize=(1, 1)))  # is quicker
     options = [*NOISY, "--steps", "4", "--n_frames", "2", "--timesteps", "4"]
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", photographed)
@@ -217,6 +216,7 @@ def test_ctrl_c_leaves_a_run_that_continues(place, run, tmp_path, monkeypatch, c
     assert contents(only(tmp_path / "cut")) == contents(run)
 
 
+@pytest.mark.usefixtures("quick_loss_curve")
 def test_main_runs_in_a_thread(tmp_path):
     errors = []
 
@@ -239,6 +239,7 @@ def test_a_second_start_changes_nothing(run, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*.p*")} == before
 
 
+@pytest.mark.usefixtures("quick_loss_curve")
 def test_a_larger_n_eval_only_samples_the_missing_images(tmp_path, monkeypatch):
     # Shots too: an image does not depend on those it is drawn with.
     argv = [*NOISY, "--lr", "0.05", "--timesteps", "2", "--n_eval"]
@@ -280,6 +281,7 @@ def test_a_larger_n_eval_only_samples_the_missing_images(tmp_path, monkeypatch):
     assert (b / "model.pt").stat().st_mtime_ns == model
 
 
+@pytest.mark.usefixtures("quick_loss_curve")
 def test_lost_previews_do_not_block_a_run(tmp_path, monkeypatch):
     def die(*args, **changes):
         raise SystemError("killed")
@@ -384,10 +386,17 @@ def test_a_changed_circuit_is_another_run(run, tmp_path, fails, monkeypatch):
     assert "operations 'RZ(w0) 0' (asked for: 'RX(w0) 0')" in message
 
 
+@pytest.fixture(scope="module")
+def another_rate(tmp_path_factory):
+    """The folder of the run that only its learning rate tells from ``finished``."""
+    folder = tmp_path_factory.mktemp("other")
+    qd.main(tiny(folder, "--use_quantum", "--lr", "0.01"))
+    return folder
+
+
 @pytest.mark.parametrize("name", ["checkpoint.pt", "model.pt", "samples_final.png"])
-def test_a_file_of_a_run_with_another_rate_is_refused(name, run, tmp_path, fails):
-    qd.main(tiny(tmp_path / "other", "--use_quantum", "--lr", "0.01"))
-    other = only(tmp_path / "other")
+def test_a_file_of_a_run_with_another_rate_is_refused(name, run, another_rate, tmp_path, fails):
+    other = only(another_rate)
     if name == "checkpoint.pt":  # which is read when training goes on
         (run / "model.pt").unlink()
         (run / "samples_final.png").unlink()
@@ -429,6 +438,7 @@ def test_a_run_is_loaded_with_its_own_circuit_alone(run, monkeypatch):
         qd.load_run(run)
 
 
+@pytest.mark.usefixtures("quick_loss_curve")
 def test_whether_the_circuit_is_trained_is_part_of_a_run(tmp_path, monkeypatch, fails):
     argv = tiny(tmp_path, "--use_quantum")
     qd.main(argv)
@@ -436,6 +446,7 @@ def test_whether_the_circuit_is_trained_is_part_of_a_run(tmp_path, monkeypatch, 
     assert "trained True (asked for: False)" in fails(qd, argv)
 
 
+@pytest.mark.usefixtures("quick_loss_curve")
 def test_a_folder_that_becomes_another_runs_loses_its_pictures(tmp_path):
     qd.main(tiny(tmp_path, "--use_quantum"))
     run = only(tmp_path)
@@ -514,6 +525,7 @@ def test_damaged_weights_that_are_mended_lock_nothing_out(run, tmp_path, fails):
 # -------------------------------------------------------------------- nobody is locked out
 
 
+@pytest.mark.usefixtures("quick_loss_curve")
 def test_a_refused_command_does_not_lock_out_the_mended_one(tmp_path, fails):
     qd.main(tiny(tmp_path, "--digits", "5", "--steps", "2"))
     message = fails(qd, tiny(tmp_path, "--digits", "5", "0", "--steps", "3"))
@@ -537,6 +549,7 @@ def diverge_at(call, monkeypatch):
     monkeypatch.setattr(torch.optim.Adam, "step", step)
 
 
+@pytest.mark.usefixtures("quick_loss_curve")
 def test_a_diverged_run_does_not_lock_out_a_lower_rate(tmp_path, fails, monkeypatch):
     with monkeypatch.context() as patch:
         diverge_at(1, patch)
@@ -555,6 +568,7 @@ def test_divergence_in_the_last_step_is_not_saved(tmp_path, fails, monkeypatch):
     assert not (run / "model.pt").exists()
 
 
+@pytest.mark.usefixtures("quick_loss_curve")
 def test_one_bad_run_stops_no_other(run, tmp_path, fails):
     (run / "model.pt").write_bytes(b"")
     argv = tiny(tmp_path / "copy", "--use_quantum", "--lr", "0.05", "--seeds", 0, 1)
@@ -644,6 +658,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, fails):
 # ------------------------------------------------------------------------------ many processes
 
 
+@pytest.mark.usefixtures("quick_loss_curve")
 def test_a_grid_over_two_processes_is_the_lone_process_grid(tmp_path, monkeypatch):
     grid = ["--arm", "classical", "quantum", "se", "--steps", "1", "--timesteps", "2"]
     qd.main(tiny(tmp_path / "lone", *grid))

@@ -221,6 +221,7 @@ def on_lightning(save_dir, *more):
     return tiny(save_dir, *sizes, *sampling, *device, *more)
 
 
+@pytest.mark.usefixtures("quick_loss_curve")
 def test_a_run_on_a_device_with_shots_resumes_to_the_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(qd, "CHECKPOINT_STEPS", 1)
     qd.main(on_lightning(tmp_path / "whole"))
@@ -246,6 +247,7 @@ def test_a_run_on_a_device_with_shots_resumes_to_the_bit(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.usefixtures("quick_loss_curve")
 def test_images_on_a_device_with_shots_do_not_depend_on_their_company(tmp_path):
     qd.main(on_lightning(tmp_path / "at_once", "--n_eval", "18"))
     qd.main(on_lightning(tmp_path / "in_parts", "--n_eval", "2"))
