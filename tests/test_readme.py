@@ -6,7 +6,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import only, tiny
-from scipy import stats
 
 import quantum_diffusion_mnist as qd
 
@@ -14,15 +13,14 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "result_gif" / "README.md"
 PAGES = [README, RESULTS]
-CELLS = {
-    "scaling": 21 * 6,
-    "four_arms": 8 * 6,
-    "mnist": 20 * 8,
-    "mnist_conditional": 11 * 4,
-    "pathmnist": 20 * 7,
-    "seeds": 8 * 6,
+RESULT_FILES = RESULTS.parent / "results"
+
+# The headings of the tables of results, and the columns of the CSVs.
+COLUMNS = {
+    "FID / real": "fid_ratio",
+    "near-copies": "near_copies",
+    "label accuracy": "label_accuracy",
 }
-NUMBER = re.compile(r"[-+]?\d+\.\d+")
 
 
 def table(page: Path, name: str) -> list[dict[str, str]]:
@@ -33,82 +31,73 @@ def table(page: Path, name: str) -> list[dict[str, str]]:
     return [dict(zip(heads, row, strict=True)) for row in rows]
 
 
-def expected(arms: list[str], values: pd.Series) -> list[float]:
-    """The numbers of a cell.
-
-    Of one arm, or of none (real images), the mean; of two the mean difference and, from several
-    seeds, the ends of its interval. values: by arm, class and seed.
-    """
-    if len(arms) == 0:
-        return [values.mean()]
-    if len(arms) == 1:
-        return [values[arms[0]].mean()]
-
-    first, second = arms
-    by_seed = (values[first] - values[second]).groupby("seed").mean()
-    mean = by_seed.mean()
-    if len(by_seed) == 1:
-        return [mean]
-    half = stats.t.ppf(0.975, len(by_seed) - 1) * by_seed.sem()
-    return [mean, mean - half, mean + half]
+def assert_rounded(cell: str, value: float) -> None:
+    """The cell is the value, rounded to the cell's decimals."""
+    decimals = len(cell.partition(".")[2])
+    assert abs(float(cell) - value) <= 0.5001 * 10.0**-decimals, (cell, value)
 
 
-def column_of(words: str) -> str:
-    """The column of comparison.csv that a heading stands for: "floor_fid" of "real FID"."""
-    return re.sub("[ -]", "_", words.lower().replace("real ", "floor_"))
+def by_class(study: str) -> pd.DataFrame:
+    """What a study's conditional models measured, a row for each model and class."""
+    rows = pd.read_csv(RESULT_FILES / study / "comparison.csv")
+    rows["class"] = rows["run"].str.partition(": ")[2]
+    return rows[~rows["class"].isin(["mean", "all"])]
 
 
-@pytest.mark.parametrize("study", CELLS)
+def single_digits() -> pd.DataFrame:
+    """What the single models without a gate of the study's first seed measured."""
+    rows = pd.read_csv(RESULT_FILES / "study" / "A.csv", dtype={"label": str})
+    rows["class"] = rows["label"]
+    return rows[rows["seed"] == 100]
+
+
+@pytest.mark.parametrize("study", ["pathmnist", "mnist_conditional"])
 def test_tables_are_the_csvs(study):
-    runs = pd.read_csv(RESULTS.parent / "results" / study / "comparison.csv")
-    cells = 0
-    for row in table(RESULTS, study):
-        # The runs that the row is about: of a size, of a class, of both or of all.
-        size = row.pop("N", ".*").replace(",", "")
-        label = row.pop("class", "")
-        one_class = f"(?:_|mnist){label or '.*'}_n{size}_[^:]*$"
-        here = runs[runs["run"].str.contains(f"{one_class}|: {label}$")]
-        here = here.set_index(["arm", "label", "seed"])
-
-        # Metric and arm stand in the row or in the heading.
-        metric = row.pop("metric", None)
-        arm_of_row = row.pop("arm", None)
+    conditional = by_class(study)
+    classes = sorted(set(conditional["class"]))
+    shown = table(RESULTS, study)
+    assert len(shown) == len(classes) + 1
+    for row in shown:
+        name = row.pop("class" if "class" in row else "digit")
+        names = classes if name == "mean" else [name]
         for heading, cell in row.items():
-            column = column_of(metric or heading)
-            if heading == "real":
-                column = f"floor_{column}"
-            words = heading.split(",")[0].split(" − ")
-            arms = [word for word in words if word in set(runs["arm"])]
-            if not arms and arm_of_row:
-                arms = [arm_of_row]
-
-            found = NUMBER.findall(cell)
-            for text, value in zip(found, expected(arms, here[column]), strict=True):
-                decimals = len(text.split(".")[1])
-                assert abs(float(text) - value) <= 0.5001 * 10.0**-decimals, row
-            cells += 1
-    assert cells == CELLS[study]
+            # A heading is a metric, and an arm of one kind of models, or real images.
+            metric, _, of = heading.partition(", ")
+            kind, _, arm = of.rpartition(" ")
+            rows = single_digits() if kind == "single" else conditional
+            rows = rows[rows["class"].isin(names)]
+            column = COLUMNS[metric]
+            if of == "real":
+                column = "floor_" + column
+            else:
+                rows = rows[rows["arm"] == arm]
+            assert_rounded(cell, rows[column].mean())
 
 
-def test_readme_repeats_the_tables():
-    full = {study: table(RESULTS, study) for study in ("scaling", "four_arms", "seeds")}
-    for row in table(README, "summary"):
-        match = re.search(r"([\d,]+) images", row["data"])
-        size = match[1] if match else None
-        if "seeds" in row["data"]:
-            study = "seeds"
-        elif size is not None:
-            study = "scaling"
-        else:
-            study = "four_arms"
+def test_counted_runs_are_those_measured():
+    total = 0
+    for row in table(RESULTS, "progress"):
+        file = RESULT_FILES / "study" / f"{row['block']}.csv"
+        made = 0
+        if file.exists():
+            made = pd.read_csv(file)["run"].str.partition(": ")[0].nunique()
+        assert int(row["made"]) == made, row
+        total += made
+    assert f"({total} runs made)" in README.read_text(encoding="utf-8")
 
-        # The same numbers in the same columns.
-        wanted = (row["metric"], size)
-        (there,) = [other for other in full[study] if (other["metric"], other.get("N")) == wanted]
-        numbers = {key.split(",")[0]: NUMBER.findall(cell) for key, cell in there.items()}
-        _data, _metric, *columns = row
-        for key in columns:
-            assert NUMBER.findall(row[key]) == numbers[key.split(",")[0]], row
+
+def test_ablations_are_means_over_digits_and_seeds():
+    runs = pd.read_csv(RESULT_FILES / "ablations_six_runs.csv").set_index(["digit", "seed"])
+    default = runs.loc[runs["variant"].str.startswith("as it was"), "fid"]
+    rows = table(RESULTS, "ablations")
+    assert len(rows) == 10
+    for row in rows:
+        variant = row["change"].removesuffix(" (taken)")
+        difference = runs.loc[runs["variant"] == variant, "fid"] - default
+        assert len(difference) == 6, row
+        mean, error = row["FID"].split(" ± ")
+        assert_rounded(mean, difference.mean())
+        assert_rounded(error, difference.sem())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=["README", "results"])
@@ -121,19 +110,14 @@ def test_links_exist(page):
 
 def test_costs_are_those_of_the_benchmark():
     measured = pd.read_csv(ROOT / "result_gif/results/cost.csv", index_col="what")["value"]
-    rows = table(README, "cost")
-    assert [row["--arm"] for row in rows] == [arm for arm in qd.ARMS if arm != "classical"]
-    for row in rows:
-        arm = row["--arm"]
-        columns = {
-            "training step / classical": (f"training step {arm} / classical", "{:.2f}"),
-            "circuit, exact, ms": (f"circuit {arm}, exact", "{:.1f}"),
-            "circuit, lightning.qubit, s": (f"circuit {arm}, lightning.qubit", "{:.1f}"),
-        }
-        for heading, (name, form) in columns.items():
-            is_measured = name in measured.index
-            expected = form.format(float(measured[name])) if is_measured else "–"
-            assert row[heading] == expected, (arm, heading)
+    for row in table(README, "arms"):
+        what = f"training step {row['--arm']} / classical"
+        expected = "–"
+        if row["--arm"] == "classical":
+            expected = "1.00"
+        elif what in measured.index:
+            expected = f"{float(measured[what]):.2f}"
+        assert row["step / classical"] == expected, row
 
 
 # ------------------------------------------------------------------------ what README promises
