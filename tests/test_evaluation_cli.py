@@ -1017,6 +1017,17 @@ def test_rows_of_earlier_evaluations_are_kept_and_shown(tmp_path, evaluate, draw
     assert names == {"comparison.csv", "comparison.md", "comparison.png", "forest.png"}
 
 
+def test_a_table_of_an_earlier_version_is_shown(tmp_path, evaluate):
+    """It has no rate of Muon and no FID over that of real images."""
+    runs = [fake(arm, 3, 0, 1.0) | {"run": arm} for arm in ("matched", "quantum")]
+    text = evaluation.comparison_csv(runs)
+    frame = pd.read_csv(io.StringIO(text)).drop(columns=["muon_lr", "fid_ratio"])
+    table = tmp_path / "earlier.csv"
+    frame.to_csv(table, index=False)
+    evaluate("--csv", table, "--out", tmp_path / "out")
+    assert "quantum − matched" in (tmp_path / "out" / "comparison.md").read_text()
+
+
 def test_the_images_of_a_conditional_run_keep_their_classes(tmp_path, evaluate, draw_only):
     draw_only()
     images = torch.cat([TEST.of_class(8)[:10], TEST.of_class(3)[:10]])  # exchanged
