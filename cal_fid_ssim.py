@@ -117,6 +117,11 @@ class Split(NamedTuple):
         """The images (n, C, H, W) of one class."""
         return self.images[self.labels == label]
 
+    def of_classes(self, labels: int | Sequence[int]) -> "Split":
+        """The part that shows one of these classes."""
+        is_wanted = torch.isin(self.labels, torch.tensor(labels))
+        return Split(self.images[is_wanted], self.labels[is_wanted])
+
 
 class Run(NamedTuple):
     """A finished run."""
@@ -708,7 +713,8 @@ class Real(NamedTuple):
 class Evaluator:
     """Measures runs of one data source; what runs share (real images, floors) is kept.
 
-    ``which`` says which real images something is compared with: a class (int) or "all".
+    ``which`` says which real images something is compared with: those of a class (int), of several
+    (tuple), or "all".
     """
 
     def __init__(self, dataset: DataSet, source: str, options: argparse.Namespace) -> None:
@@ -786,21 +792,23 @@ class Evaluator:
         metrics["precision"], metrics["recall"] = both
         return metrics
 
-    def measure_real(self, which: int | str) -> Real:
+    def measure_real(self, which: int | str | tuple[int, ...]) -> Real:
         """A random subset of each split in its order, ``--n_real`` at most, alike for every run."""
         samples = []
         for split in (self.train, self.held_out):
-            images = split.images if which == "all" else split.of_class(which)
+            images = split.images if which == "all" else split.of_classes(which).images
             order = torch.randperm(len(images), generator=self.stream("reference"))
             chosen = order[: self.options.n_real].sort().values
             samples.append(self.sample(images[chosen], keep=True))
         return Real(*samples)
 
-    def enough_held_out(self, which: int | str, n: int) -> bool:
+    def enough_held_out(self, which: int | str | tuple[int, ...], n: int) -> bool:
         """Whether n images, as many as were generated, can be drawn from the held-out ones."""
         return n <= len(self.real(which).held_out.images)
 
-    def floor_draws(self, which: int | str, n: int) -> Iterator[tuple[Sample, Sample]]:
+    def floor_draws(
+        self, which: int | str | tuple[int, ...], n: int
+    ) -> Iterator[tuple[Sample, Sample]]:
         """Real images, as if they were generated, and those that they are compared with.
 
         n of them are drawn from the held-out images, several times. If these are fewer, they are
@@ -815,7 +823,7 @@ class Evaluator:
             rest = reference if enough else reference.take(order[size:])
             yield pool.take(order[:size]), rest
 
-    def measure_floor(self, which: int | str, n: int) -> dict[str, Any]:
+    def measure_floor(self, which: int | str | tuple[int, ...], n: int) -> dict[str, Any]:
         """What n real images score: the mean over ``floor_draws``."""
         draws = list(self.floor_draws(which, n))
         origin = "training split, set aside"
@@ -827,7 +835,9 @@ class Evaluator:
         floor["fid_ratio"] = 1.0 if self.extractor is not None else math.nan
         return floor
 
-    def measure_images(self, generated: Split, which: int | str, unseen: Split) -> dict[str, Any]:
+    def measure_images(
+        self, generated: Split, which: int | str | tuple[int, ...], unseen: Split
+    ) -> dict[str, Any]:
         """Generated images beside real ones; unseen: held-out images of the same classes."""
         n = len(generated.images)
         reference = self.real(which).reference
@@ -890,11 +900,14 @@ class Evaluator:
         if run.conditional:
             mean = mean_of(list(measured.values()))
 
-            # All classes at once; copies are searched class by class alone.
-            images = torch.cat(list(run.images.values()))  # (N, C, H, W)
-            each = len(images) // len(run.images)  # every class has as many
-            labels = torch.tensor(list(run.images)).repeat_interleave(each)  # (N,)
-            together = self.measure_images(Split(images, labels), "all", self.held_out)
+            # All its classes at once; copies are searched class by class alone. The classes take
+            # turns, as some metrics look at the first images only.
+            images = torch.stack(list(run.images.values()), dim=1)  # (n, classes, C, H, W)
+            labels = torch.tensor(list(run.images)).repeat(len(images))  # (n classes,)
+            which = tuple(run.images)
+            together = self.measure_images(
+                Split(images.flatten(0, 1), labels), which, self.held_out.of_classes(which)
+            )
             together["n_training"] = sum(part["n_training"] for part in measured.values())
             measured |= {"mean": mean, "all": together}
         return [self.row(run, label, part) for label, part in measured.items()], pairs
@@ -964,6 +977,8 @@ def mean_of(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
             mean[key] = mean_of(values)
         elif isinstance(first, str):
             mean[key] = first
+        elif key.endswith("standard_error"):  # of a mean of independent values
+            mean[key] = math.hypot(*values) / len(values)
         else:
             value = float(np.mean(values))
             mean[key] = round(value) if isinstance(first, int) else value
@@ -1021,7 +1036,8 @@ def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
     frame = frame.fillna(texts | {"n_train": np.inf})
 
     # A table of an earlier version lacks the youngest metric.
-    expected = [name for key in METRICS for name in (key, f"floor_{key}")]
+    keys = [*METRICS, "kid_standard_error"]
+    expected = [name for key in keys for name in (key, f"floor_{key}")]
     frame = frame.reindex(columns=frame.columns.union(expected, sort=False))
 
     # An arm may be trained with two numbers of steps. The one that most rows of that size have is
@@ -1068,7 +1084,7 @@ def pairs_of_runs(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     runs = runs.dropna(subset="wanted")
     bases = frame[(frame["arm"] == baseline) & (frame["other_steps"] == "")]
     bases = bases.assign(wanted=bases["condition"])
-    same = ["data", "features", "n_train", "label", "seed", "wanted"]
+    same = ["data", "features", "reference", "n_train", "label", "seed", "wanted"]
     return runs.merge(bases, on=same, suffixes=("", "_base"))
 
 
@@ -1406,6 +1422,29 @@ FLOOR_TEXT = (
 
 def comparison_text(frame: pd.DataFrame, margin: float = MARGIN) -> str:
     """The Markdown report on several runs; margin: of equivalence, in per cent of FID."""
+    paragraphs = []
+    for part in by_source(frame).values():
+        paragraphs += source_paragraphs(part)
+
+    comparisons = fid_comparisons(frame, margin)
+    if len(comparisons) > 0:
+        explanation = RELATIVE_TEXT.format(margin=margin, level=100 * SIGNIFICANCE)
+        paragraphs += ["## Relative differences of FID", explanation, relative_table(comparisons)]
+    paragraphs += ["## Runs", result_table(frame)]
+    return "\n\n".join(text for text in paragraphs if text) + "\n"
+
+
+def by_source(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The rows of each data source, whose numbers do not belong into one mean."""
+    parts = {}
+    for source, part in frame.groupby("data"):
+        used = part["variant"].cat.remove_unused_categories().cat.add_categories(FLOOR)
+        parts[source] = part.assign(variant=used)
+    return parts
+
+
+def source_paragraphs(frame: pd.DataFrame) -> list[str]:
+    """The report on the runs of one data source: means, and paired differences."""
     classes = of_classes(frame)
     together = frame[frame["label"] == "all"]
     runs = comparable_runs(classes)
@@ -1413,8 +1452,8 @@ def comparison_text(frame: pd.DataFrame, margin: float = MARGIN) -> str:
     notes = {note for cell in frame["note"] for note in cell.split("; ") if note}
     paragraphs = [
         "# Comparison of runs",
-        f"Features: {features}. Real images: {', '.join(sorted(set(frame['data'])))}, "
-        f"reference {frame['reference'][0]}. Mean over seeds ± half of the 95 % interval "
+        f"Features: {features}. Real images: {frame['data'].iloc[0]}, "
+        f"reference {frame['reference'].iloc[0]}. Mean over seeds ± half of the 95 % interval "
         f"(Student's t). {FLOOR}: held-out images, as many as generated.",
         FLOOR_TEXT,
         f"Budget: {budget_text(classes)}.",
@@ -1433,13 +1472,7 @@ def comparison_text(frame: pd.DataFrame, margin: float = MARGIN) -> str:
         if len(all_pairs) > 0:
             paragraphs.append(f"## Paired differences against {baseline}")
             paragraphs += difference_paragraphs(all_pairs)
-
-    comparisons = fid_comparisons(frame, margin)
-    if len(comparisons) > 0:
-        explanation = RELATIVE_TEXT.format(margin=margin, level=100 * SIGNIFICANCE)
-        paragraphs += ["## Relative differences of FID", explanation, relative_table(comparisons)]
-    paragraphs += ["## Runs", result_table(frame)]
-    return "\n\n".join(text for text in paragraphs if text) + "\n"
+    return paragraphs
 
 
 def difference_paragraphs(all_pairs: pd.DataFrame) -> list[str]:
@@ -1886,6 +1919,7 @@ def evaluate(options: argparse.Namespace, dataset: DataSet) -> None:
     if not runs:
         write_tables(read_tables(options.csv), options)
         return
+    read_tables([file for file in options.csv if file.exists()])  # damaged: an error now
 
     evaluator = Evaluator(dataset, runs[0].settings["data"], options)
     record = evaluator.classifier_record
@@ -1924,7 +1958,7 @@ def evaluate_fully(evaluator: Evaluator, runs: Sequence[Run], options: argparse.
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(kept, csv)
     if options.out is not None:
-        write_tables([csv, *read_tables(options.csv[1:])], options)
+        write_tables([*read_tables(options.csv[1:]), csv], options)
         draw(options.out / "overview.png", draw_overview, runs, frame, evaluator)
 
 
@@ -1958,12 +1992,17 @@ def write_tables(texts: Sequence[str], options: argparse.Namespace) -> None:
     write_atomic(out / "comparison.csv", csv)
     write_atomic(out / "comparison.md", comparison_text(frame, options.margin))
 
-    # Figures of what there is; none of other runs stays.
-    draw(out / "comparison.png", draw_panels, frame, against_size=False)
-    (out / "scaling.png").unlink(missing_ok=True)
-    if frame["n_train"].nunique() > 1:
-        draw(out / "scaling.png", draw_panels, frame, against_size=True)
+    # Figures of what there is, with several sources one of each; none of other runs stays.
+    for ending in ("", "_mnist", "_digits", "_pathmnist", "_tissue"):
+        for name in ("comparison", "scaling"):
+            (out / f"{name}{ending}.png").unlink(missing_ok=True)
     (out / "forest.png").unlink(missing_ok=True)
+    parts = by_source(frame)
+    for source, part in parts.items():
+        ending = f"_{source}" if len(parts) > 1 else ""
+        draw(out / f"comparison{ending}.png", draw_panels, part, against_size=False)
+        if part["n_train"].nunique() > 1:
+            draw(out / f"scaling{ending}.png", draw_panels, part, against_size=True)
     comparisons = fid_comparisons(frame, options.margin)
     if len(comparisons) > 0:
         draw(out / "forest.png", draw_forest, comparisons, options.margin)

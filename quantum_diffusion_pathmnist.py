@@ -114,7 +114,7 @@ def number(default: float | None, low: float, high: float, text: str) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that one run's result depends on.
+    """Everything that one run's result depends on, beside the machine.
 
     Raises UserError for values out of their range, or that do not go together.
     """
@@ -130,7 +130,7 @@ class Settings:
     steps: int = number(1250, 1, 10**6, "optimizer steps")  # 13 passes over an MNIST digit
     batch_size: int = number(64, 1, 10**5, "images per step")
     lr: float = number(3e-3, 1e-9, 1e3, "peak learning rate of Adam")
-    muon_lr: float = number(0.02, 0.0, 1e3, "and of Muon, for the inner convolutions")
+    muon_lr: float = number(0.02, 0.0, 1e3, "peak learning rate of Muon (inner convolutions)")
     ema_decay: float = number(0.995, 0.0, 0.999999, "target decay of the weights' moving average")
     timesteps: int = number(1000, 2, 10**5, "noise levels T")
 
@@ -169,9 +169,11 @@ class Settings:
         if len(self.gate_noise) != 2 or not all(0 <= p <= 1 for p in self.gate_noise):
             raise UserError(f"--gate_noise {self.gate_noise}: expected two numbers of 0.0 to 1.0")
         if self.steps * self.batch_size > MOST_IMAGES:
-            raise UserError(f"--steps {self.steps}: expected at most {MOST_IMAGES:,} images in all")
+            product = f"--steps {self.steps} of --batch_size {self.batch_size}"
+            raise UserError(f"{product}: expected at most {MOST_IMAGES:,} images in all")
 
-        # Combinations. sample_steps may not exceed T; its default is cut to T in sampling.
+        # Combinations. A sample_steps that was asked for may not exceed T; the default is cut to T
+        # in sampling, so that a short schedule needs no second flag.
         if self.sample_steps > self.timesteps and self.sample_steps != SAMPLE_STEPS:
             found = f"--sample_steps {self.sample_steps}"
             raise UserError(f"{found}: expected at most --timesteps {self.timesteps}")
@@ -227,14 +229,14 @@ class Settings:
 # Lowest and highest value of each setting that is a number.
 RANGES = {one.name: one.metadata["range"] for one in fields(Settings) if one.metadata}
 
-# The conditions of a circuit, at their ideal values. A gate without a circuit always has these;
-# sample_steps, the remaining condition, is every arm's.
+# The conditions of a circuit, at their ideal values. Arms without a circuit keep these, whatever
+# the flags say. sample_steps, the remaining condition, is every arm's.
 CIRCUIT_CONDITIONS = ("simulator", "simulator_options", "shots", "gate_noise", "readout_noise")
 IDEAL = {name: getattr(Settings, name) for name in CIRCUIT_CONDITIONS}
 
 
 def random_stream(seed: int, *name: object, device: str | torch.device = "cpu") -> torch.Generator:
-    """A generator that depends on ``seed`` and ``name`` alone.
+    """A generator that depends on ``seed``, ``name`` and the kind of device alone.
 
     Every use of randomness has its own (batch k, image k, the data subset), so none disturbs
     another, and a run resumes at any step.
@@ -270,14 +272,14 @@ class GaussianDiffusion:
     def __init__(self, timesteps: int, device: torch.device | str = "cpu"):
         self.timesteps = timesteps
         self.alpha_bar = torch.cumprod(1 - cosine_beta_schedule(timesteps), 0)  # (T,) float64
-        self.log_snr = (self.alpha_bar / (1 - self.alpha_bar)).log() / 2  # lambda, falls with t
+        self.log_snr = (self.alpha_bar / (1 - self.alpha_bar)).log() / 2  # log(alpha / sigma)
 
         # For images on the device, (T, 1, 1, 1) float32.
         self.alpha = self.alpha_bar.sqrt().float()[:, None, None, None].to(device)
         self.sigma = (1 - self.alpha_bar).sqrt().float()[:, None, None, None].to(device)
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Draws x_t given x_0 (Ho et al. eq. 4), and the network's target v there.
+        """x_t given x_0 and noise (Ho et al. eq. 4), and the network's target v there.
 
         x0, noise: (B, C, H, W); t: (B,) int64. Returns (x_t, v), each like x0.
         """
@@ -287,9 +289,9 @@ class GaussianDiffusion:
     def sampling_levels(self, steps: int) -> Tensor:
         """The timesteps that the sampler visits, from T - 1 down: at most ``steps``, int64.
 
-        Their log-SNRs lambda = log(alpha / sigma) run from -6 to that of t = 0 in equal steps of
-        asinh(lambda). So they lie densest around lambda = 0, where an image is decided. The first
-        is then replaced by T - 1, pure noise. Equal timesteps are visited once.
+        Their lambda = log(alpha / sigma) run from -6, almost pure noise, to that of t = 0 in equal
+        steps of asinh(lambda). So they lie densest around lambda = 0, where an image is decided.
+        Sampling begins in pure noise, so the first is T - 1 instead. None is visited twice.
         """
         wanted = torch.linspace(math.asinh(-6), self.log_snr[0].asinh(), steps).sinh()
 
@@ -354,10 +356,11 @@ class GaussianDiffusion:
 # its number of weights; picture, noise, exact simulation and its check follow from the function.
 #
 # The exact simulation (see the appendix) takes gates and channels on one qubit or two neighbours,
-# whose parameters are an angle, a weight or a constant as it is (not -w, not 2 * x). Each gate
-# between neighbours multiplies the bond between them, which may be 256: CNOT, CZ, CRX, IsingXX, YY
-# and ZZ by 4 (a last CNOT by 2), IsingXY and SWAP by 16. So four layers of CNOTs fit. All else runs
-# on a PennyLane device, --simulator lightning.qubit.
+# whose parameters are an angle, a weight or a constant as it is (not -w, not 2 * x). Its cost grows
+# with a product over the gates between two neighbours, their bond dimension, which may be 256. A
+# CNOT, CZ, CRX, IsingXX, YY or ZZ is a factor of 4 (mostly 2 if it is the last operation on its
+# first qubit), IsingXY and SWAP of 16. So four layers of CNOTs fit: 4 * 4 * 4 * 2 = 128, with noise
+# 256. All else runs on a PennyLane device, --simulator lightning.qubit.
 
 
 def encode(angles: Tensor) -> None:
@@ -531,7 +534,7 @@ def name_of(circuit: Callable) -> str:
     return getattr(circuit, "__name__", "the circuit")
 
 
-@cache  # the same function for the same noise, so that it is read but once
+@cache  # the same function for the same noise, by which the compiled circuit is found again
 def with_noise(
     circuit: Callable, gate_noise: tuple[float, float] = (0.0, 0.0), readout_noise: float = 0.0
 ) -> Callable:
@@ -585,7 +588,8 @@ class Recorded(NamedTuple):
         ]
         inside = f"({', '.join(words)})" if words else ""
 
-        # What neither the name nor the wires tell; of products and exponentials, of what.
+        # Hyperparameters that tell apart operations of equal name and wires. Products and
+        # exponentials are told apart by what they are made of.
         others = self.operation.hyperparameters
         told = {"control_wires", "work_wires", "work_wire_type", "num_wires", "base"}
         if all(others.get("control_values", ())):  # as usual
@@ -601,9 +605,10 @@ def record(
 ) -> list[Recorded]:
     """Runs a circuit once on random numbers, to see which angle or weight each parameter is.
 
-    For example RZ(layer[3, 0]) is recorded with 0.7312, which is the placeholder of weight 6, so
-    its source is ("w", 6). A parameter that is no placeholder is a constant, or was computed: then
-    it differs in a second recording, with ``sign`` -1 (see ``compile_circuit``).
+    Each angle and weight is a random number of its own, its placeholder. For example
+    RZ(layer[3, 0]) is recorded with 0.7312, the placeholder of weight 6, so its source is ("w", 6).
+    A parameter that equals no placeholder is a constant, or was computed from one. To tell these
+    apart ``compile_circuit`` records again with other numbers (``sign`` -1): a constant stays.
     """
     # The placeholders: positive numbers that all differ, or (sign -1) other ones, all negative, so
     # that an absolute value counts as computed.
@@ -774,7 +779,7 @@ class ClassicalGate(nn.Module):
 
     matched: each unit applies z <- cos(a z + b) once per layer, with weights (a, b) of its own: as
     many as ``quantum_circuit`` has, in the same range -1..1, not mixing the units. Otherwise ReLU:
-    squeeze-and-excitation, whose sigmoid at the end is 1 + g here.
+    squeeze-and-excitation, with 1 + g instead of its sigmoid; n_layers has no effect then.
     """
 
     def __init__(self, channels: int, n_units: int = 16, n_layers: int = 3, matched: bool = True):
@@ -1149,7 +1154,7 @@ class DataSet(NamedTuple):
     augment: Callable[[Tensor], Sequence] | None  # eight of each image (the PathMNIST script)
 
     def chosen_images(self, settings: Settings) -> tuple[Tensor, Tensor]:
-        """The images of a run, of each class as many, drawn by its seed, and their labels (n,)."""
+        """The images of a run, n_train of each class, drawn by its seed, and their labels (n,)."""
         parts = [
             select_images(self.images, self.labels, label, settings.n_train, settings.seed)
             for label in settings.classes
@@ -1184,9 +1189,9 @@ def to_uint8(images: Tensor) -> Tensor:
 def orthogonalize(matrix: Tensor) -> Tensor:
     """Brings most singular values of a matrix (m, n) near 1, by Newton-Schulz (Jordan et al. 2024).
 
-    Three steps X <- p(X X^T) X with p(G) = a + b G + c G^2; Jordan's five had no clear gain. A step
-    turns G = X X^T into p(G) G p(G), so the steps need G alone, which is smaller than X; the
-    polynomials are collected in ``product``, and X is multiplied once, at the end.
+    Three steps X <- p(X X^T) X with p(G) = a + b G + c G^2; Jordan's five had no clear gain. With X
+    a step changes G = X X^T, into p(G) G p(G). So the steps are done on G, which is smaller than X;
+    their p(G) are collected in ``product``, by which X is multiplied once, at the end.
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's
 
@@ -1243,9 +1248,9 @@ def make_optimizers(model: UNet, settings: Settings) -> tuple[torch.optim.Optimi
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
-    """The share of the peak rate: a warm-up, under a straight line to zero.
+    """The share of the peak rate: the smaller of a warm-up and a straight line from 1 to 0.
 
-    The warm-up takes 100 steps, or a tenth of them.
+    The warm-up takes 100 steps, or a tenth of a run shorter than 1,000.
     """
     warm_up = min(100, max(1, steps // 10))
     return min((step + 1) / warm_up, 1 - step / steps)
@@ -1856,9 +1861,9 @@ def open_run(folder: Path, config: dict) -> Iterator[None]:
         found = f"{folder}: no file can be locked there ({error})"
         raise UserError(f"{found}; use a --save_dir on another disk") from None
     with lock:
+        # No config.json and no files: a new run. The same configuration: it goes on. Another one:
+        # an error where there are results; else the folder is taken over, its pictures go.
         check_folder(folder, config)
-
-        # Taken over from a run without results: its pictures go, its configuration is replaced.
         path = folder / "config.json"
         if not path.exists() or differences(read_config(path), config):
             pictures = [folder / name for name in PICTURES]
@@ -2049,8 +2054,8 @@ class Run(NamedTuple):
 
 def settings_of_flags(args: argparse.Namespace, arm: str, **others: object) -> Settings:
     """The settings of a run of an arm; a circuit's conditions only where there is a circuit."""
-    not_flags = ("arm", "data", "classes", "n_train", "seed")
-    names = [one.name for one in fields(Settings) if one.name not in not_flags]
+    of_the_grid = ("arm", "data", "classes", "n_train", "seed")
+    names = [one.name for one in fields(Settings) if one.name not in of_the_grid]
     values = {name: getattr(args, name) for name in names} | others
     if values["steps"] is None:
         several = len(others.get("classes", ())) > 1
@@ -2064,7 +2069,7 @@ def plan_run(
 ) -> Run:
     """The settings and the configuration of a run. Raises UserError when it cannot be made.
 
-    others: the settings that are no flags: data, classes, n_train and seed.
+    others: the settings that the grid of runs gives: data, classes, n_train and seed.
     """
     settings = settings_of_flags(args, arm, **others)
     if args.epochs is not None:  # passes over what is trained on, symmetries included
@@ -2177,14 +2182,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 # --------------------------------------------------- appendix: the exact simulation of circuits
 #
+# In short: a tensor network whose bonds are never truncated. Time runs along each qubit, and every
+# gate between two neighbours is a bond that joins them.
+#
 # A qubit's density matrix is sum_p v_p P_p / 2 over the Pauli matrices P = I, X, Y, Z: four real
-# numbers v, of |0> (1, 0, 0, 1). On them a gate or channel is a real matrix, 4x4 on one qubit and
+# numbers v, for |0> (1, 0, 0, 1). On them a gate or channel is a real matrix, 4x4 on one qubit and
 # 16x16 on two, whose entries are trigonometric polynomials of the gate's angle.
 #
 # Bonds. A matrix on two neighbours is a sum of r products of matrices on one (its operator-Schmidt
-# decomposition), and the index of the sum is a bond between the two qubits. CNOT = |0><0| x 1 +
-# |1><1| x X has two terms, and since a density matrix is multiplied from both sides, r is 2 * 2. It
-# is 2 where CNOT is the last operation on its control, of which only I and Z are read then.
+# decomposition), and the index of the sum is a bond between the two qubits. CNOT, which is
+# kron(|0><0|, 1) + kron(|1><1|, X), has two terms, and since a density matrix is multiplied from
+# both sides, r is 2 * 2. It is 2 where CNOT is the last operation on its control, of which only I
+# and Z are read then.
 #
 # The bonds of several gates are one bond, of dimension 4 * 4 * 2 = 32 for three layers of CNOTs. So
 # a circuit on a chain is exactly a product of small tensors, one a qubit; nothing is truncated:
@@ -2204,11 +2213,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 # reupload_circuit both have bonds.
 #
 # Letters: B samples, S shots, q qubits, F trigonometric functions; of a tensor: l and r bonds to
-# the left and right; o and i Pauli components after (out) and before (in).
+# the left and right, m and s those that come later; o and i Pauli components after (out) and before
+# (in), j one that is summed over. Index orders:
+#
+#     a factor, of one operation         (F, l, r, o, i); of a group of qubits (q, F, l, r, o, i)
+#     a product of a group's factors     (q, B, o, i, l, r)
+#     a qubit's two tensors              before (B, i, l, r), after (i, m, o, s)
 
 MAX_BOND_DIMENSION = 256  # between two neighbours: four layers of CNOTs, with noise
 # The seconds are those of 16 qubits, three layers and a batch of 64.
-WAY_OUT = "use --simulator lightning.qubit (2 to 7 seconds a step; with noise default.mixed)"
+WAY_OUT = "use --simulator lightning.qubit (2 to 7 s a step; with noise default.mixed, 10 qubits)"
 
 # P_p of one qubit, (4, 2, 2), and P_p x P_q of two, (16, 4, 4).
 PAULI = np.array([[[1, 0], [0, 1]], [[0, 1], [1, 0]], [[0, -1j], [1j, 0]], [[1, 0], [0, -1]]])
@@ -2295,8 +2309,9 @@ def fit_harmonics(
             features = np.kron(features, row[:n])
         return features
 
-    # As many evenly spaced angles over a period as there are functions fix the coefficients, which
-    # are then tried at other angles.
+    # A rotation's matrix is of first degree in cos and sin of its angle: 3 functions. A controlled
+    # one has those of the half angle too: 5, of twice the period. As many evenly spaced angles as
+    # there are functions fix the coefficients, which are then tried at other angles.
     count = sum(variable)
     test_angles = [0.3 + 0.9 * k for k in range(count)]
     for n, period in ((3, 2 * math.pi), (5, 4 * math.pi)):
@@ -2328,9 +2343,9 @@ def cut(coefficients: np.ndarray, is_last: tuple[bool, bool]) -> tuple[np.ndarra
     low_is_last, high_is_last = is_last
     tensor = coefficients.reshape(-1, 4, 4, 4, 4)  # (F, low o, high o, low i, high i)
 
-    # Without the rows that are never read r is smaller. A chain's last gate, the last on both its
-    # qubits, keeps the high qubit's until after the SVD: so its r is that of the chain's others,
-    # and its qubits are computed in one batch with theirs.
+    # Of a last operation the rows X and Y are never read. Without them the rank r falls, CNOT's
+    # from 4 to 2. Where the gate is the last on both its qubits, the high one's rows go only after
+    # the SVD: r is then that of the layer's other gates, and all are computed in one batch.
     if low_is_last:
         tensor = tensor[:, READ_OUT]
     elif high_is_last:
@@ -2370,8 +2385,8 @@ def factors_of_qubits(recorded: Sequence[Recorded], n_qubits: int) -> list[list[
             found = f"{operation.name} on qubits {wires[0]} and {wires[1]}"
             raise UserError(f"{found}: the exact simulation knows neighbours only; {WAY_OUT}")
 
-        # One operation of each kind is fitted and cut. Operations of a kind are equal on qubits 0
-        # and 1 with every variable parameter at 0.5.
+        # One operation of each kind is fitted and cut, then found again by this key: the operation
+        # moved to qubits 0 and 1, with every variable parameter at 0.5.
         variable = tuple(source is not None for source in sources)
         is_last = tuple(last[wire] == k for wire in wires)
         values = zip(operation.parameters, variable, strict=True)
@@ -2382,20 +2397,21 @@ def factors_of_qubits(recorded: Sequence[Recorded], n_qubits: int) -> list[list[
         if key not in known:
             coefficients, n = fit_harmonics(operation, variable)
             if len(wires) == 2:
-                known[key] = (*cut(coefficients, is_last), n)
+                low, high = cut(coefficients, is_last)
             else:
-                known[key] = (coefficients[:, None, None], n)
+                low, high = None, coefficients[:, None, None]
+            known[key] = (low, high, n)
 
         # The parameters go with the high qubit's part, by the choice that ``cut`` made.
-        *low, high, n = known[key]
+        low, high, n = known[key]
         sources = tuple(source for source in sources if source is not None)
         factors[wires[-1]].append(Factor(high, sources, n))
-        if low:
-            factors[wires[0]].append(Factor(low[0]))
+        if low is not None:
+            factors[wires[0]].append(Factor(low))
 
     # At the end I and Z are read out, to which ``cut`` has cut a gate already.
     for own in factors:
-        is_cut = own and own[-1].coefficients.shape[3] == 2
+        is_cut = own and own[-1].coefficients.shape[3] == len(READ_OUT)  # o
         own.append(Factor(NOTHING if is_cut else READ_OUT_MATRIX))
     return factors
 
@@ -2420,7 +2436,11 @@ def fuse_constants(factors: Sequence[Factor]) -> list[Factor]:
 
 
 def split_at_last_input(factors: Sequence[Factor]) -> tuple[list[Factor], list[Factor]]:
-    """A qubit's factors before and after its last input, of which the first begin with |0>."""
+    """A qubit's factors before and after its last input, of which the first begin with |0>.
+
+    Of an inner qubit of quantum_circuit "before" is |0> and RY(x), one factor; "after" has one for
+    each weight, into which the CNOTs' parts are multiplied.
+    """
     inputs = [k for k, f in enumerate(factors) if any(kind == "x" for kind, _ in f.sources)]
     split = max(inputs, default=-1) + 1
     before = fuse_constants([Factor(ZERO), *factors[:split]])
@@ -2587,8 +2607,9 @@ def step_right(left: Tensor, site: tuple[Tensor, Tensor]) -> tuple[Tensor, Tenso
 
     The bonds between two qubits are one index in the order of time, the earliest slowest. Both
     qubits meet the same bonds in the same order, so that it means the same to both, although each
-    splits it where its own "after" begins: of bonds a, b, c a qubit may have (a | b c) and its
-    neighbour (a b | c). unflatten(1, (early, -1)) is that split.
+    splits it where its own "after" begins. Of bonds a, b, c of 4, 4 and 2, one index of 32, a qubit
+    may have (a | b c), 4 by 8, and its neighbour (a b | c), 16 by 2: unflatten(1, (early, -1)). In
+    quantum_circuit no bond is early, and nothing is split.
     """
     before, after = site
     left = left.unflatten(1, (before.shape[2], -1))  # (B, l, m): early bonds l, late ones m

@@ -898,9 +898,17 @@ def test_margin_decides_and_without_pairs_there_is_no_forest(tmp_path, evaluate,
 
 # ---------------------------------------------------------------------- published procedure
 def test_a_conditional_run_is_measured_class_by_class_and_together(
-    tmp_path, evaluate, capsys, draw_only
+    tmp_path, evaluate, capsys, draw_only, monkeypatch, classifier
 ):
     draw_only("closest_pairs.png", "overview.png")
+    measured = []
+    original = evaluation.Evaluator.measure_images
+
+    def measure_images(self, generated, *others):
+        measured.append(generated)
+        return original(self, generated, *others)
+
+    monkeypatch.setattr(evaluation.Evaluator, "measure_images", measure_images)
 
     # Classes 3 and 8, ten images each; the same images as those of two single models.
     images = {label: noisy(TEST.of_class(label)[:10], seed=label) for label in (3, 8)}
@@ -920,15 +928,27 @@ def test_a_conditional_run_is_measured_class_by_class_and_together(
             values = [three[part][key], eight[part][key]]
             assert mean[part][key] == pytest.approx(np.mean(values))
 
-    # Together: against all classes, without a search for copies.
+    # Together: against all images of these classes, which take turns, without a search for copies.
     together = rows[3]
     assert (together["n_generated"], together["reference"]) == (20, "all")
-    assert together["n_real"] == len(TRAIN.images)
+    real = TRAIN.images[(TRAIN.labels == 3) | (TRAIN.labels == 8)]
+    assert together["n_real"] == len(real)
+    generated = measured[2]
+    assert generated.labels.tolist() == [3, 8] * 10
+    assert (generated.images[0::2] == images[3]).all() and (
+        generated.images[1::2] == images[8]
+    ).all()
+    _, _, features_of = classifier
+    fid = evaluation.frechet_distance(features_of(generated.images), features_of(real))
+    assert together["metrics"]["fid"] == pytest.approx(fid)
     assert together["n_training"] == three["n_training"] + eight["n_training"]
     accuracies = [three["metrics"]["label_accuracy"], eight["metrics"]["label_accuracy"]]
     assert together["metrics"]["label_accuracy"] == pytest.approx(np.mean(accuracies))
     assert together["metrics"]["near_copies"] is None
-    assert together["metrics"]["fid"] > mean["metrics"]["fid"]  # eight classes are missing
+
+    # The KID of the mean is that of independent images.
+    errors = [alone["metrics"]["kid_standard_error"] for alone in (three, eight)]
+    assert mean["metrics"]["kid_standard_error"] == pytest.approx(np.hypot(*errors) / 2)
 
     # Printed in this order; in the table of arms beside the single models, over the same classes.
     printed = [
@@ -1015,6 +1035,47 @@ def test_rows_of_earlier_evaluations_are_kept_and_shown(tmp_path, evaluate, draw
     evaluate("--csv", table, "--out", tmp_path / "again")
     names = {path.name for path in (tmp_path / "again").iterdir()}
     assert names == {"comparison.csv", "comparison.md", "comparison.png", "forest.png"}
+
+
+def test_data_sources_are_not_averaged(tmp_path, evaluate):
+    """Digits and MNIST in one table: a report on each, and the tests of both together."""
+    runs = []
+    for source, factor in (("digits", 1), ("mnist", 10)):
+        for arm, fid in (("matched", 1.0), ("quantum", 2.0)):
+            for seed in range(5):
+                runs.append(fake(arm, 3, seed, factor * (fid + seed / 10), data=source))
+                runs[-1]["run"] = f"{source} {arm} {seed}"
+    table = tmp_path / "both.csv"
+    table.write_text(evaluation.comparison_csv(runs))
+    evaluate("--csv", table, "--out", tmp_path / "out")
+    report = (tmp_path / "out" / "comparison.md").read_text()
+    first, second = report.split("# Comparison of runs\n")[1:]
+    for text, factor in ((first, 1), (second, 10)):
+        rows = tables("# Comparison of runs\n" + text)["Comparison of runs"]
+        means = {row["arm"]: float(row["FID"].split(" ± ")[0]) for row in rows}
+        assert means["quantum"] == pytest.approx(2.2 * factor)
+        assert means["matched"] == pytest.approx(1.2 * factor)
+    assert "Relative differences of FID" not in first
+    compared = tables(second)["Relative differences of FID"]
+    assert [row["n"] for row in compared] == ["5", "5"]
+    names = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert names == {"comparison_digits.png", "comparison_mnist.png", "forest.png"}
+
+
+def test_what_was_just_measured_replaces_older_rows(tmp_path, evaluate, draw_only):
+    draw_only()
+    run = make_run(tmp_path, noisy(THREES[:10], seed=0))
+    kept = tmp_path / "kept.csv"
+    evaluate(run, "--csv", kept)
+    older = tmp_path / "older.csv"
+    pd.read_csv(kept).assign(fid=99.0).to_csv(older, index=False)
+    evaluate(run, "--csv", kept, older, "--out", tmp_path / "out")
+    assert list(pd.read_csv(tmp_path / "out" / "comparison.csv")["fid"] < 99) == [True]
+
+
+def test_runs_beside_other_real_images_make_no_pair():
+    runs = [fake("quantum", 3, 0, 1.0), fake("matched", 3, 0, 2.0) | {"reference": "all"}]
+    assert len(evaluation.pairs_of_runs(frame_of(runs), "matched")) == 0
 
 
 def test_a_table_of_an_earlier_version_is_shown(tmp_path, evaluate):

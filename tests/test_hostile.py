@@ -349,7 +349,7 @@ def test_simulators(tmp_path, simulator, options, said, fails):
     "words, said",
     [
         ("--arm ring", "CNOT on qubits 0 and 15: the exact simulation knows neighbours only"),
-        ("--arm strong", "use --simulator lightning.qubit (2 to 7 seconds a step"),
+        ("--arm strong", "use --simulator lightning.qubit (2 to 7 s a step"),
         ("--arm ring --shots 5", "use --simulator lightning.qubit"),
         (
             "--use_quantum --simulator lightning.qubit --gate_noise 0.1,0.1",
