@@ -816,8 +816,10 @@ class Evaluator:
         """
         reference, held_out = self.real(which)
         enough = self.enough_held_out(which, n)
-        size = n if enough else min(n, len(reference.images) // 2)
-        pool = held_out if enough else reference
+        if enough:
+            pool, size = held_out, n
+        else:
+            pool, size = reference, min(n, len(reference.images) // 2)
         for draw in range(FLOOR_DRAWS if size <= ONE_DRAW_ABOVE else 1):
             order = torch.randperm(len(pool.images), generator=self.stream("floor", draw))
             rest = reference if enough else reference.take(order[size:])
@@ -884,7 +886,7 @@ class Evaluator:
 
             # Copies of what this class was trained on.
             training = by_class[label]
-            if "symmetries" in run.trained_on:  # of one class at a time: they are eight times more
+            if "symmetries" in run.trained_on:  # class by class, as they are eight times more
                 training = self.dataset.module.symmetries(training)
             of_generated, of_unseen, closest = search_copies(
                 images, unseen, training, self.dataset.copy_features
@@ -1040,8 +1042,8 @@ def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
     expected = [name for key in keys for name in (key, f"floor_{key}")]
     frame = frame.reindex(columns=frame.columns.union(expected, sort=False))
 
-    # An arm may be trained with two numbers of steps. The one that most rows of that size have is
-    # usual (of a tie the largest), another is told.
+    # An arm may be trained with several numbers of steps. Then a run with another number than is
+    # usual at its size (most rows have it; of a tie the largest) is a variant of its own.
     frame["conditional"] = frame["condition"].str.startswith("conditional")
     usual = frame.groupby(["data", "conditional", "n_train"])["steps"].transform(
         lambda steps: steps.mode().max()
@@ -1094,15 +1096,15 @@ def base_condition(run: dict[str, Any], baseline: str) -> str | None:
     parts = re.fullmatch(r"(conditional)?_?(.*?)_?(steps\d+)?", run["condition"])
     conditional, circuit, sampling = parts.groups(default="")
     is_own = run["arm"] == baseline
-    if run["other_steps"]:
+    if run["other_steps"]:  # matched 1150 steps -> matched
         return run["condition"] if is_own else None
     if not is_own and baseline not in BASELINES:
         return None
-    if circuit or not is_own:
+    if circuit or not is_own:  # the circuit's part goes: quantum shots10_steps2 -> matched steps2
         return f"{conditional}_{sampling}".strip("_")
-    if sampling:
+    if sampling:  # matched steps2 -> matched
         return conditional
-    return "" if conditional else None
+    return "" if conditional else None  # matched conditional -> matched; matched has no base
 
 
 def shared_classes(frame: pd.DataFrame, within: list[str], series: list[str]) -> pd.DataFrame:
@@ -1566,8 +1568,8 @@ def draw_panels(frame: pd.DataFrame, against_size: bool) -> Figure:
     has_differences = len(differences) > 0
     metrics = [key for key in FIGURE_METRICS if frame[key].notna().any()]
 
-    # Where: sizes stand at 0, 1, 2 and so on or at their decimal logarithms, variants side by side
-    # within 0.4 of their slots' sum on both sides of that, the floor's line within 0.45.
+    # Where: each size has its middle on the x axis, and a slot there for every variant. The slots
+    # fill 80 % of ``slot * count`` around the middle, the floor's dashed line 90 %.
     variants = [name for name in frame["variant"].cat.categories if name != FLOOR]
     count = len(variants)
     sizes = frame.groupby("n_train")["n_training"].mean()  # training images, by n_train
