@@ -816,14 +816,14 @@ class Evaluator:
         """
         reference, held_out = self.real(which)
         enough = self.enough_held_out(which, n)
-        if enough:
-            pool, size = held_out, n
-        else:
-            pool, size = reference, min(n, len(reference.images) // 2)
+        pool = held_out if enough else reference
+        size = n if enough else min(n, len(reference.images) // 2)
         for draw in range(FLOOR_DRAWS if size <= ONE_DRAW_ABOVE else 1):
             order = torch.randperm(len(pool.images), generator=self.stream("floor", draw))
-            rest = reference if enough else reference.take(order[size:])
-            yield pool.take(order[:size]), rest
+            if enough:
+                yield held_out.take(order[:size]), reference
+            else:
+                yield reference.take(order[:size]), reference.take(order[size:])
 
     def measure_floor(self, which: int | str | tuple[int, ...], n: int) -> dict[str, Any]:
         """What n real images score: the mean over ``floor_draws``."""
@@ -847,17 +847,10 @@ class Evaluator:
         metrics = self.compare(sample, reference)
         floor = self.floor(which, n).copy()  # the kept one stays as it is
 
-        # FID over that of real images, 1 is as good as they are. Where the floor is drawn from the
-        # reference, as many generated images are compared with the same rest of it.
+        # FID over that of real images: 1 is as good as they are.
         if floor["fid"] > 0:  # not NaN
-            fid = metrics["fid"]
-            if not self.enough_held_out(which, n):
-                values = []
-                for draw, (some, rest) in enumerate(self.floor_draws(which, n)):
-                    order = torch.randperm(n, generator=self.stream("ratio", draw))
-                    chosen = sample.features[order[: len(some.images)]]
-                    values.append(frechet_distance(chosen, rest.features))
-                fid = float(np.mean(values))
+            is_like_floor = self.enough_held_out(which, n)
+            fid = metrics["fid"] if is_like_floor else self.fid_like_floor(sample, which)
             metrics["fid_ratio"] = fid / floor["fid"]
 
         if self.classifier is not None:
@@ -869,6 +862,19 @@ class Evaluator:
             "metrics": metrics,
             "floor": floor,
         }
+
+    def fid_like_floor(self, sample: Sample, which: int | str | tuple[int, ...]) -> float:
+        """The FID of as many generated images as each draw of the floor has, beside the same rest.
+
+        For a floor that is drawn from the reference.
+        """
+        n = len(sample.images)
+        values = []
+        for draw, (some, rest) in enumerate(self.floor_draws(which, n)):
+            order = torch.randperm(n, generator=self.stream("ratio", draw))
+            chosen = sample.features[order[: len(some.images)]]
+            values.append(frechet_distance(chosen, rest.features))
+        return float(np.mean(values))
 
     def measure(self, run: Run) -> tuple[list[dict[str, Any]], dict[str, ClosestPairs]]:
         """All figures of a run, a row for each class, and by the row's name its closest pairs.
@@ -901,6 +907,9 @@ class Evaluator:
 
         if run.conditional:
             mean = mean_of(list(measured.values()))
+            for part in ("metrics", "floor"):  # the KIDs of the classes are independent
+                errors = [of_class[part]["kid_standard_error"] for of_class in measured.values()]
+                mean[part]["kid_standard_error"] = math.hypot(*errors) / len(errors)
 
             # All its classes at once; copies are searched class by class alone. The classes take
             # turns, as some metrics look at the first images only.
@@ -979,8 +988,6 @@ def mean_of(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
             mean[key] = mean_of(values)
         elif isinstance(first, str):
             mean[key] = first
-        elif key.endswith("standard_error"):  # of a mean of independent values
-            mean[key] = math.hypot(*values) / len(values)
         else:
             value = float(np.mean(values))
             mean[key] = round(value) if isinstance(first, int) else value
@@ -1188,7 +1195,7 @@ def paired_differences(pairs: pd.DataFrame) -> pd.DataFrame:
 
 
 # ------------------------------------------------ relative differences of FID and their tests
-COMPARISON = ["baseline", "data", "n_train", "variant", "variant_base"]  # what is compared
+COMPARISON = ["baseline", "data", "reference", "n_train", "variant", "variant_base"]  # is compared
 DECIDING_UNITS = 5  # seeds, or independent pairs: with fewer the verdict is "too few"
 SIGNIFICANCE = 0.05  # of the tests of relative differences
 MARGIN = 4.0  # per cent of FID: a mean difference within it is none
@@ -1197,7 +1204,7 @@ MARGIN = 4.0  # per cent of FID: a mean difference within it is none
 def relative_differences(frame: pd.DataFrame) -> pd.DataFrame:
     """All pairs, with the relative difference of FID of a run a and its base b in "percent".
 
-    100 (a - b) / ((a + b) / 2). matched - classical is left out beside classical - matched.
+    100 (a - b) / ((a + b) / 2). matched - classical is left out: classical - matched is there.
     """
     classes = of_classes(frame)
     parts = [pairs_of_runs(classes, arm).assign(baseline=arm) for arm in ALL_BASELINES]
@@ -1208,7 +1215,8 @@ def relative_differences(frame: pd.DataFrame) -> pd.DataFrame:
     b = pairs["fid_base"]
     pairs["percent"] = 100 * (a - b) / ((a + b) / 2)
     first, second = BASELINES
-    is_repeated = (pairs["baseline"] == second) & (pairs["arm"] == first)
+    is_mirrored = pairs["condition"] == pairs["condition_base"]
+    is_repeated = (pairs["baseline"] == second) & (pairs["arm"] == first) & is_mirrored
     return pairs[~is_repeated].dropna(subset="percent")
 
 
@@ -1411,12 +1419,13 @@ RELATIVE_TEXT = (
     "class and seed of single-class models, or a seed of conditional models, whose classes are "
     "averaged first. p different: two-sided t test; p equivalent: two one-sided t tests with a "
     "margin of ±{margin:g} %. Both are Holm-adjusted over the rows of this table, and decide at "
-    "{level:g} %."
+    "{level:g} %; the intervals are not adjusted. Few images raise all FIDs and so lower the "
+    "percentages."
 )
 
 FLOOR_TEXT = (
     "A floor is the mean over draws of as many held-out images as were generated or, where these "
-    "are too few, of one half of the training images against the other. The ± of its KID is that "
+    "are too few, of training images, at most half, against the rest. The ± of its KID is that "
     "of one draw. Its SSIM nearest, distance ratio, near copies and label accuracy are of all "
     "held-out images: the ratio is 1, and near copies are 1 %, but at least one image."
 )
@@ -1921,7 +1930,8 @@ def evaluate(options: argparse.Namespace, dataset: DataSet) -> None:
     if not runs:
         write_tables(read_tables(options.csv), options)
         return
-    read_tables([file for file in options.csv if file.exists()])  # damaged: an error now
+    known = [file for file in options.csv[:1] if file.exists()]
+    read_tables([*known, *options.csv[1:]])  # one that cannot be read is an error now, not later
 
     evaluator = Evaluator(dataset, runs[0].settings["data"], options)
     record = evaluator.classifier_record

@@ -359,8 +359,8 @@ class GaussianDiffusion:
 # whose parameters are an angle, a weight or a constant as it is (not -w, not 2 * x). Its cost grows
 # with a product over the gates between two neighbours, their bond dimension, which may be 256. A
 # CNOT, CZ, CRX, IsingXX, YY or ZZ is a factor of 4 (mostly 2 if it is the last operation on its
-# first qubit), IsingXY and SWAP of 16. So four layers of CNOTs fit: 4 * 4 * 4 * 2 = 128, with noise
-# 256. All else runs on a PennyLane device, --simulator lightning.qubit.
+# first qubit), IsingXY and SWAP of 16. So four layers of CNOTs fit: 4 * 4 * 4 * 2 = 128, or
+# 256 with noise behind the last. All else runs on a PennyLane device, --simulator lightning.qubit.
 
 
 def encode(angles: Tensor) -> None:
@@ -588,13 +588,13 @@ class Recorded(NamedTuple):
         ]
         inside = f"({', '.join(words)})" if words else ""
 
-        # Hyperparameters that tell apart operations of equal name and wires. Products and
-        # exponentials are told apart by what they are made of.
-        others = self.operation.hyperparameters
-        told = {"control_wires", "work_wires", "work_wire_type", "num_wires", "base"}
-        if all(others.get("control_values", ())):  # as usual
-            told.add("control_values")
-        extra = [f"{key}={value!r}" for key, value in others.items() if key not in told]
+        # Hyperparameters that name, parameters and wires do not show, as a Pauli word. Those of
+        # products and exponentials are their parts: all of the operation is shown instead.
+        hyperparameters = self.operation.hyperparameters
+        shown = {"control_wires", "work_wires", "work_wire_type", "num_wires", "base"}
+        if all(hyperparameters.get("control_values", ())):  # all ones: the default
+            shown.add("control_values")
+        extra = [f"{key}={value!r}" for key, value in hyperparameters.items() if key not in shown]
         if self.operation.name in ("Prod", "Sum", "SProd", "Exp", "Evolution"):
             extra = [repr(self.operation)]
         return " ".join([self.operation.name + inside, *map(str, self.operation.wires), *extra])
@@ -2105,13 +2105,14 @@ def make_all(args: argparse.Namespace, augment: Callable | None = None) -> None:
     # The classes: as asked for, all, or the default.
     source, images, labels = load_images(args.data, args.data_dir)
     names = args.classes or ["all" if args.conditional else DEFAULT_CLASS[source]]
-    label_ids = labels.unique().tolist() if "all" in names else [CLASS_IDS[name] for name in names]
+    asked = labels.unique().tolist() if "all" in names else [CLASS_IDS[name] for name in names]
+    label_ids = list(dict.fromkeys(asked))
     wanted = torch.isin(labels, torch.tensor(label_ids))  # the others take memory
     data = DataSet(source, images[wanted], labels[wanted], len(labels), augment)
     del images, labels
 
     # The grid of runs, dealt out to the processes: a model for all classes, or one for each.
-    models = [tuple(label_ids)] if args.conditional else [(k,) for k in dict.fromkeys(label_ids)]
+    models = [tuple(label_ids)] if args.conditional else [(k,) for k in label_ids]
     grid = [
         (arm, {"data": data.source, "classes": classes, "n_train": n_train, "seed": seed})
         for classes in models
@@ -2331,10 +2332,10 @@ def fit_harmonics(
 def cut(coefficients: np.ndarray, is_last: tuple[bool, bool]) -> tuple[np.ndarray, np.ndarray]:
     """Cuts two-qubit matrices (F, 16, 16) into a part for each qubit, joined by a bond.
 
-    Written with rows (low o, low i) and columns (F, high o, high i) they are one matrix M of rank
-    r. Let the r columns of Q be an orthonormal basis of M's column space. Then M = Q (Q^T M): Q is
-    the low qubit's part and does not depend on the gate's angle, Q^T M is the high qubit's and
-    does; the index between them is the bond.
+    As rows (low o, low i) by columns (F, high o, high i) they are one matrix M = Q (Q^T M), where
+    the r columns of Q are an orthonormal basis of M's column space. Q is the low qubit's part and
+    does not depend on the gate's angle, Q^T M is the high qubit's and does; the index between them
+    is the bond.
 
     is_last: whether this is the low, the high qubit's last operation, of which only I and Z are
     read. Returns the low part (1, 1, r, o, 4) and the high part (F, r, 1, o, 4); o is 2 for the
@@ -2457,9 +2458,9 @@ def split_at_last_input(factors: Sequence[Factor]) -> tuple[list[Factor], list[F
 def pad_ends(halves: list[tuple[list[Factor], list[Factor]]]) -> None:
     """Pads the outer bonds of the two end qubits with zeros to the size of the inner ones.
 
-    So the ends are computed with the inner qubits in one batch, where their factors are as many:
-    a fifth of the time saved. The zeros change nothing, as the chain begins and ends with
-    (1, 0, 0, ...): see ``end_of_chain``.
+    It only saves time, a fifth: where their factors are as many, the ends then have the shapes of
+    the inner qubits and are computed in one batch with them. Index 0 of a padded bond is the old
+    factor, all others are zero; as the chain begins and ends with (1, 0, 0, ...), nothing changes.
     """
     if len(halves) < 3:
         return
@@ -2605,11 +2606,11 @@ def step_right(left: Tensor, site: tuple[Tensor, Tensor]) -> tuple[Tensor, Tenso
 
     left: (B, bonds to the left). Returns two tensors (B, bonds to the right).
 
-    The bonds between two qubits are one index in the order of time, the earliest slowest. Both
-    qubits meet the same bonds in the same order, so that it means the same to both, although each
-    splits it where its own "after" begins. Of bonds a, b, c of 4, 4 and 2, one index of 32, a qubit
-    may have (a | b c), 4 by 8, and its neighbour (a b | c), 16 by 2: unflatten(1, (early, -1)). In
-    quantum_circuit no bond is early, and nothing is split.
+    All gates between two qubits give bonds a, b, c in the order of time, which the chain carries as
+    one index, the earliest slowest. Each qubit cuts this index at its own last input: early bonds
+    belong to "before", late ones to "after". For bonds of 4, 4 and 2 one may have (4, 8) and its
+    neighbour (16, 2). So a step begins with unflatten(1, (early, -1)) and ends with a flatten. In
+    quantum_circuit no bond is early, and nothing is cut.
     """
     before, after = site
     left = left.unflatten(1, (before.shape[2], -1))  # (B, l, m): early bonds l, late ones m

@@ -255,6 +255,16 @@ def test_digits_are_single_models_by_default(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_digit_named_twice_is_a_single_model(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(qd, "make_run", lambda args, data, device, run: made.append(run.settings))
+    qd.main(
+        ["--data", "digits", "--conditional", "--digits", "3", "3", "--save_dir", str(tmp_path)]
+    )
+    (settings,) = made
+    assert (settings.classes, settings.steps) == ((3,), 1250)
+
+
 def test_classes_in_any_order_are_the_same_run(tmp_path):
     assert settings_of(8, 3, 8) == settings_of(3, 8)
     names = {settings_of(*range(10)).name, settings_of(3, 8).name, settings_of(3).name}
