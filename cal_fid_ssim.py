@@ -1207,7 +1207,9 @@ def relative_differences(frame: pd.DataFrame) -> pd.DataFrame:
     100 (a - b) / ((a + b) / 2). matched - classical is left out: classical - matched is there.
     """
     classes = of_classes(frame)
-    parts = [pairs_of_runs(classes, arm).assign(baseline=arm) for arm in ALL_BASELINES]
+    present = {*BASELINES, *classes["arm"]}  # the others have no pairs
+    baselines = [arm for arm in ALL_BASELINES if arm in present]
+    parts = [pairs_of_runs(classes, arm).assign(baseline=arm) for arm in baselines]
     pairs = pd.concat(parts, ignore_index=True)
     pairs["baseline"] = pd.Categorical(pairs["baseline"], ALL_BASELINES)  # for their order
 
@@ -1479,6 +1481,8 @@ def source_paragraphs(frame: pd.DataFrame) -> list[str]:
 
     # All arms against the two controls, then every other arm's conditions against the arm itself.
     for baseline in ALL_BASELINES:
+        if baseline not in set(classes["arm"]):
+            continue
         all_pairs = pairs_of_runs(classes, baseline)
         if len(all_pairs) > 0:
             paragraphs.append(f"## Paired differences against {baseline}")
