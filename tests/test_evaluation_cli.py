@@ -635,6 +635,7 @@ def test_ten_arms_of_four_sizes_do_not_overlap(against_size):
 
     x = np.sort([bar.lines[0].get_xdata() for bar in axes.containers], axis=0)  # (arm, size)
     assert (x[-1, :-1] < x[0, 1:]).all()
+    assert (np.diff(x, axis=0) > 0).all()  # the arms of one size stand side by side
 
 
 # ------------------------------------------------------------ relative differences of FID
