@@ -1529,7 +1529,7 @@ FIGURE_BASELINE = "matched"  # the differences to it are drawn
 FIGURE_METRICS = ["fid", "kid", "precision", "recall"]
 FIGURE_METRICS += ["ssim_diversity", "label_accuracy", "distance_ratio", "near_copies"]
 FOREST_LINE = 32  # characters of a comparison that forest.png has in one line
-OVERVIEW_COLUMNS = 12  # images in a row of overview.png, about
+OVERVIEW_COLUMNS = 15  # images in a row of overview.png, about
 
 FLOOR_COLOUR = "#666666"
 OTHER_COLOUR = "#999999"  # of the user's own arms; their markers tell them apart
@@ -1725,7 +1725,8 @@ def draw_overview(runs: Sequence[Run], frame: pd.DataFrame, evaluator: Evaluator
 
     # Tiles are square, and all of them about 5 of the figure's 6 inches.
     row_height = 5 / each / len(columns)
-    figure = Figure(figsize=(6, 0.3 + row_height * len(rows)), layout="constrained")
+    figure = Figure(figsize=(6, 0.3 + (row_height + 0.05) * len(rows)))
+    figure.set_layout_engine("constrained", h_pad=0.02, hspace=0)
     panels = figure.subplots(len(rows), len(columns), squeeze=False)
     for row, in_row in zip(rows, panels, strict=True):
         for column, axes in zip(columns, in_row, strict=True):
