@@ -336,7 +336,7 @@ def test_overview_shows_the_lowest_seeds_images(tmp_path, evaluate):
     for axes in panels:
         pixels = axes.get_images()[0].get_array()
         images = expected[axes.get_ylabel()]
-        assert pixels.shape == (32, 362)  # twelve tiles
+        assert pixels.shape == (32, 452)  # fifteen tiles
         assert (pixels[2:30, 2:30] == images[0, 0].numpy()).all()
         assert (pixels[:, 30 * len(images) + 2 :] == 255).all()
 
