@@ -140,6 +140,8 @@ class Run(NamedTuple):
 
 def read_run(folder: Path, dataset: DataSet) -> Run:
     """Read a run folder. Raises UserError when it is none, unfinished, or of another data set."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
     config = mnist.read_config(folder / "config.json")
     settings = config["settings"]
     source = settings.get("data")

@@ -1079,6 +1079,12 @@ def test_runs_beside_other_real_images_make_no_pair():
     assert len(evaluation.pairs_of_runs(frame_of(runs), "matched")) == 0
 
 
+def test_a_pattern_without_a_match_is_no_folder(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        evaluation.main(["runs/*mnist3*"])
+    assert capsys.readouterr().err == "error: runs/*mnist3*: no such folder\n"
+
+
 def test_a_table_of_an_earlier_version_is_shown(tmp_path, evaluate):
     """It has no rate of Muon and no FID over that of real images."""
     runs = [fake(arm, 3, 0, 1.0) | {"run": arm} for arm in ("matched", "quantum")]
