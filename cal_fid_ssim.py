@@ -1197,7 +1197,7 @@ def paired_differences(pairs: pd.DataFrame) -> pd.DataFrame:
 
 
 # ------------------------------------------------ relative differences of FID and their tests
-COMPARISON = ["baseline", "data", "reference", "n_train", "variant", "variant_base"]  # is compared
+COMPARISON = ["baseline", "data", "reference", "n_train", "variant", "variant_base"]
 DECIDING_UNITS = 5  # seeds, or independent pairs: with fewer the verdict is "too few"
 SIGNIFICANCE = 0.05  # of the tests of relative differences
 MARGIN = 4.0  # per cent of FID: a mean difference within it is none

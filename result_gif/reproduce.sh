@@ -107,7 +107,8 @@ block_judges() {
     done
 }
 
-# The overview and the GIFs, of block A's first seed. While its run folders exist.
+# The overview and the GIFs, of block A's first seed, while its run folders exist. It compares two
+# arms, too: those tables stay in the run folders' place.
 block_pictures() {
     local seed=${SEEDS%% *} run name
     python cal_fid_ssim.py "$RUNS"/A/{classical,quantum}_*_seed"$seed" --data_dir "$DATA_DIR" \
