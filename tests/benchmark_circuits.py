@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import numpy
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import quantum_diffusion_mnist as mnist
+import quantum_diffusion_pathmnist as pathmnist
 
 BATCH = 64
 QUBITS = 16
@@ -45,21 +47,22 @@ def medians(functions: dict[str, Callable], repeats: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def training_step(arm: str, channels: int = 1, **conditions: object) -> Callable[[], None]:
-    """A training step as the scripts' loop makes it, without checkpoints."""
-    settings = mnist.Settings(arm, batch_size=BATCH, **conditions)
+def training_step(arm: str, script: ModuleType = mnist, **conditions: object) -> Callable[[], None]:
+    """A training step as a script's loop makes it, without checkpoints."""
+    channels = 1 if script is mnist else 3
+    settings = script.Settings(arm, batch_size=BATCH, **conditions)
     images = torch.randint(256, (BATCH, channels, 28, 28), dtype=torch.uint8)
-    diffusion = mnist.GaussianDiffusion(settings.timesteps)
-    model = mnist.make_unet(channels, settings)
-    average = mnist.make_unet(channels, settings)
-    optimizers = mnist.make_optimizers(model, settings)
-    shots = [mnist.random_stream(0, k) for k in range(BATCH)] if settings.shots else []
+    diffusion = script.GaussianDiffusion(settings.timesteps)
+    model = script.make_unet(channels, settings)
+    average = script.make_unet(channels, settings)
+    optimizers = script.make_optimizers(model, settings)
+    shots = [script.random_stream(0, k) for k in range(BATCH)] if settings.shots else []
 
     def step() -> None:
-        x0 = mnist.to_float(images)
-        t, noise = mnist.training_noise(settings, x0, 0)
+        x0 = script.to_float(images)
+        t, noise = script.training_noise(settings, x0, 0)
         x_t, v = diffusion.q_sample(x0, t, noise)
-        loss = F.mse_loss(model(x_t, t, shots), v)
+        loss = F.mse_loss(model(x_t, t, generators=shots), v)
         model.zero_grad()
         loss.backward()
         for optimizer in optimizers:
@@ -115,7 +118,7 @@ def cost(out: Path) -> None:
     steps["quantum with 1,000 shots"] = training_step("quantum", shots=1000)
     steps["its Muon alone"] = muon_step()
     add_ratios(add, medians(steps, 40), "")
-    steps = {arm: training_step(arm, channels=3) for arm in ("classical", "matched", "quantum")}
+    steps = {arm: training_step(arm, pathmnist) for arm in ("classical", "matched", "quantum")}
     add_ratios(add, medians(steps, 40), ", PathMNIST")
 
     # The circuit alone, exactly and on PennyLane's devices.

@@ -3,11 +3,13 @@
 import re
 from pathlib import Path
 
+import benchmark_circuits as benchmark
 import pandas as pd
 import pytest
 from conftest import only, tiny
 
 import quantum_diffusion_mnist as qd
+import quantum_diffusion_pathmnist as pathmnist
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -136,6 +138,17 @@ def test_weights_of_the_arms_are_counted():
         trained = [p for p in gate.parameters() if p.requires_grad] if gate is not None else []
         count = int(row["weights"].split(",")[0] + row["weights"].partition(",")[2][:3])
         assert sum(p.numel() for p in trained) == count, row
+
+
+def test_the_steps_of_the_benchmark_run(monkeypatch):
+    """benchmark_circuits.py is no test, and would break unseen."""
+    monkeypatch.setattr(benchmark, "BATCH", 2)
+    benchmark.training_step("quantum", gate_noise=(0.001, 0.01))()
+    benchmark.training_step("quantum", shots=10)()
+    benchmark.training_step("classical", pathmnist)()
+    benchmark.muon_step()()
+    assert benchmark.sampling_step("quantum", 2)().shape == (2, 1, 28, 28)
+    benchmark.circuit_call("quantum", "exact")()
 
 
 def test_the_circuit_of_the_page_runs_exactly(monkeypatch):
