@@ -38,6 +38,7 @@ line, and as an appendix the exact simulation of the circuits.
 
 import argparse
 import contextlib
+import errno
 import gzip
 import hashlib
 import importlib.util
@@ -76,7 +77,7 @@ import torch.nn.functional as F
 import torchvision
 from matplotlib import pyplot
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -110,13 +111,25 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def explaining(what: str, mend: str = "") -> Iterator[None]:
-    """Whatever fails inside becomes a UserError: what failed, the reason, and what mends it."""
+    """Whatever fails inside becomes a UserError: what failed, the reason, and what mends it.
+
+    But for what says nothing about it: too little memory, a file that may not or cannot be read.
+    """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
+        is_disk = isinstance(error, OSError) and error.errno not in (None, errno.ENOENT)
+        if is_disk or is_out_of_memory(error):
+            raise
         raise UserError(f"{what} ({one_line(error)}){mend}") from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU's or the computer's memory was too small."""
+    of_torch = isinstance(error, RuntimeError) and "allocat" in str(error)
+    return of_torch or isinstance(error, MemoryError)
 
 
 def one_line(error: Exception) -> str:
@@ -543,6 +556,8 @@ def operations_of(circuit: Callable, angles: Tensor, weights: Tensor) -> list:
             raise ValueError(f"it uses the wires {sorted(map(str, strange))}")
         if script.measurements:
             raise ValueError("it returns measurements, but <Z_i> of all qubits is what is measured")
+        if any(operation.name == "MidMeasureMP" for operation in script.operations):
+            raise ValueError("it measures inside, which no simulator here does")
         return list(expand_templates(script.operations))
 
 
@@ -591,7 +606,7 @@ class Recorded(NamedTuple):
     """An operation, and where each of its parameters comes from."""
 
     operation: qml.operation.Operator
-    sources: tuple[tuple[str, int] | None, ...]  # ("x", 3): angle 3, ("w", 7): weight 7
+    sources: tuple[tuple[str, int] | None, ...]  # as Factor's; None: of a constant
 
     def __str__(self) -> str:
         """The text by which circuits are compared, also of a run's ``config.json``.
@@ -604,19 +619,32 @@ class Recorded(NamedTuple):
             for source, value in zip(self.sources, values, strict=True)
         ]
         inside = f"({', '.join(words)})" if words else ""
-
-        # Hyperparameters that name, parameters and wires do not show, as a Pauli word. Those of
-        # products and exponentials are their parts: all of the operation is shown instead.
-        hyperparameters = self.operation.hyperparameters
-        shown = {"control_wires", "work_wires", "work_wire_type", "num_wires", "base"}
-        if all(hyperparameters.get("control_values", ())):  # all ones: the default
-            shown.add("control_values")
-        extra = [f"{key}={value!r}" for key, value in hyperparameters.items() if key not in shown]
-        if self.operation.name in ("Prod", "Sum", "SProd", "Exp", "Evolution"):
-            extra = [repr(self.operation)]
-        return " ".join([self.operation.name + inside, *map(str, self.operation.wires), *extra])
+        wires = map(str, self.operation.wires)
+        return " ".join([self.operation.name + inside, *wires, *details(self.operation)])
 
 
+def details(operation: qml.operation.Operator) -> list[str]:
+    """What name, parameters and wires of an operation do not show, such as a Pauli word."""
+    # Products and exponentials: all of it, with 0, 1, ... for the parameters, which are shown.
+    if operation.name in ("Prod", "Sum", "SProd", "Exp", "Evolution"):
+        numbers = [float(k) for k in range(len(operation.parameters))]
+        with contextlib.suppress(IndexError):  # PennyLane's, of an evolution under 2 X
+            operation = qml.ops.functions.bind_new_parameters(operation, numbers)
+        return [repr(operation)]
+
+    # Otherwise its hyperparameters, and those of the operation inside an adjoint or a controlled.
+    hyperparameters = operation.hyperparameters
+    shown = {"control_wires", "work_wires", "work_wire_type", "num_wires", "base"}
+    if all(hyperparameters.get("control_values", ())):  # all ones: the default
+        shown.add("control_values")
+    extra = [f"{key}={value!r}" for key, value in hyperparameters.items() if key not in shown]
+    if "base" in hyperparameters:
+        extra += details(hyperparameters["base"])
+    return extra
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
 def record(
     circuit: Callable, n_qubits: int, n_layers: int, n_weights: int, sign: int = 1
 ) -> list[Recorded]:
@@ -630,22 +658,27 @@ def record(
     # The placeholders: positive numbers that all differ, or (sign -1) other ones, all negative, so
     # that an absolute value counts as computed.
     shape = (n_layers, n_qubits, n_weights)
+    size = 6 if sign > 0 else -1000  # so large that a clamp shows
     generator = random_stream(sign, "placeholders")
-    angles = 6 * sign * torch.rand(n_qubits, dtype=torch.float64, generator=generator)
-    weights = 6 * sign * torch.rand(shape, dtype=torch.float64, generator=generator)
+    angles = size * torch.rand(n_qubits, dtype=torch.float64, generator=generator)
+    weights = size * torch.rand(shape, dtype=torch.float64, generator=generator)
     placeholders = {value: ("x", i) for i, value in enumerate(angles.tolist())}
     placeholders |= {value: ("w", k) for k, value in enumerate(weights.flatten().tolist())}
+    operations = operations_of(circuit, angles.requires_grad_(), weights.requires_grad_())
 
     # Which of them each parameter is.
     recorded = []
-    for operation in operations_of(circuit, angles, weights):
+    for operation in operations:
         sources = []
         for parameter in operation.parameters:
-            source = placeholders.get(float(parameter)) if np.ndim(parameter) == 0 else None
-            sources.append(source)
+            value = qml.math.toarray(parameter)
+            source = placeholders.get(value.item()) if value.ndim == 0 else None
             if source is not None and not isinstance(parameter, Tensor):
                 lost = f"{name_of(circuit)}: {operation.name} takes an angle or weight as a number"
                 raise UserError(f"{lost} without gradient; leave out float() and .item()")
+            if source is not None and not parameter.requires_grad:
+                source = (f"detached {source[0]}", source[1])
+            sources.append(source)
         recorded.append(Recorded(operation, tuple(sources)))
     return recorded
 
@@ -1013,13 +1046,13 @@ def write_atomic(path: Path, data: bytes | str | dict) -> None:
         aside.unlink(missing_ok=True)
 
 
-def load_tensors(path: Path, what: str, device: torch.device | str = "cpu") -> dict:
-    """Reads a file of torch.save, its checksums too. Raises UserError: it is not ``what``."""
+def load_tensors(path: Path, what: str) -> dict:
+    """Reads a file of torch.save onto the CPU, its checksums too. UserError: it is not ``what``."""
     with reading(path, what):
         damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at the checksums
         if damaged:
             raise ValueError(f"wrong checksum of {damaged}")
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 # --------------------------------------------------------------------------------------- data
@@ -1379,14 +1412,13 @@ def load_checkpoint(path: Path, run_id: str, state: dict, losses: Tensor) -> int
     """
     if not path.exists():
         return 0
-    device = losses.device
-    contents = load_tensors(path, "a checkpoint; remove it to train from the start", device)
+    contents = load_tensors(path, "a checkpoint; remove it to train from the start")
     if contents.get("run") != run_id:
         raise UserError(f"{path}: of a run with other settings; remove it to train from the start")
     with reading(path, "a checkpoint of this version; remove it to train from the start"):
         for name, part in state.items():
             part.load_state_dict(contents[name])
-        losses[: contents["step"]] = contents["losses"].to(device)
+        losses[: contents["step"]] = contents["losses"]
     return contents["step"]
 
 
@@ -1585,6 +1617,9 @@ def save_gif(path: Path, frames: Sequence[tuple[str, Tensor]], names: Sequence[s
     names: of the classes of a conditional model, each of which then has a row, behind its name.
     """
     scale = 2 if names else 3  # of the pixels
+    size = 5 * scale  # of the letters
+    font = ImageFont.load_default(size)
+    width = 8 + max(math.ceil(font.getlength(caption)) for caption, _ in frames)
     pictures = []
     for caption, images in frames:
         # A row of images for each class.
@@ -1592,15 +1627,16 @@ def save_gif(path: Path, frames: Sequence[tuple[str, Tensor]], names: Sequence[s
         rows = tile(images.flatten(0, 1), images.shape[1], scale).squeeze()
 
         # White above them for the caption, and to the left for the names.
-        size = 5 * scale  # of the letters
         left = 3 * scale * max((len(name) for name in names), default=0)
         top = 7 * scale
-        picture = ImageOps.expand(Image.fromarray(rows).convert("RGB"), (left, top, 0, 0), "white")
+        right = max(0, width - left - rows.shape[1])  # for a caption that is wider
+        rim = (left, top, right, 0)
+        picture = ImageOps.expand(Image.fromarray(rows).convert("RGB"), rim, "white")
         draw = ImageDraw.Draw(picture)
-        draw.text((4, scale), caption, fill="black", font_size=size)
+        draw.text((4, scale), caption, fill="black", font=font)
         for row, name in enumerate(names):
             y = top + (row + 0.5) * len(rows) / len(names)
-            draw.text((left - 4, y), name, fill="black", font_size=size, anchor="rm")
+            draw.text((left - 4, y), name, fill="black", font=font, anchor="rm")
         pictures.append(picture.quantize(64))
 
     # The last frame stays for two seconds.
@@ -1809,8 +1845,8 @@ def differences(known: dict, asked: dict, skip: Sequence[str] = ()) -> str:
     """In what two configurations differ, for an error; empty: in nothing that makes a run."""
     found = []
     for part in IDENTITY:
-        for key, now in asked[part].items():
-            before = known[part].get(key)
+        for key in known[part] | asked[part]:
+            before, now = known[part].get(key), asked[part].get(key)
             if key in skip or before == now:
                 continue
             if key == "operations" and before and now:  # the first that is another
@@ -1870,6 +1906,17 @@ def open_run(folder: Path, config: dict) -> Iterator[None]:
         yield
 
 
+def note_machine(folder: Path, recorded: dict, config: dict) -> None:
+    """Keeps in ``config.json`` that a run goes on elsewhere than it began or went on last."""
+    now = {name: config[name] for name in ("versions", "git", "device", "threads")}
+    known = [recorded, *recorded.get("went_on", [])][-1]
+    changed = [f"{name} {known.get(name)!r}" for name in now if known.get(name) != now[name]]
+    if changed:
+        update_config(folder, went_on=[*recorded.get("went_on", []), now])
+        before = ", ".join(changed)
+        print(f"NOTICE: begun with {before}: it goes on otherwise, so not to the same bits")
+
+
 def find_weights(folder: Path, settings: Settings, config: dict) -> dict:
     """Entries of ``config.json`` for a run that samples another run's model (--weights).
 
@@ -1907,13 +1954,15 @@ def load_run(folder: Path | str, device: torch.device | str = "cpu") -> tuple[Se
             raise ValueError(f"its circuit is not this script's: {difference}")
 
     path = folder / "model.pt"
-    state = load_tensors(path, "a run's weights; remove it to train again", device)
+    state = load_tensors(path, "a run's weights; remove it to train again")
     with reading(path, "this run's weights; remove it to train again"):
         if hashlib.sha256(path.read_bytes()).hexdigest() != config["model_sha256"]:
             raise ValueError("its checksum is not that in config.json")
-        model = make_unet(state["stem.weight"].shape[1] // FOLD**2, settings).to(device)
+        channels = state["stem.weight"].shape[1] // FOLD**2
+    model = make_unet(channels, settings)
+    with reading(path, "this run's weights; remove it to train again"):
         model.load_state_dict(state)
-    return settings, model
+    return settings, model.to(device)
 
 
 # -------------------------------------------------------------------------------- command line
@@ -2005,8 +2054,8 @@ def two_numbers(text: str) -> tuple[float, float]:
 def this_process(device: str) -> tuple[torch.device, int, int]:
     """The device, the number of this process, and how many there are.
 
-    A launcher or job array sets RANK and WORLD_SIZE; LOCAL_RANK gives each process of a machine a
-    GPU of its own. Raises UserError when there is no such device or rank.
+    A launcher such as torchrun sets RANK and WORLD_SIZE; LOCAL_RANK gives each process of a machine
+    a GPU of its own. Raises UserError when there is no such device or rank.
     """
     # The launcher's numbers.
     numbers = []
@@ -2059,11 +2108,18 @@ def plan_run(
 
     others: the settings that the grid of runs gives: data, classes, n_train and seed.
     """
-    settings = settings_of_flags(args, arm, **others)
-    if args.epochs is not None:  # passes over what is trained on, symmetries included
+    if args.epochs is None:
+        settings = settings_of_flags(args, arm, **others)
+    else:  # passes over what is trained on, symmetries included
+        settings = settings_of_flags(args, arm, **others, steps=1)
         images, _ = data.training_images(settings, torch.device("cpu"))
         steps = math.ceil(args.epochs * len(images) / settings.batch_size)
-        settings = settings_of_flags(args, arm, **others, steps=steps)
+        settings = replace(settings, steps=steps)
+
+    # The final images are one picture, of a size that Pillow reads without a warning.
+    most = Image.MAX_IMAGE_PIXELS // (IMAGE_SIZE + TILE_PADDING) ** 2 // len(settings.classes) - 1
+    if args.n_eval > most:
+        raise UserError(f"--n_eval {args.n_eval}: at most {most} images of each class of a model")
 
     config = run_config(settings, data, device)
     folder = args.save_dir / settings.name
@@ -2089,6 +2145,10 @@ def make_all(args: argparse.Namespace, augment: Callable | None = None) -> None:
     arms = args.arm or ["quantum" if args.use_quantum == "True" else "classical"]
     for arm in dict.fromkeys(arms):
         check_circuit(settings_of_flags(args, arm))
+    unused = [f"--{name}" for name, ideal in IDEAL.items() if getattr(args, name) != ideal]
+    if unused and not any(ARMS[arm].circuit for arm in arms):
+        arms_text = ", ".join(arms)
+        print(f"NOTICE: {', '.join(unused)}: without effect, no circuit in --arm {arms_text}")
 
     # The classes: as asked for, all, or the default.
     source, images, labels = load_images(args.data, args.data_dir)
@@ -2131,7 +2191,10 @@ def make_run(args: argparse.Namespace, data: DataSet, device: torch.device, run:
     model_path = folder / "model.pt"
     with open_run(folder, config):
         # The model, trained or another run's.
-        is_trained = read_config(folder / "config.json")["model_sha256"] is not None
+        recorded = read_config(folder / "config.json")
+        is_trained = recorded["model_sha256"] is not None
+        if not is_trained or recorded["n_eval"] < args.n_eval:
+            note_machine(folder, recorded, config)
         is_trained_here = config["weights"]["weights_sha256"] is None
         if not is_trained or not model_path.exists():
             if not is_trained_here:
@@ -2141,6 +2204,8 @@ def make_run(args: argparse.Namespace, data: DataSet, device: torch.device, run:
                 state = train(settings, images, folder, run_hash(config), labels).state_dict()
             write_atomic(model_path, state)
             digest = hashlib.sha256(model_path.read_bytes()).hexdigest()
+            if recorded["model_sha256"] not in (None, digest):  # images of a model that is gone
+                (folder / "samples_final.png").unlink(missing_ok=True)
             update_config(folder, model_sha256=digest)
 
         # The images for the metrics, and what is nice to look at.
@@ -2160,7 +2225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocat" not in str(error):
+        if not is_out_of_memory(error):
             raise  # a fault of this script
         print("error: out of memory; try a smaller --batch_size, or fewer --shots", file=sys.stderr)
         sys.exit(2)
@@ -2233,7 +2298,8 @@ class Factor(NamedTuple):
     """
 
     coefficients: np.ndarray | Tensor  # (F, l, r, o, i); of a group of qubits (q, F, l, r, o, i)
-    sources: tuple = ()  # a parameter each: ("x", index) of an angle, ("w", index) of a weight
+    # A parameter each: ("x", index) of an angle, ("w", index) of a weight, both also "detached".
+    sources: tuple = ()
     n_harmonics: int = 1
 
 
@@ -2314,7 +2380,8 @@ def fit_harmonics(
         if abs(error).max() < 1e-10:
             coefficients[abs(coefficients) < 1e-13] = 0  # rounding
             return coefficients, n
-    raise UserError(f"{operation.name} is no trigonometric polynomial of its parameters; {WAY_OUT}")
+    found = f"{operation.name} is not of first degree in cos and sin of its parameters"
+    raise UserError(f"{found} or of their halves; {WAY_OUT}")
 
 
 def cut(coefficients: np.ndarray, is_last: tuple[bool, bool]) -> tuple[np.ndarray, np.ndarray]:
@@ -2430,7 +2497,7 @@ def split_at_last_input(factors: Sequence[Factor]) -> tuple[list[Factor], list[F
     Of an inner qubit of quantum_circuit "before" is |0> and RY(x), one factor; "after" has one for
     each weight, into which the CNOTs' parts are multiplied.
     """
-    inputs = [k for k, f in enumerate(factors) if any(kind == "x" for kind, _ in f.sources)]
+    inputs = [k for k, f in enumerate(factors) if any(kind[-1] == "x" for kind, _ in f.sources)]
     split = max(inputs, default=-1) + 1
     before = fuse_constants([Factor(ZERO), *factors[:split]])
     after = fuse_constants(factors[split:])
@@ -2531,7 +2598,7 @@ def factor_matrices(factor: Factor, features: dict[str, Tensor]) -> Tensor:
     """The matrices of a factor for all qubits of a group: (q, B, l, r, o, i).
 
     features: ``harmonics`` of the angles "x" (n, B, 5) and of the weights "w" (L n k, 1, 5), which
-    are the same for all samples.
+    are the same for all samples; under "detached x" and "detached w" without gradient.
     """
     if not factor.sources:
         return factor.coefficients  # F = 1 is taken for B = 1: the same for all samples
@@ -2572,6 +2639,7 @@ def site_tensors(
     is I or Z as read out. Early bonds are l and r, late ones m and s, to the left and the right.
     """
     features = {"x": harmonics(angles.T), "w": harmonics(weights.flatten())[:, None]}
+    features |= {f"detached {kind}": values.detach() for kind, values in features.items()}
     sites = [None] * angles.shape[1]
     for group in chain:
         before = multiply_factors(group.before, features).squeeze(3)  # (q, B, i, l, r)

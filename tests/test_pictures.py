@@ -83,6 +83,17 @@ def test_animations_have_every_frame_with_its_caption(tmp_path):
     assert (last[:21] < 100).any()
 
 
+def test_a_caption_wider_than_the_images_is_not_cut(tmp_path):
+    _, digits, _ = qd.load_images("digits", tmp_path)
+    caption = "step 1250  quantum_mnist3_nall_seed0_shots1000"
+    qd.save_gif(tmp_path / "a.gif", [("step 1", digits[:1]), (caption, digits[1:2])])
+    with Image.open(tmp_path / "a.gif") as animation:
+        animation.seek(1)
+        last = np.array(animation.convert("L"))
+    columns = (last[:21] < 100).any(axis=0).nonzero()[0]
+    assert 300 < columns.max() < last.shape[1] - 1
+
+
 def test_loss_curve_shows_every_step_and_the_mean_of_a_hundredth():
     losses = torch.linspace(2, 1, 400)
     figure = qd.draw_loss_curve(losses, "a run")

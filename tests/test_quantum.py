@@ -1,6 +1,7 @@
 """The circuits, their exact simulation, its check, and PennyLane's devices."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pennylane as qml
@@ -604,9 +605,30 @@ def rectified(angles, weights):
         qml.RY(torch.relu(angles[..., i]), wires=i)
 
 
+def clamped(angles, weights):
+    qd.encode(angles.clamp(-12, 12))
+
+
+def measured_inside(angles, weights):
+    qd.encode(angles)
+    qml.measure(0)
+
+
+def evolved(angles, weights):
+    qml.evolve(qml.X(0), weights[0, 0, 0])
+
+
+def of_a_complex_weight(angles, weights):
+    qml.exp(qml.X(0), 1j * weights[0, 0, 0])
+
+
 @pytest.mark.parametrize(
     "circuit, reason",
     [
+        (clamped, "RY: a parameter must be an angle or a weight"),
+        (measured_inside, "it measures inside, which no simulator here does"),
+        (evolved, "Evolution is not of first degree in cos and sin of its parameters"),
+        (of_a_complex_weight, "Exp: a parameter must be an angle or a weight"),
         (plain_numbers, "RX takes an angle or weight as a number without gradient"),
         (returned_measurements, "it returns measurements, but <Z_i> of all qubits is what is"),
         (trained_channel, "trained_channel cannot be read (ValueError: gamma must be in"),
@@ -618,6 +640,49 @@ def test_circuits_that_would_be_wrong_in_silence_are_errors(circuit, reason):
         qd.QuantumGate(8, circuit, 3, 1, 1)
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def detached(angles, weights):
+    for i in range(3):
+        qml.RY(angles[..., i].detach(), wires=i)
+        qml.RX(weights[0, i, 0].detach(), wires=i)
+        qml.RY(weights[0, i, 1], wires=i)
+        qml.RZ(angles[..., i], wires=i)
+    qml.CRX(angles[..., 0].detach(), wires=[0, 1])
+
+
+def wrapped(angles, weights):
+    qd.encode(angles)
+    qml.prod(qml.RX(weights[0, 0, 0], wires=0), qml.RY(angles[..., 1], wires=0))
+    qml.exp(qml.X(1), 0.3j)
+    qml.adjoint(qml.PauliRot(weights[0, 1, 0], "XY", wires=[0, 1]))
+    qml.ctrl(qml.PauliRot(weights[0, 2, 1], "Y", wires=2), 1)
+
+
+@pytest.mark.parametrize("circuit", [detached, wrapped])
+def test_detached_and_wrapped_operations_are_exact(circuit):
+    inputs = circuit_inputs(3, 3, 1)
+    found = qd.values_and_gradients(partial(qd.circuit_expectations, circuit=circuit), *inputs)
+    expected = qd.values_and_gradients(qd.on_device(circuit, 3, "default.qubit"), *inputs)
+    assert (found - expected).abs().max() < 1e-12
+
+
+def test_without_gradient_the_record_is_the_same():
+    expected = [str(one) for one in qd.record(detached, 3, 1, 2)]
+    assert expected[:4] == ["RY(detached x0) 0", "RX(detached w0) 0", "RY(w1) 0", "RZ(x0) 0"]
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert [str(one) for one in qd.record(detached, 3, 1, 2)] == expected
+
+
+@pytest.mark.parametrize("wrap", [qml.adjoint, partial(qml.ctrl, control=0)])
+@pytest.mark.parametrize("word", ["X", "Y"])
+def test_the_text_shows_what_is_inside_a_wrapped_operation(wrap, word):
+    def circuit(angles, weights):
+        wrap(qml.PauliRot(weights[0, 0, 0], word, wires=1))
+
+    (one,) = qd.record(circuit, 2, 1, 1)
+    assert str(one).endswith(f"pauli_word='{word}'")
 
 
 def test_a_gate_reads_its_circuit_anew(monkeypatch):

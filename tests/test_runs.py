@@ -360,6 +360,10 @@ def test_epochs_are_passes_over_the_training_images(tmp_path):
     assert settings.steps == 12  # 45 images in batches of 4
     assert settings.arm == "classical"
 
+    # A batch for which the default number of steps would be too many.
+    (settings,) = planned(*where[:-2], "--epochs", "1", "--batch_size", "100000", "--conditional")
+    assert settings.steps == 1
+
 
 @pytest.mark.parametrize(
     "options, said",
@@ -377,6 +381,88 @@ def test_another_run_of_the_same_name_is_refused(options, said, run, tmp_path, f
     assert said in message
     assert "use another --save_dir" in message
     assert contents(run) == before
+
+
+def test_a_run_of_more_images_than_asked_for_is_another_run(run, tmp_path, fails):
+    config = config_of(run)
+    config["images"]["symmetries"] = 8  # which --no-augment does not write
+    (run / "config.json").write_text(json.dumps(config))
+    message = fails(qd, tiny(tmp_path / "copy", "--use_quantum", "--lr", "0.05"))
+    assert "is another run: symmetries 8 (asked for: None)" in message
+
+
+@pytest.mark.usefixtures("quick_loss_curve")
+def test_a_model_trained_anew_has_its_own_images(run, tmp_path, monkeypatch):
+    plain = qd.training_noise
+
+    def other_noise(settings, x0, step):
+        t, noise = plain(settings, x0, step)
+        return t, -noise
+
+    monkeypatch.setattr(qd, "training_noise", other_noise)
+    argv = [
+        tiny(folder, "--use_quantum", "--lr", "0.05")
+        for folder in (tmp_path / "copy", tmp_path / "new")
+    ]
+    before = grid_of(run)
+    (run / "model.pt").unlink()
+    (run / "checkpoint.pt").unlink()
+    qd.main(argv[0])
+    qd.main(argv[1])
+    assert not torch.equal(grid_of(run), before)
+    assert torch.equal(grid_of(run), grid_of(only(tmp_path / "new")))
+
+
+def test_a_run_that_goes_on_elsewhere_says_so(run, tmp_path, capsys):
+    (run / "config.json").write_text(json.dumps(config_of(run) | {"threads": 99}))
+    argv = tiny(tmp_path / "copy", "--use_quantum", "--lr", "0.05")
+    qd.main(argv)  # all is there
+    assert "NOTICE" not in capsys.readouterr().out
+    assert "went_on" not in config_of(run)
+
+    qd.main([*argv, "--n_eval", "5"])
+    assert "NOTICE: begun with threads 99: it goes on otherwise" in capsys.readouterr().out
+    qd.main([*argv, "--n_eval", "6"])
+    assert "NOTICE" not in capsys.readouterr().out
+    (went_on,) = config_of(run)["went_on"]
+    assert went_on["threads"] == torch.get_num_threads()
+    assert set(went_on) == {"versions", "git", "device", "threads"}
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory"),
+        (MemoryError(), "out of memory"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+    ],
+)
+def test_no_advice_to_remove_a_file_that_is_not_at_fault(error, said, run, tmp_path, fails):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "load", only_raises(error))
+        message = fails(
+            qd, tiny(tmp_path / "copy", "--use_quantum", "--lr", "0.05", "--n_eval", "5")
+        )
+    assert said in message
+    assert "remove" not in message
+
+
+def only_raises(error):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+def test_conditions_without_effect_are_told(tmp_path, capsys):
+    qd.main(tiny(tmp_path, "--shots", "5", "--steps", "1", "--n_frames", "1"))
+    notice = "NOTICE: --shots: without effect, no circuit in --arm classical"
+    assert notice in capsys.readouterr().out
+
+
+def test_more_images_than_one_picture_takes(tmp_path, fails):
+    argv = tiny(tmp_path, "--digits", "all", "--conditional", "--n_eval", "20000")
+    assert "--n_eval 20000: at most 9941 images of each class of a model" in fails(qd, argv)
 
 
 def test_a_changed_circuit_is_another_run(run, tmp_path, fails, monkeypatch):
