@@ -25,11 +25,12 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import filelock
 import numpy as np
 import pandas as pd
 import torch
@@ -77,6 +78,7 @@ FLOOR = "real images (floor)"
 FLOOR_DRAWS = 5  # samples of real images whose mean is the floor
 ONE_DRAW_ABOVE = 1000  # images: of larger samples one is enough
 FID_WARNING_BELOW = 1000  # images
+FEWEST_REAL = 4  # training images of a class, half of which may be the floor
 CHUNK = 500  # images, or rows of a kernel or distance matrix, that are in memory at once
 
 
@@ -127,7 +129,7 @@ class Run(NamedTuple):
     """A finished run."""
 
     folder: Path
-    condition: str  # for example "conditional_shots1000"; "": a single class's model, ideal
+    condition: str  # for example "conditional-3-8_shots1000"; "": a single class's model, ideal
     settings: dict[str, Any]  # config.json's
     trained_on: dict[str, Any]  # config.json's description of the training images
     images: dict[int, Tensor]  # the final ones by class, each (n, C, 28, 28) uint8
@@ -145,9 +147,17 @@ def read_run(folder: Path, dataset: DataSet) -> Run:
     config = mnist.read_config(folder / "config.json")
     settings = config["settings"]
     source = settings.get("data")
-    if source not in dataset.held_out_split:
+    if source not in list(dataset.held_out_split):
         scripts = "cal_fid_ssim.py measures MNIST, cal_fid_ssim_medmnist.py PathMNIST"
         raise UserError(f"{folder}: data set {source}; {scripts}")
+    with reading(folder / "config.json", "a run's configuration of this version"):
+        missing = {"arm", "n_train", "seed", *BUDGET} - settings.keys()
+        if missing or "condition" not in config:
+            raise ValueError(f"no {', '.join(sorted(missing)) or 'condition'}")
+        classes = settings["classes"]
+        known = range(len(dataset.module.CLASS_NAMES))
+        if not isinstance(classes, list) or not classes or not set(classes) <= set(known):
+            raise ValueError(f"classes {classes}: expected some of 0 to {known[-1]}")
 
     # Its final images: n_eval, or fewer while they are still sampled.
     grid = folder / "samples_final.png"
@@ -155,16 +165,21 @@ def read_run(folder: Path, dataset: DataSet) -> Run:
         command = config.get("command", "")  # makes the run, or finishes it
         raise UserError(f"{folder}: not finished, no {grid.name}; {command}")
     images = mnist.load_grid(grid)
-    classes = settings["classes"]
     n = len(images) / len(classes)
     if n != config["n_eval"] or n < 2:
         expected = f"expected n_eval = {config['n_eval']} of config.json, and at least 2"
         raise UserError(f"{grid}: {n:g} images of each class, {expected}")
 
+    # A model of some classes only is another condition than one of all: "conditional-3-8".
     condition = config["condition"]
+    if len(classes) > 1:
+        names = [dataset.module.CLASS_NAMES[label] for label in classes]
+        is_of_all = tuple(classes) == dataset.module.ALL_CLASSES
+        of_classes = "conditional" if is_of_all else "-".join(["conditional", *names])
+        condition = f"{of_classes}_{condition}".strip("_")
     return Run(
         folder=folder,
-        condition=f"conditional_{condition}".strip("_") if len(classes) > 1 else condition,
+        condition=condition,
         settings=settings,
         trained_on=config["images"],
         images=dict(zip(classes, images.chunk(len(classes)), strict=True)),
@@ -694,6 +709,9 @@ def search_copies(
 #      "n_training": 6131, "n_held_out": 1010, "near_copy_threshold": 0.09, "note": ""}
 #
 # NaN is what could not be measured; in the file, as JSON has no NaN, null.
+Which = int | str | tuple[int, ...]  # classes: see Evaluator
+
+
 class Sample(NamedTuple):
     """Images with their features."""
 
@@ -715,8 +733,8 @@ class Real(NamedTuple):
 class Evaluator:
     """Measures runs of one data source; what runs share (real images, floors) is kept.
 
-    ``which`` says which real images something is compared with: those of a class (int), of several
-    (tuple), or "all".
+    ``which`` says which real images something is compared with, ``shown`` which classes it shows:
+    a class (int), several (tuple), or "all". They differ with --reference all.
     """
 
     def __init__(self, dataset: DataSet, source: str, options: argparse.Namespace) -> None:
@@ -725,7 +743,7 @@ class Evaluator:
         self.options = options
         self.folder = options.data_dir / "evaluation"  # of the classifier and features
 
-        # real(which) and floor(which, n) are measured once for all runs.
+        # real(which) and floor(which, shown, n) are measured once for all runs.
         self.real = functools.cache(self.measure_real)
         self.floor = functools.cache(self.measure_floor)
 
@@ -794,7 +812,7 @@ class Evaluator:
         metrics["precision"], metrics["recall"] = both
         return metrics
 
-    def measure_real(self, which: int | str | tuple[int, ...]) -> Real:
+    def measure_real(self, which: Which) -> Real:
         """A random subset of each split in its order, ``--n_real`` at most, alike for every run."""
         samples = []
         for split in (self.train, self.held_out):
@@ -802,24 +820,30 @@ class Evaluator:
             order = torch.randperm(len(images), generator=self.stream("reference"))
             chosen = order[: self.options.n_real].sort().values
             samples.append(self.sample(images[chosen], keep=True))
+        if len(samples[0].images) < FEWEST_REAL or len(samples[1].images) == 0:
+            counts = " training and ".join(str(len(sample.images)) for sample in samples)
+            found = f"class {which} of {self.source}: {counts} held-out images"
+            raise UserError(f"{found}; expected at least {FEWEST_REAL} and 1")
         return Real(*samples)
 
-    def enough_held_out(self, which: int | str | tuple[int, ...], n: int) -> bool:
-        """Whether n images, as many as were generated, can be drawn from the held-out ones."""
-        return n <= len(self.real(which).held_out.images)
+    def draws_held_out(self, which: Which, shown: Which, n: int) -> bool:
+        """Whether the floor is drawn from the held-out images: are there n, as were generated?
 
-    def floor_draws(
-        self, which: int | str | tuple[int, ...], n: int
-    ) -> Iterator[tuple[Sample, Sample]]:
+        From the training images of one class none can be set aside beside all classes.
+        """
+        return which != shown or n <= len(self.real(shown).held_out.images)
+
+    def floor_draws(self, which: Which, shown: Which, n: int) -> Iterator[tuple[Sample, Sample]]:
         """Real images, as if they were generated, and those that they are compared with.
 
         n of them are drawn from the held-out images, several times. If these are fewer, they are
         drawn from the reference: at most half of it, compared with the rest.
         """
-        reference, held_out = self.real(which)
-        enough = self.enough_held_out(which, n)
+        reference = self.real(which).reference
+        held_out = self.real(shown).held_out
+        enough = self.draws_held_out(which, shown, n)
         pool = held_out if enough else reference
-        size = n if enough else min(n, len(reference.images) // 2)
+        size = min(n, len(held_out.images) if enough else len(reference.images) // 2)
         for draw in range(FLOOR_DRAWS if size <= ONE_DRAW_ABOVE else 1):
             order = torch.randperm(len(pool.images), generator=self.stream("floor", draw))
             if enough:
@@ -827,11 +851,11 @@ class Evaluator:
             else:
                 yield reference.take(order[:size]), reference.take(order[size:])
 
-    def measure_floor(self, which: int | str | tuple[int, ...], n: int) -> dict[str, Any]:
+    def measure_floor(self, which: Which, shown: Which, n: int) -> dict[str, Any]:
         """What n real images score: the mean over ``floor_draws``."""
-        draws = list(self.floor_draws(which, n))
+        draws = list(self.floor_draws(which, shown, n))
         origin = "training split, set aside"
-        if self.enough_held_out(which, n):
+        if self.draws_held_out(which, shown, n):
             origin = f"{self.held_out_name} split"
         floor = {"n": len(draws[0][0].images), "draws": len(draws), "from": origin}
 
@@ -840,19 +864,20 @@ class Evaluator:
         return floor
 
     def measure_images(
-        self, generated: Split, which: int | str | tuple[int, ...], unseen: Split
+        self, generated: Split, which: Which, shown: Which, unseen: Split
     ) -> dict[str, Any]:
         """Generated images beside real ones; unseen: held-out images of the same classes."""
         n = len(generated.images)
         reference = self.real(which).reference
         sample = self.sample(generated.images)
         metrics = self.compare(sample, reference)
-        floor = self.floor(which, n).copy()  # the kept one stays as it is
+        floor = self.floor(which, shown, n).copy()  # the kept one stays as it is
 
         # FID over that of real images: 1 is as good as they are.
         if floor["fid"] > 0:  # not NaN
-            is_like_floor = self.enough_held_out(which, n)
-            fid = metrics["fid"] if is_like_floor else self.fid_like_floor(sample, which)
+            is_like_floor = self.draws_held_out(which, shown, n) and floor["n"] == n
+            draws = () if is_like_floor else self.floor_draws(which, shown, n)
+            fid = metrics["fid"] if is_like_floor else self.fid_like_floor(sample, draws)
             metrics["fid_ratio"] = fid / floor["fid"]
 
         if self.classifier is not None:
@@ -865,14 +890,14 @@ class Evaluator:
             "floor": floor,
         }
 
-    def fid_like_floor(self, sample: Sample, which: int | str | tuple[int, ...]) -> float:
-        """The FID of as many generated images as each draw of the floor has, beside the same rest.
+    def fid_like_floor(self, sample: Sample, draws: Iterable[tuple[Sample, Sample]]) -> float:
+        """The FID of as many generated images as each of ``floor_draws`` has, beside the same rest.
 
-        For a floor that is drawn from the reference.
+        For a floor of fewer images, or one that is drawn from the reference.
         """
         n = len(sample.images)
         values = []
-        for draw, (some, rest) in enumerate(self.floor_draws(which, n)):
+        for draw, (some, rest) in enumerate(draws):
             order = torch.randperm(n, generator=self.stream("ratio", draw))
             chosen = sample.features[order[: len(some.images)]]
             values.append(frechet_distance(chosen, rest.features))
@@ -890,7 +915,7 @@ class Evaluator:
         for label, images in run.images.items():
             unseen = self.held_out.of_class(label)
             which = label if self.options.reference == "class" else "all"
-            part = self.measure_images(Split(images, label), which, Split(unseen, label))
+            part = self.measure_images(Split(images, label), which, label, Split(unseen, label))
 
             # Copies of what this class was trained on.
             training = by_class[label]
@@ -918,12 +943,22 @@ class Evaluator:
             images = torch.stack(list(run.images.values()), dim=1)  # (n, classes, C, H, W)
             labels = torch.tensor(list(run.images)).repeat(len(images))  # (n classes,)
             which = tuple(run.images)
+            unseen = self.held_out.of_classes(which)
             together = self.measure_images(
-                Split(images.flatten(0, 1), labels), which, self.held_out.of_classes(which)
+                Split(images.flatten(0, 1), labels), which, which, unseen
             )
             together["n_training"] = sum(part["n_training"] for part in measured.values())
             measured |= {"mean": mean, "all": together}
         return [self.row(run, label, part) for label, part in measured.items()], pairs
+
+    def check(self, run: Run) -> None:
+        """Raises UserError for a run whose images, or training images, are not of this data set."""
+        shape = self.train.images.shape[1:]
+        for images in run.images.values():
+            if images.shape[1:] != shape:
+                found = f"images of shape {tuple(images.shape[1:])}, expected {tuple(shape)}"
+                raise UserError(f"{run.folder}: {found}")
+        self.training_images(run)
 
     def training_images(self, run: Run) -> dict[int, Tensor]:
         """The images that a run was trained on, by class: (n, C, H, W) uint8, before symmetries.
@@ -1033,17 +1068,21 @@ def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
 
     ``n_train`` is infinite for a whole class. Three columns are added, for example
 
-        arm       condition            steps   conditional   other_steps    variant
+        arm       condition            steps   conditional   other_budget   variant
         matched                        1250    False                        matched
         quantum                        1250    False                        quantum
         quantum                        1150    False         "1150 steps"   quantum 1150 steps
         quantum   conditional_shots10  1250    True                         quantum conditional_...
 
     ``variant`` is what tables and figures tell apart, an ordered category that ends with FLOOR.
+    ``judge`` is the kind of features and, if there are several, the reference. Raises ValueError
+    for another table, and UserError for two runs that nothing here tells apart.
     """
     # Nothing but an empty cell is missing; of these columns it is an empty text.
     texts = dict.fromkeys(["run", "arm", "condition", "label", "note"], "")
-    frame = pd.read_csv(file, dtype=dict.fromkeys(texts, str), keep_default_na=False, na_values="")
+    kinds = dict.fromkeys([*texts, "data", "features", "reference"], str)
+    frame = pd.read_csv(file, dtype=kinds, keep_default_na=False, na_values="")
+    check_columns(frame)
     frame = frame.fillna(texts | {"n_train": np.inf})
 
     # A table of an earlier version lacks the youngest metric.
@@ -1051,23 +1090,61 @@ def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
     expected = [name for key in keys for name in (key, f"floor_{key}")]
     frame = frame.reindex(columns=frame.columns.union(expected, sort=False))
 
-    # An arm may be trained with several numbers of steps. Then a run with another number than is
-    # usual at its size (most rows have it; of a tie the largest) is a variant of its own.
+    # An arm may be trained with several numbers of steps, or of qubits. Then a run with another
+    # number than is usual for its class and size (most rows have it; of a tie the largest) is a
+    # variant of its own. The sampling steps are a condition already.
     frame["conditional"] = frame["condition"].str.startswith("conditional")
-    usual = frame.groupby(["data", "conditional", "n_train"])["steps"].transform(
-        lambda steps: steps.mode().max()
-    )
-    counts = frame.groupby(["data", "n_train", "arm", "condition"])["steps"].transform("nunique")
-    is_other = (counts > 1) & (frame["steps"] != usual)
-    frame["other_steps"] = (frame["steps"].astype(str) + " steps").where(is_other, "")
+    frame["other_budget"] = ""
+    for name in frame.columns.intersection(BUDGET, sort=False).drop(
+        "sample_steps", errors="ignore"
+    ):
+        own = frame.groupby(["data", "n_train", "label", "arm", "condition"])[name]
+        alike = frame.groupby(["data", "n_train", "label", "conditional"])[name]
+        is_other = (own.transform("nunique") > 1) & (frame[name] != alike.transform(most_common))
+        words = frame[name].map("{:.10g} ".format) + name
+        frame["other_budget"] += words.where(is_other, "").radd(" ")
+    frame["other_budget"] = frame["other_budget"].str.split().str.join(" ")
 
     # Variants in the order of ARMS, then arms that it does not know; also in tables and figures.
     arms = [*ARMS, *sorted(set(frame["arm"]) - set(ARMS))]
-    words = frame["arm"] + " " + frame["condition"] + " " + frame["other_steps"]
+    words = frame["arm"] + " " + frame["condition"] + " " + frame["other_budget"]
     frame["variant"] = words.str.split().str.join(" ")
     variants = sorted(set(frame["variant"]), key=lambda name: (arms.index(name.split()[0]), name))
     frame["variant"] = pd.Categorical(frame["variant"], [*variants, FLOOR], ordered=True)
+
+    # What was measured how. Scales differ between kinds of features, and between references.
+    frame["judge"] = frame["features"].str.split(":").str[0]
+    if of_classes(frame)["reference"].nunique() > 1:
+        frame["judge"] += ", reference " + frame["reference"]
+
+    # Two runs that nothing tells apart would count as two seeds.
+    one_run = ["data", "features", "reference", "n_train", "label", "variant", "seed"]
+    for _, rows in frame[frame.duplicated(one_run, keep=False)].groupby(one_run, observed=True):
+        first, second = rows["run"].iloc[:2]
+        alike = f"{rows['variant'].iloc[0]} of one class, size, seed and budget"
+        raise UserError(f"{first} and {second} are both {alike}; evaluate each by itself")
     return frame
+
+
+def check_columns(frame: pd.DataFrame) -> None:
+    """Raises ValueError for a table that lacks columns, cells or rows, or has text for numbers."""
+    texts = ["run", "arm", "data", "label", "features", "reference"]
+    numbers = ["seed", "steps", "n_generated", "n_real", "floor_n"]
+    missing = {*texts, *numbers, "condition", "n_train", "note", "floor_from"} - {*frame.columns}
+    if missing:
+        raise ValueError(f"no column {', '.join(sorted(missing))}")
+    if len(of_classes(frame)) == 0:
+        raise ValueError("no rows of single classes")
+    empty = [name for name in [*texts, *numbers] if frame[name].isna().any()]
+    if empty:
+        raise ValueError(f"empty cells in {', '.join(empty)}")
+    for name in frame.columns.intersection([*numbers, *BUDGET, *METRICS, "n_train"]):
+        pd.to_numeric(frame[name])
+
+
+def most_common(values: pd.Series) -> float:
+    """The value that most rows have; of a tie the largest."""
+    return values.mode().max()
 
 
 def of_classes(frame: pd.DataFrame) -> pd.DataFrame:
@@ -1075,7 +1152,7 @@ def of_classes(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[~frame["label"].isin(["mean", "all"])]
 
 
-def pairs_of_runs(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
+def pairs_of_runs(frame: pd.DataFrame, baseline: str, is_strict: bool = True) -> pd.DataFrame:
     """One row per run that has a base among the runs of the arm ``baseline``.
 
     The base is of the same class, training-set size and seed, and differs in one thing:
@@ -1086,26 +1163,29 @@ def pairs_of_runs(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
         matched shots10_steps2   matched steps2   the circuit's condition
         matched steps2           matched          the sampling steps
         matched conditional      matched          one model for all classes instead of each
-        matched 1150 steps       matched          the training steps: never in another arm
+        matched 1150 steps       matched          the budget: never in another arm
 
-    The columns of the base end with "_base".
+    The base was judged by the same features and has as many images, generated and real, but for
+    ``is_strict`` False. The columns of the base end with "_base".
     """
-    told = frame[["arm", "condition", "other_steps"]].to_dict("records")
+    told = frame[["arm", "condition", "other_budget"]].to_dict("records")
     runs = frame.assign(wanted=[base_condition(run, baseline) for run in told])
     runs = runs.dropna(subset="wanted")
-    bases = frame[(frame["arm"] == baseline) & (frame["other_steps"] == "")]
+    bases = frame[(frame["arm"] == baseline) & (frame["other_budget"] == "")]
     bases = bases.assign(wanted=bases["condition"])
-    same = ["data", "features", "reference", "n_train", "label", "seed", "wanted"]
+    same = ["data", "n_train", "label", "seed", "wanted"]
+    if is_strict:
+        same += ["features", "reference", "n_generated", "n_real"]
     return runs.merge(bases, on=same, suffixes=("", "_base"))
 
 
 def base_condition(run: dict[str, Any], baseline: str) -> str | None:
     """The condition of a run's base in the arm ``baseline``; None: it has none in that arm."""
     # "conditional_shots10_steps2": one model of all classes, the circuit's part, sampling steps.
-    parts = re.fullmatch(r"(conditional)?_?(.*?)_?(steps\d+)?", run["condition"])
+    parts = re.fullmatch(r"(conditional[^_]*)?_?(.*?)_?(steps\d+)?", run["condition"])
     conditional, circuit, sampling = parts.groups(default="")
     is_own = run["arm"] == baseline
-    if run["other_steps"]:  # matched 1150 steps -> matched
+    if run["other_budget"]:  # matched 1150 steps -> matched
         return run["condition"] if is_own else None
     if not is_own and baseline not in BASELINES:
         return None
@@ -1197,7 +1277,7 @@ def paired_differences(pairs: pd.DataFrame) -> pd.DataFrame:
 
 
 # ------------------------------------------------ relative differences of FID and their tests
-COMPARISON = ["baseline", "data", "reference", "n_train", "variant", "variant_base"]
+COMPARISON = ["baseline", "data", "judge", "n_train", "variant", "variant_base"]
 DECIDING_UNITS = 5  # seeds, or independent pairs: with fewer the verdict is "too few"
 SIGNIFICANCE = 0.05  # of the tests of relative differences
 MARGIN = 4.0  # per cent of FID: a mean difference within it is none
@@ -1228,7 +1308,7 @@ def fid_comparisons(frame: pd.DataFrame, margin: float) -> pd.DataFrame:
     """One row per comparison and training-set size: statistics of the units and the verdict.
 
     frame: ``read_comparison`` of one table, or several of these below each other. margin: in per
-    cent. The p of each test are adjusted over all rows.
+    cent. The p of each test are adjusted over all rows with enough units; the others have none.
     """
     rows = []
     for key, pairs in relative_differences(frame).groupby(COMPARISON, observed=True):
@@ -1247,8 +1327,9 @@ def fid_comparisons(frame: pd.DataFrame, margin: float) -> pd.DataFrame:
     comparisons = pd.DataFrame(rows)
     if len(rows) == 0:
         return comparisons
+    can_decide = comparisons["n"] >= DECIDING_UNITS
     for test in ("p_different", "p_equivalent"):
-        comparisons[test] = holm(comparisons[test])
+        comparisons[test] = holm(comparisons[test].where(can_decide))
     return comparisons.assign(verdict=comparisons.apply(verdict, axis=1))
 
 
@@ -1333,7 +1414,7 @@ def result_table(frame: pd.DataFrame) -> str:
     for run in frame.to_dict("records"):
         compared = [str(run["n_real"]), run["features"]]
         cells = metric_cells(run, prefix="")
-        name = f"{run['run']} {run['other_steps']}".strip()
+        name = f"{run['run']} {run['other_budget']}".strip()
         rows.append([name, str(run["n_generated"]), *compared, *cells, run["note"]])
         cells = metric_cells(run, prefix="floor_")
         rows.append([f"  {FLOOR}", str(run["floor_n"]), *compared, *cells, run["floor_from"]])
@@ -1404,10 +1485,10 @@ def difference_table(differences: pd.DataFrame) -> str:
 def relative_table(comparisons: pd.DataFrame) -> str:
     """One row per comparison of ``fid_comparisons``."""
     rows = []
-    several_sources = comparisons["data"].nunique() > 1
+    several = kinds_of_parts(comparisons)
     for item in comparisons.itertuples():
-        source = f", {item.data}" if several_sources else ""
-        row = [f"{item.variant} − {item.variant_base}{source}", show_size(item.n_train)]
+        ending = "".join(f", {getattr(item, name)}" for name in several)
+        row = [f"{item.variant} − {item.variant_base}{ending}", show_size(item.n_train)]
         row += [item.unit, str(item.n), show(item.mean, "{:+.2f}"), show(item.sd, "{:.2f}")]
         for low, high in ((item.low_95, item.high_95), (item.low_90, item.high_90)):
             row.append(f"[{low:+.2f}, {high:+.2f}]" if np.isfinite(low) else "–")
@@ -1422,16 +1503,17 @@ RELATIVE_TEXT = (
     "The relative difference of a pair is 100 (a − b) / ((a + b) / 2) in per cent. A unit is a "
     "class and seed of single-class models, or a seed of conditional models, whose classes are "
     "averaged first. p different: two-sided t test; p equivalent: two one-sided t tests with a "
-    "margin of ±{margin:g} %. Both are Holm-adjusted over the rows of this table, and decide at "
-    "{level:g} %; the intervals are not adjusted. Few images raise all FIDs and so lower the "
-    "percentages."
+    "margin of ±{margin:g} %. Both are Holm-adjusted over the rows of this table that have at "
+    "least {fewest} units, and decide at {level:g} %; the intervals are not adjusted. Few images "
+    "raise all FIDs and so lower the percentages."
 )
 
 FLOOR_TEXT = (
     "A floor is the mean over draws of as many held-out images as were generated or, where these "
     "are too few, of training images, at most half, against the rest. The ± of its KID is that "
     "of one draw. Its SSIM nearest, distance ratio, near copies and label accuracy are of all "
-    "held-out images: the ratio is 1, and near copies are 1 %, but at least one image."
+    "held-out images: the ratio is 1, and near copies are 1 %, but at least one image. SSIM "
+    "diversity is the mean SSIM of two images: the lower, the more diverse."
 )
 
 
@@ -1443,18 +1525,31 @@ def comparison_text(frame: pd.DataFrame, margin: float = MARGIN) -> str:
 
     comparisons = fid_comparisons(frame, margin)
     if len(comparisons) > 0:
-        explanation = RELATIVE_TEXT.format(margin=margin, level=100 * SIGNIFICANCE)
+        explanation = RELATIVE_TEXT.format(
+            margin=margin, fewest=DECIDING_UNITS, level=100 * SIGNIFICANCE
+        )
         paragraphs += ["## Relative differences of FID", explanation, relative_table(comparisons)]
     paragraphs += ["## Runs", result_table(frame)]
     return "\n\n".join(text for text in paragraphs if text) + "\n"
 
 
+def kinds_of_parts(frame: pd.DataFrame) -> list[str]:
+    """What splits a table into parts: "data" if there are several sources, "judge" if one has."""
+    several = ["data"] if frame["data"].nunique() > 1 else []
+    return several + ["judge"] * bool(frame.groupby("data")["judge"].nunique().max() > 1)
+
+
 def by_source(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The rows of each data source, whose numbers do not belong into one mean."""
+    """The rows of each data source and kind of judge: their numbers do not belong into one mean.
+
+    By the ending of their figures' names: "" where there is one, else for example "_mnist".
+    """
+    several = kinds_of_parts(frame)
     parts = {}
-    for source, part in frame.groupby("data"):
+    for key, part in frame.groupby(several) if several else [((), frame)]:
         used = part["variant"].cat.remove_unused_categories().cat.add_categories(FLOOR)
-        parts[source] = part.assign(variant=used)
+        ending = "".join(f"_{re.sub(', | ', '-', word)}" for word in key)
+        parts[ending] = part.assign(variant=used)
     return parts
 
 
@@ -1465,6 +1560,8 @@ def source_paragraphs(frame: pd.DataFrame) -> list[str]:
     runs = comparable_runs(classes)
     features = ", ".join(sorted(set(frame["features"])))
     notes = {note for cell in frame["note"] for note in cell.split("; ") if note}
+    if classes["floor_from"].nunique() > 1:
+        notes.add("floors and FID / real of two kinds, by class: their means mix these")
     paragraphs = [
         "# Comparison of runs",
         f"Features: {features}. Real images: {frame['data'].iloc[0]}, "
@@ -1486,9 +1583,16 @@ def source_paragraphs(frame: pd.DataFrame) -> list[str]:
         if baseline not in set(classes["arm"]):
             continue
         all_pairs = pairs_of_runs(classes, baseline)
-        if len(all_pairs) > 0:
+        lost = len(pairs_of_runs(classes, baseline, is_strict=False)) - len(all_pairs)
+        if len(all_pairs) + lost > 0:
             paragraphs.append(f"## Paired differences against {baseline}")
+        if len(all_pairs) > 0:
             paragraphs += difference_paragraphs(all_pairs)
+        if lost > 0:
+            paragraphs.append(
+                f"{lost} more pairs were judged by different features (the checksum counts), or "
+                "have different numbers of images: they are in no difference."
+            )
     return paragraphs
 
 
@@ -1590,7 +1694,8 @@ def draw_panels(frame: pd.DataFrame, against_size: bool) -> Figure:
     sizes = frame.groupby("n_train")["n_training"].mean()  # training images, by n_train
     if against_size:
         middle = np.log10(sizes)
-        slot = min(0.06, middle.diff().min() / count)  # no size reaches the next
+        gaps = middle.sort_values().diff()
+        slot = min(0.06, gaps[gaps > 0].min() / count)  # no size reaches the next
         ticks = [f"{size:.0f}" for size in sizes]
     else:
         middle = pd.Series(np.arange(len(sizes)), index=sizes.index)
@@ -1696,7 +1801,7 @@ def draw_forest(comparisons: pd.DataFrame, margin: float) -> Figure:
         side.tick_params(axis="y", length=0, labelsize=8)
 
     axes.tick_params(axis="x", labelsize=8)
-    axes.set_xlabel("relative difference of FID, %", fontsize=9)
+    axes.set_xlabel("relative difference of FID, % (below 0 the first is better)", fontsize=9)
     figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return figure
 
@@ -1704,11 +1809,11 @@ def draw_forest(comparisons: pd.DataFrame, margin: float) -> Figure:
 def forest_labels(comparisons: pd.DataFrame) -> list[str]:
     """What is compared, with size and data source where there are several; if long in two lines."""
     sizes = comparisons["n_train"]
-    sources = comparisons["data"]
+    several = kinds_of_parts(comparisons)
     labels = []
     for item in comparisons.itertuples():
         ending = f", N = {show_size(item.n_train)}" if sizes.nunique() > 1 else ""
-        ending += f", {item.data}" if sources.nunique() > 1 else ""
+        ending += "".join(f", {getattr(item, name)}" for name in several)
         length = len(item.variant) + len(item.variant_base) + len(ending)
         space = "\n" if length > FOREST_LINE else " "
         labels.append(f"{item.variant}{space}− {item.variant_base}{ending}")
@@ -1889,7 +1994,7 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
     add("runs", nargs="*", type=Path, help="run folders with config.json and samples_final.png")
     add("--csv", nargs="+", type=Path, default=[], metavar="FILE",
         help="tables of earlier evaluations (comparison.csv): the rows of these runs are added to "
-        "the first, and --out shows them all")
+        "the first, and --out shows them all; of a run in several the last")
     add("--features", choices=features,
         help="what FID, KID, precision and recall compare; classifier: of a CNN trained on the "
         f"data (default: {features[0]}; with --protocol paper: inception)")
@@ -1922,6 +2027,8 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
         raise UserError("no runs: expected run folders, or --csv and --out to show tables again")
     if not 0 < options.margin < math.inf:
         raise UserError(f"--margin {options.margin:g}: expected per cent above 0")
+    if options.protocol == "paper" and options.csv:
+        raise UserError("--csv: --protocol paper makes no such table")
     if options.protocol == "paper" and options.features == "none":
         raise UserError("--features none: --protocol paper needs features, use inception")
     if options.features is None:
@@ -1957,6 +2064,10 @@ def evaluate(options: argparse.Namespace, dataset: DataSet) -> None:
 
 def evaluate_fully(evaluator: Evaluator, runs: Sequence[Run], options: argparse.Namespace) -> None:
     """All metrics: into each run's folder, a table, and into ``--out`` tables and figures."""
+    # One that cannot be measured is an error now, not after the others.
+    for run in runs:
+        evaluator.check(run)
+
     # Each run's figures are written as soon as they are known.
     results = []
     for run in tqdm(runs, "runs", delay=2, leave=False):
@@ -1973,9 +2084,11 @@ def evaluate_fully(evaluator: Evaluator, runs: Sequence[Run], options: argparse.
     # Added to the table of earlier evaluations, and shown with the other ones.
     if options.csv:
         kept = options.csv[0]
-        csv = joined([*read_tables([kept] if kept.exists() else []), csv])
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(kept, csv)
+        with filelock.FileLock(kept.with_name(f".{kept.name}.lock")):  # of other evaluations
+            csv = joined([*read_tables([kept] if kept.exists() else []), csv])
+            read_comparison(io.StringIO(csv))  # what cannot be in one table is an error
+            write_atomic(kept, csv)
     if options.out is not None:
         write_tables([*read_tables(options.csv[1:]), csv], options)
         draw(options.out / "overview.png", draw_overview, runs, frame, evaluator)
@@ -1995,12 +2108,18 @@ def read_tables(files: Sequence[Path]) -> list[str]:
 def joined(texts: Sequence[str]) -> str:
     """The text of one comparison.csv with the rows of several, to the letter.
 
-    Of rows with equal run, reference and budget the last stays, by whatever features it was judged.
+    Of rows with equal run, reference, budget and number of training images the last stays, by
+    whatever features it was judged, but for none.
     """
     parts = [pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False) for text in texts]
-    rows = pd.concat(parts)
-    told_by = rows.columns.intersection(["run", "reference", *BUDGET])  # an old table has fewer
-    return rows.drop_duplicates(told_by, keep="last").to_csv(index=False)
+    rows = pd.concat(parts, ignore_index=True)
+    told_by = ["run", "reference", "n_training", *BUDGET]
+    told_by = [
+        name for name in told_by if all(name in part for part in parts)
+    ]  # old ones lack some
+    judged = rows.assign(judged=rows["features"] != "none").sort_values("judged", kind="stable")
+    kept = judged.drop_duplicates(told_by, keep="last").index
+    return rows.loc[kept.sort_values()].to_csv(index=False)
 
 
 def write_tables(texts: Sequence[str], options: argparse.Namespace) -> None:
@@ -2012,13 +2131,13 @@ def write_tables(texts: Sequence[str], options: argparse.Namespace) -> None:
     write_atomic(out / "comparison.md", comparison_text(frame, options.margin))
 
     # Figures of what there is, with several sources one of each; none of other runs stays.
-    for ending in ("", "_mnist", "_digits", "_pathmnist", "_tissue"):
-        for name in ("comparison", "scaling"):
-            (out / f"{name}{ending}.png").unlink(missing_ok=True)
-    (out / "forest.png").unlink(missing_ok=True)
-    parts = by_source(frame)
-    for source, part in parts.items():
-        ending = f"_{source}" if len(parts) > 1 else ""
+    sources = "|".join([*MNIST.held_out_split, "pathmnist", "tissue"])
+    judges = "(classifier|inception|scattering|none)(-reference-(class|all))?"
+    ours = re.compile(f"(comparison|scaling)(_({sources}))?(_{judges})?.png|forest.png")
+    for path in out.iterdir():
+        if ours.fullmatch(path.name):
+            path.unlink()
+    for ending, part in by_source(frame).items():
         draw(out / f"comparison{ending}.png", draw_panels, part, against_size=False)
         if part["n_train"].nunique() > 1:
             draw(out / f"scaling{ending}.png", draw_panels, part, against_size=True)

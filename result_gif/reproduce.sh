@@ -21,6 +21,7 @@ CONTROL_SEEDS=${CONTROL_SEEDS:-100 101 102}
 STEPS=${STEPS:-1250}
 CONTROL_STEPS=${CONTROL_STEPS:-1150}
 TISSUE_STEPS=${TISSUE_STEPS:-5000}
+TISSUE_ROWS=${TISSUE_ROWS:-11}       # of a tissue run: nine classes, their mean, all together
 N_EVAL=${N_EVAL:-1000}
 N_EVAL_TISSUE=${N_EVAL_TISSUE:-200}
 MORE=${MORE:-}                       # further flags of all runs
@@ -125,24 +126,43 @@ block_gates() {
     python tests/gate_use.py "$RUNS"/A/{quantum,matched}_* --data_dir "$DATA_DIR" --out "$OUT"
 }
 
-# show FOLDER BLOCKS...: tables and figures of those of the blocks that have been measured.
-show() {
-    local folder=$1 block
-    local measured=()
-    shift
-    for block in "$@"; do
-        if [ -f "$OUT/$block.csv" ]; then measured+=("$OUT/$block.csv"); fi
-    done
-    python cal_fid_ssim.py --csv "${measured[@]}" --out "$OUT/$folder"
+# planned BLOCK: how many rows its table has when all its runs are measured.
+planned() {
+    local classes two seeds
+    classes=$(wc -w <<< "$CLASSES") two=$(wc -w <<< "$TWO_CLASSES") seeds=$(wc -w <<< "$SEEDS")
+    case $1 in
+        A) echo $((3 * classes * seeds)) ;;
+        B) echo $((classes * $(wc -w <<< "$CONTROL_SEEDS"))) ;;
+        C) echo $((2 * TISSUE_ROWS * seeds)) ;;
+        D) echo $((2 * 2 * two * seeds)) ;;
+        E) echo $((8 * two * seeds)) ;;
+    esac
 }
 
-# The six questions, the control, the other circuits, all.
+# show FOLDER BLOCKS...: tables and figures of those of the blocks that are whole.
+show() {
+    local folder=$1 block rows
+    local whole=()
+    shift
+    for block in "$@"; do
+        rows=0
+        if [ -f "$OUT/$block.csv" ]; then rows=$(($(wc -l < "$OUT/$block.csv") - 1)); fi
+        if [ "$rows" -eq "$(planned "$block")" ]; then whole+=("$OUT/$block.csv"); fi
+    done
+    if [ ${#whole[@]} -eq 0 ]; then
+        echo "$folder: no block of it is whole" >&2
+        return
+    fi
+    python cal_fid_ssim.py --csv "${whole[@]}" --out "$OUT/$folder"
+}
+
+# The six questions, the control, the other circuits, all: of whole blocks alone.
 block_tables() {
     show questions A C D
     show control A B
     show circuits A E
     show all A B C D E
-    cp "$OUT/all/forest.png" "$PICTURES"
+    if [ -f "$OUT/all/forest.png" ]; then cp "$OUT/all/forest.png" "$PICTURES"; fi
 }
 
 for block in "$@"; do

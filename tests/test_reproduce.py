@@ -21,6 +21,10 @@ EVALUATION = {
 }
 
 
+# Of the tables of whole blocks; a run of tissue has eleven.
+ROWS = {"A": 150, "B": 30, "C": 110, "D": 40, "E": 80}
+
+
 @pytest.fixture
 def commands(tmp_path):
     """The Python commands of some blocks, as lists of words, without running them."""
@@ -34,8 +38,8 @@ def commands(tmp_path):
     (pictures / "all" / "forest.png").write_bytes(
         (ROOT / "result_gif" / "overview.png").read_bytes()
     )
-    for block in "ABCDE":
-        (pictures / f"{block}.csv").touch()
+    for block, n_rows in ROWS.items():
+        (pictures / f"{block}.csv").write_text("a row\n" * (1 + n_rows))
 
     def call(*blocks: str) -> list[list[str]]:
         log.write_text("")
@@ -92,3 +96,12 @@ def test_what_was_measured_is_kept_and_shown(commands):
     assert shown["questions"] == ["A.csv", "C.csv", "D.csv"]
     assert shown["control"] == ["A.csv", "B.csv"]
     assert shown["all"] == [f"{block}.csv" for block in "ABCDE"]
+
+
+@pytest.mark.parametrize("block, last", [("C", ["A.csv", "D.csv"]), ("A", ["C.csv", "D.csv"])])
+def test_a_block_that_is_not_whole_is_not_shown(commands, tmp_path, block, last):
+    (tmp_path / "study" / f"{block}.csv").write_text("a row\n" * ROWS[block])  # one is missing
+    for script, *words in commands("tables"):
+        options = evaluation.parse_options(words, EVALUATION[script])
+        if options.out.name == "questions":
+            assert [file.name for file in options.csv] == last
