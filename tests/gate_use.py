@@ -2,7 +2,8 @@
 
     python tests/gate_use.py runs/quantum_mnist3_nall_seed0 runs/quantum_mnist3_nall_seed1 --out DIR
 
-Reads finished single-class runs of arms whose gate has weights (not ``se``) and trains nothing.
+Reads finished single-class runs of arms whose gate has weights (not ``se``) and trains nothing. Of
+a digit and arm with one seed there is no other seed's gate, and its FID is left empty.
 ``gate_use.csv`` in DIR gets a row a run; rows of other runs that are there stay, as run folders may
 be lost with a machine. ``gate_use.png`` shows all rows. Not a test.
 """
@@ -69,7 +70,7 @@ def spread(values: Tensor) -> Tensor:
 
 
 def measure(
-    folder: Path, other_gate: torch.nn.Module, frechet: Callable[[Tensor], float]
+    folder: Path, other_gate: torch.nn.Module | None, frechet: Callable[[Tensor], float]
 ) -> dict[str, object]:
     """A row of ``gate_use.csv``. frechet: the FID of images (N, 1, 28, 28) uint8 of its class."""
     settings, model = qd.load_run(folder)
@@ -83,9 +84,11 @@ def measure(
     }
 
     # The FID with each kind of gate, from the same noise.
-    for column, kind in zip(KINDS, (gate, None, other_gate), strict=True):
+    kinds = {"fid": gate, "fid_off": None, "fid_other": other_gate}
+    for column, kind in kinds.items():
         model.gate = kind
-        row[column] = frechet(sampled(settings, model))
+        is_there = column != "fid_other" or kind is not None
+        row[column] = frechet(sampled(settings, model)) if is_there else np.nan
     model.gate = gate
 
     # The gate's values at every timestep: size of their mean over images, and their spread.
@@ -112,9 +115,11 @@ def draw(rows: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
 
-    # A line a run.
-    left.plot(list(KINDS.values()), rows[list(KINDS)].T, color="#999999", linewidth=0.7)
-    left.plot(list(KINDS.values()), rows[list(KINDS)].mean(), "o-", color="#0072B2")
+    # A line a run, and their mean; of runs with all kinds of gate, if there are any.
+    complete = rows.dropna(subset=[*KINDS])
+    shown = (complete if len(complete) > 0 else rows)[[*KINDS]]
+    left.plot(list(KINDS.values()), shown.T, color="#999999", linewidth=0.7)
+    left.plot(list(KINDS.values()), shown.mean(), "o-", color="#0072B2")
     left.set(ylabel=f"FID of {N_IMAGES} images", yscale="log", xlabel="gate at sampling")
     left.tick_params(axis="x", labelsize=7)
 
@@ -136,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measures the runs and draws all rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "runs", nargs="+", type=Path, help="two or more seeds of each arm and digit"
+        "runs", nargs="+", type=Path, help="best two or more seeds of each arm and digit"
     )
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="of the data set")
     parser.add_argument("--out", type=Path, required=True, help="of gate_use.csv and .png")
@@ -165,7 +170,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             features = evaluator.sample(images).features
             return evaluation.frechet_distance(features, reference.features)
 
-        new.append(measure(folder, loaded[following][1].gate, frechet))
+        other_gate = loaded[following][1].gate if len(ring) > 1 else None
+        new.append(measure(folder, other_gate, frechet))
 
     # Rows of other runs stay.
     args.out.mkdir(parents=True, exist_ok=True)
