@@ -78,7 +78,8 @@ FLOOR = "real images (floor)"
 FLOOR_DRAWS = 5  # samples of real images whose mean is the floor
 ONE_DRAW_ABOVE = 1000  # images: of larger samples one is enough
 FID_WARNING_BELOW = 1000  # images
-FEWEST_REAL = 4  # training images of a class, half of which may be the floor
+FEWEST_REAL = 4  # training images, half of which may be the floor
+FEWEST_HELD_OUT = 2
 CHUNK = 500  # images, or rows of a kernel or distance matrix, that are in memory at once
 
 
@@ -197,10 +198,10 @@ def read_runs(folders: Sequence[Path], dataset: DataSet) -> list[Run]:
     seen: dict[tuple, Run] = {}
     for run in runs:
         for label in run.images:
-            settings = [run.settings[name] for name in ("arm", "n_train", "seed", "steps")]
+            settings = [run.settings[name] for name in ("arm", "n_train", "seed", *BUDGET)]
             other = seen.setdefault((run.condition, label, *settings), run)
             if other is not run:
-                alike = "have the same arm, condition, class, size, seed and steps"
+                alike = "have the same arm, condition, class, size, seed and budget"
                 raise UserError(f"{other.folder} and {run.folder} {alike}; evaluate each by itself")
     return runs
 
@@ -820,10 +821,6 @@ class Evaluator:
             order = torch.randperm(len(images), generator=self.stream("reference"))
             chosen = order[: self.options.n_real].sort().values
             samples.append(self.sample(images[chosen], keep=True))
-        if len(samples[0].images) < FEWEST_REAL or len(samples[1].images) == 0:
-            counts = " training and ".join(str(len(sample.images)) for sample in samples)
-            found = f"class {which} of {self.source}: {counts} held-out images"
-            raise UserError(f"{found}; expected at least {FEWEST_REAL} and 1")
         return Real(*samples)
 
     def draws_held_out(self, which: Which, shown: Which, n: int) -> bool:
@@ -844,7 +841,8 @@ class Evaluator:
         enough = self.draws_held_out(which, shown, n)
         pool = held_out if enough else reference
         size = min(n, len(held_out.images) if enough else len(reference.images) // 2)
-        for draw in range(FLOOR_DRAWS if size <= ONE_DRAW_ABOVE else 1):
+        is_one = size > ONE_DRAW_ABOVE or size == len(pool.images)
+        for draw in range(1 if is_one else FLOOR_DRAWS):
             order = torch.randperm(len(pool.images), generator=self.stream("floor", draw))
             if enough:
                 yield held_out.take(order[:size]), reference
@@ -869,6 +867,11 @@ class Evaluator:
         """Generated images beside real ones; unseen: held-out images of the same classes."""
         n = len(generated.images)
         reference = self.real(which).reference
+        held_out = self.real(shown).held_out
+        if len(reference.images) < FEWEST_REAL or len(held_out.images) < FEWEST_HELD_OUT:
+            counts = f"{len(reference.images)} training and {len(held_out.images)} held-out images"
+            expected = f"expected at least {FEWEST_REAL} and {FEWEST_HELD_OUT}"
+            raise UserError(f"class {shown} of {self.source}: {counts}; {expected}")
         sample = self.sample(generated.images)
         metrics = self.compare(sample, reference)
         floor = self.floor(which, shown, n).copy()  # the kept one stays as it is
@@ -1066,7 +1069,7 @@ def comparison_csv(results: list[dict[str, Any]]) -> str:
 def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
     """``comparison.csv``, one row per result: all tables and figures are made of this.
 
-    ``n_train`` is infinite for a whole class. Three columns are added, for example
+    ``n_train`` is infinite for a whole class. Four columns are added, for example
 
         arm       condition            steps   conditional   other_budget   variant
         matched                        1250    False                        matched
@@ -1095,12 +1098,15 @@ def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
     # variant of its own. The sampling steps are a condition already.
     frame["conditional"] = frame["condition"].str.startswith("conditional")
     frame["other_budget"] = ""
+    kind = frame["condition"].str.extract("^(conditional[^_]*)", expand=False).fillna("single")
     for name in frame.columns.intersection(BUDGET, sort=False).drop(
         "sample_steps", errors="ignore"
     ):
-        own = frame.groupby(["data", "n_train", "label", "arm", "condition"])[name]
-        alike = frame.groupby(["data", "n_train", "label", "conditional"])[name]
+        # An arm's numbers over all classes; what is usual for each, as epochs give each its own.
+        own = frame.groupby(["data", "n_train", "arm", "condition"])[name]
+        alike = frame.groupby(["data", "n_train", "label", kind])[name]
         is_other = (own.transform("nunique") > 1) & (frame[name] != alike.transform(most_common))
+        is_other &= frame[name].notna()  # in a table of an earlier version
         words = frame[name].map("{:.10g} ".format) + name
         frame["other_budget"] += words.where(is_other, "").radd(" ")
     frame["other_budget"] = frame["other_budget"].str.split().str.join(" ")
@@ -1114,8 +1120,11 @@ def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
 
     # What was measured how. Scales differ between kinds of features, and between references.
     frame["judge"] = frame["features"].str.split(":").str[0]
-    if of_classes(frame)["reference"].nunique() > 1:
-        frame["judge"] += ", reference " + frame["reference"]
+    source = frame["run"].str.split(": ").str[0]  # of a conditional run's rows
+    references = of_classes(frame).assign(source=source).groupby("source")["reference"].first()
+    reference = source.map(references).fillna("class")  # "all" rows have none of their own
+    several = reference.groupby([frame["data"], frame["judge"]]).transform("nunique") > 1
+    frame["judge"] += (", reference " + reference).where(several, "")
 
     # Two runs that nothing tells apart would count as two seeds.
     one_run = ["data", "features", "reference", "n_train", "label", "variant", "seed"]
@@ -1510,7 +1519,8 @@ RELATIVE_TEXT = (
 
 FLOOR_TEXT = (
     "A floor is the mean over draws of as many held-out images as were generated or, where these "
-    "are too few, of training images, at most half, against the rest. The ± of its KID is that "
+    "are too few, of training images, at most half, against the rest (beside --reference all: of "
+    "fewer held-out images). The ± of its KID is that "
     "of one draw. Its SSIM nearest, distance ratio, near copies and label accuracy are of all "
     "held-out images: the ratio is 1, and near copies are 1 %, but at least one image. SSIM "
     "diversity is the mean SSIM of two images: the lower, the more diverse."
@@ -1554,14 +1564,16 @@ def by_source(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def source_paragraphs(frame: pd.DataFrame) -> list[str]:
-    """The report on the runs of one data source: means, and paired differences."""
+    """The report on the runs of one data source and judge: means, and paired differences."""
     classes = of_classes(frame)
     together = frame[frame["label"] == "all"]
     runs = comparable_runs(classes)
     features = ", ".join(sorted(set(frame["features"])))
     notes = {note for cell in frame["note"] for note in cell.split("; ") if note}
     if classes["floor_from"].nunique() > 1:
-        notes.add("floors and FID / real of two kinds, by class: their means mix these")
+        notes.add(
+            "floors and FID / real of two kinds (see the rows of runs): their means mix these"
+        )
     paragraphs = [
         "# Comparison of runs",
         f"Features: {features}. Real images: {frame['data'].iloc[0]}, "
@@ -1807,7 +1819,7 @@ def draw_forest(comparisons: pd.DataFrame, margin: float) -> Figure:
 
 
 def forest_labels(comparisons: pd.DataFrame) -> list[str]:
-    """What is compared, with size and data source where there are several; if long in two lines."""
+    """What is compared, with what there are several of; if long in two lines."""
     sizes = comparisons["n_train"]
     several = kinds_of_parts(comparisons)
     labels = []
@@ -2085,13 +2097,23 @@ def evaluate_fully(evaluator: Evaluator, runs: Sequence[Run], options: argparse.
     if options.csv:
         kept = options.csv[0]
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(kept.with_name(f".{kept.name}.lock")):  # of other evaluations
+        with locked(kept):
             csv = joined([*read_tables([kept] if kept.exists() else []), csv])
             read_comparison(io.StringIO(csv))  # what cannot be in one table is an error
             write_atomic(kept, csv)
     if options.out is not None:
         write_tables([*read_tables(options.csv[1:]), csv], options)
         draw(options.out / "overview.png", draw_overview, runs, frame, evaluator)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keeps other evaluations from writing a table, where the disk has locks."""
+    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"))
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(NotImplementedError):
+            stack.enter_context(lock)
+        yield
 
 
 def read_tables(files: Sequence[Path]) -> list[str]:
@@ -2130,7 +2152,7 @@ def write_tables(texts: Sequence[str], options: argparse.Namespace) -> None:
     write_atomic(out / "comparison.csv", csv)
     write_atomic(out / "comparison.md", comparison_text(frame, options.margin))
 
-    # Figures of what there is, with several sources one of each; none of other runs stays.
+    # Figures of what there is, with several sources or judges one of each; none of others stays.
     sources = "|".join([*MNIST.held_out_split, "pathmnist", "tissue"])
     judges = "(classifier|inception|scattering|none)(-reference-(class|all))?"
     ours = re.compile(f"(comparison|scaling)(_({sources}))?(_{judges})?.png|forest.png")

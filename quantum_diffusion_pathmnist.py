@@ -629,20 +629,19 @@ def details(operation: qml.operation.Operator) -> list[str]:
 @torch.inference_mode(False)
 @torch.enable_grad()
 def record(
-    circuit: Callable, n_qubits: int, n_layers: int, n_weights: int, sign: int = 1
+    circuit: Callable, n_qubits: int, n_layers: int, n_weights: int, size: float = 6
 ) -> list[Recorded]:
     """Runs a circuit once on random numbers, to see which angle or weight each parameter is.
 
     Each angle and weight is a random number of its own, its placeholder. For example
     RZ(layer[3, 0]) is recorded with 0.7312, the placeholder of weight 6, so its source is ("w", 6).
     A parameter that equals no placeholder is a constant, or was computed from one. To tell these
-    apart ``compile_circuit`` records again with other numbers (``sign`` -1): a constant stays.
+    apart ``compile_circuit`` records again with other numbers, of another ``size``: a constant
+    stays. They are negative once, so that an absolute value counts as computed, and large, so that
+    a limit does.
     """
-    # The placeholders: positive numbers that all differ, or (sign -1) other ones, all negative, so
-    # that an absolute value counts as computed.
     shape = (n_layers, n_qubits, n_weights)
-    size = 6 if sign > 0 else -1000  # so large that a clamp shows
-    generator = random_stream(sign, "placeholders")
+    generator = random_stream(0, "placeholders", size)
     angles = size * torch.rand(n_qubits, dtype=torch.float64, generator=generator)
     weights = size * torch.rand(shape, dtype=torch.float64, generator=generator)
     placeholders = {value: ("x", i) for i, value in enumerate(angles.tolist())}
@@ -1917,11 +1916,17 @@ def note_machine(folder: Path, recorded: dict, config: dict) -> None:
     """Keeps in ``config.json`` that a run goes on elsewhere than it began or went on last."""
     now = {name: config[name] for name in ("versions", "git", "device", "threads")}
     known = [recorded, *recorded.get("went_on", [])][-1]
-    changed = [f"{name} {known.get(name)!r}" for name in now if known.get(name) != now[name]]
-    if changed:
-        update_config(folder, went_on=[*recorded.get("went_on", []), now])
-        before = ", ".join(changed)
-        print(f"NOTICE: begun with {before}: it goes on otherwise, so not to the same bits")
+    changed = [name for name in now if known.get(name) != now[name]]
+    if not changed:
+        return
+    if not any((folder / name).exists() for name in ("checkpoint.pt", "model.pt")):
+        update_config(folder, **now)  # nothing has been made yet
+        return
+    update_config(folder, went_on=[*recorded.get("went_on", []), now])
+    before = [f"{name} {known.get(name)!r}" for name in changed if name != "git"]
+    if before:
+        made = f"made with {', '.join(before)} so far"
+        print(f"NOTICE: {made}: it goes on otherwise, perhaps not to the same bits")
 
 
 def find_weights(folder: Path, settings: Settings, config: dict) -> dict:
@@ -2129,8 +2134,10 @@ def plan_run(
         settings = replace(settings, steps=steps)
 
     # The final images are one picture, of a size that Pillow reads without a warning.
-    most = Image.MAX_IMAGE_PIXELS // (IMAGE_SIZE + TILE_PADDING) ** 2 // len(settings.classes) - 1
-    if args.n_eval > most:
+    side = IMAGE_SIZE + TILE_PADDING
+    height = len(settings.classes) * side + TILE_PADDING
+    most = (Image.MAX_IMAGE_PIXELS // height - TILE_PADDING) // side
+    if settings.conditional and args.n_eval > most:
         raise UserError(f"--n_eval {args.n_eval}: at most {most} images of each class of a model")
 
     config = run_config(settings, data, device)
@@ -2147,7 +2154,7 @@ def make_all(args: argparse.Namespace, augment: Callable | None = None) -> None:
     """Makes every run that the flags ask for and that is not made yet, or this process's share.
 
     Everything is checked before any folder is made. A run that fails with a UserError, the user's
-    mistake, stops no other; it is raised at the end. augment: see DataSet.
+    mistake, or an OSError stops no other; it is raised at the end. augment: see DataSet.
     """
     device, rank, processes = this_process(args.device)
     if not 1 <= args.n_eval <= 50_000:
@@ -2190,7 +2197,7 @@ def make_all(args: argparse.Namespace, augment: Callable | None = None) -> None:
         print(f"[{k}/{len(runs)}] {run.settings.name}", flush=True)
         try:
             make_run(args, data, device, run)
-        except UserError as error:
+        except (UserError, OSError) as error:
             failures.append(str(error))
     if failures:
         raise UserError("; ".join(failures))
@@ -2205,7 +2212,7 @@ def make_run(args: argparse.Namespace, data: DataSet, device: torch.device, run:
         # The model, trained or another run's.
         recorded = read_config(folder / "config.json")
         is_trained = recorded["model_sha256"] is not None
-        if not is_trained or recorded["n_eval"] < args.n_eval:
+        if not is_trained or not model_path.exists() or recorded["n_eval"] < args.n_eval:
             note_machine(folder, recorded, config)
         is_trained_here = config["weights"]["weights_sha256"] is None
         if not is_trained or not model_path.exists():
@@ -2571,13 +2578,15 @@ def compile_circuit(
 
     Raises UserError, with the way out, for what the exact simulation cannot do.
     """
-    # A parameter that a second recording, with other values, does not find again was computed.
+    # A parameter that recordings with other values do not find again was computed.
     sizes = (n_qubits, n_layers, n_weights)
     recorded = record(circuit, *sizes)
-    for one, other in itertools.zip_longest(recorded, record(circuit, *sizes, sign=-1)):
-        if str(one) != str(other):
-            found = f"{name_of(circuit)}, {(one or other).operation.name}: a parameter must be an"
-            raise UserError(f"{found} angle or a weight, or a constant, not computed; {WAY_OUT}")
+    for size in (-1000, 1000):
+        for one, other in itertools.zip_longest(recorded, record(circuit, *sizes, size)):
+            if str(one) != str(other):
+                found = f"{name_of(circuit)}, {(one or other).operation.name}: a parameter must be"
+                way_out = f"not computed; {WAY_OUT}"
+                raise UserError(f"{found} an angle or a weight, or a constant, {way_out}")
 
     # The factors, and how large the bonds are together.
     with explaining(f"{name_of(circuit)} cannot be read", f"; {WAY_OUT}"):
@@ -2590,7 +2599,7 @@ def compile_circuit(
     halves = [split_at_last_input(own) for own in factors]
     pad_ends(halves)
 
-    # Qubits whose factors agree in number, shapes and kinds of parameters ("x" or "w") are a group.
+    # Qubits whose factors agree in number, shapes and kinds of parameters are a group.
     members = {}
     for qubit, (before, after) in enumerate(halves):
         shapes = [

@@ -135,24 +135,29 @@ planned() {
         B) echo $((classes * $(wc -w <<< "$CONTROL_SEEDS"))) ;;
         C) echo $((2 * TISSUE_ROWS * seeds)) ;;
         D) echo $((2 * 2 * two * seeds)) ;;
-        E) echo $((8 * two * seeds)) ;;
+        E) echo $((8 * two)) ;;  # a seed
     esac
 }
 
-# show FOLDER BLOCKS...: tables and figures of those of the blocks that are whole.
+# show FOLDER BLOCKS...: tables and figures of those of the blocks that are whole; E by whole seeds.
+# A run that diverged leaves rows out: name their number, MISSING_A=1.
 show() {
-    local folder=$1 block rows
+    local folder=$1 block rows missing
     local whole=()
     shift
     for block in "$@"; do
         rows=0
         if [ -f "$OUT/$block.csv" ]; then rows=$(($(wc -l < "$OUT/$block.csv") - 1)); fi
-        if [ "$rows" -eq "$(planned "$block")" ]; then whole+=("$OUT/$block.csv"); fi
+        missing=MISSING_$block
+        missing=$(($(planned "$block") - rows - ${!missing:-0}))
+        if [ "$block" = E ] && [ "$rows" -gt 0 ]; then missing=$((missing % $(planned E))); fi
+        if [ "$missing" -eq 0 ]; then
+            whole+=("$OUT/$block.csv")
+        else
+            echo "$folder: without block $block, which is not whole ($rows rows)" >&2
+        fi
     done
-    if [ ${#whole[@]} -eq 0 ]; then
-        echo "$folder: no block of it is whole" >&2
-        return
-    fi
+    if [ ${#whole[@]} -eq 0 ]; then return; fi
     python cal_fid_ssim.py --csv "${whole[@]}" --out "$OUT/$folder"
 }
 

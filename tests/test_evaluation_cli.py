@@ -774,6 +774,40 @@ def test_steps_by_epochs_differ_between_classes_alone():
     assert {name: row["n"] for name, row in rows.items()} == {"quantum − matched": 20}
 
 
+def test_an_arm_s_other_steps_are_told_apart_in_every_class():
+    runs = []
+    for seed in range(5):
+        runs += pair_of(0, seed, label=0)
+        runs.append(fake("matched", 1, seed, 10))
+        runs.append(fake("quantum", 1, seed, 12, steps=1150))
+    rows = compare_fid(runs)
+    assert {name: row["n"] for name, row in rows.items()} == {"quantum − matched": 5}
+
+
+def test_a_conditional_model_is_one_variant_in_all_its_rows():
+    runs = [
+        fake("quantum", label, 0, 1, steps=steps, condition="conditional")
+        for steps in (5000, 12000)
+        for label in (0, 3)
+    ]
+    runs += [
+        fake("quantum", 3, seed, 1, steps=5000, condition="conditional-3-8") for seed in (1, 2)
+    ]
+    frame = frame_of(runs)
+    assert set(frame["variant"][frame["steps"] == 5000]) == {
+        "quantum conditional 5000 steps",
+        "quantum conditional-3-8",
+    }
+
+
+def test_an_earlier_table_without_a_budget_s_number_joins():
+    earlier = pd.read_csv(io.StringIO(evaluation.comparison_csv(pair_of(1, 0))))
+    runs = [run for n in (8, 16) for run in pair_of(1, n, n_qubits=n)]
+    texts = [earlier.drop(columns="n_qubits").to_csv(index=False), evaluation.comparison_csv(runs)]
+    frame = evaluation.read_comparison(io.StringIO(evaluation.joined(texts)))
+    assert not frame["variant"].str.contains("nan").any()
+
+
 def test_another_number_of_qubits_is_told_apart():
     runs = []
     for seed in range(5):
@@ -811,16 +845,23 @@ def test_scales_of_different_kinds_are_not_averaged():
     names = [row["difference"] for row in compared]
     assert names == ["quantum − matched, inception", "quantum − matched, none"]
 
-    runs += [run | {"reference": "all"} for run in pair_of(1, 2)]
-    parts = list(evaluation.by_source(frame_of(runs)))
+    others = [run | {"reference": "all", "run": "other"} for run in pair_of(1, 2)]
+    parts = list(evaluation.by_source(frame_of(runs + others)))
     assert parts[1:] == ["_none-reference-all", "_none-reference-class"]
+
+    # "all" of a conditional run always has that reference, and belongs to its classes' rows.
+    rows = [fake("quantum", 3, 9, 1.0, condition="conditional") | {"run": "both: 3"}]
+    rows.append(rows[0] | {"run": "both: all", "label": "all", "reference": "all"})
+    frame = frame_of(rows + others)
+    together = frame[frame["label"] == "all"]["judge"]
+    assert together.tolist() == ["none, reference class"]
 
 
 def test_floors_of_two_kinds_are_told():
     runs = pair_of(1, 0) + pair_of(2, 0, label=4)
     assert "of two kinds" not in report_of(runs)
     runs[0]["floor"] |= {"from": "training split, set aside"}
-    assert "floors and FID / real of two kinds, by class" in report_of(runs)
+    assert "floors and FID / real of two kinds" in report_of(runs)
 
 
 @pytest.mark.parametrize("steps", [1150, 1350])
@@ -1221,6 +1262,12 @@ def test_the_floor_beside_all_classes_is_of_the_run_s_class(tmp_path, evaluate):
     assert 0.6 < result["metrics"]["fid_ratio"] < 1.6
     assert result["floor"]["from"] == "test split"
     assert result["floor"]["n"] == 30
+
+    # More than there are: all of these, and as many generated ones for the ratio.
+    more = make_run(tmp_path / "more", torch.cat([THREES, THREES]))
+    (result,) = evaluate(more, "--reference", "all")
+    assert (result["floor"]["n"], result["floor"]["draws"]) == (len(THREES), 1)
+    assert 0.6 < result["metrics"]["fid_ratio"] < 1.6
 
 
 def test_runs_beside_other_real_images_make_no_pair():

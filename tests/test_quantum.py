@@ -606,7 +606,7 @@ def rectified(angles, weights):
 
 
 def clamped(angles, weights):
-    qd.encode(angles.clamp(-12, 12))
+    qd.encode(angles.clamp(max=12))
 
 
 def measured_inside(angles, weights):

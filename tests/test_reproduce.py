@@ -101,7 +101,17 @@ def test_what_was_measured_is_kept_and_shown(commands):
 @pytest.mark.parametrize("block, last", [("C", ["A.csv", "D.csv"]), ("A", ["C.csv", "D.csv"])])
 def test_a_block_that_is_not_whole_is_not_shown(commands, tmp_path, block, last):
     (tmp_path / "study" / f"{block}.csv").write_text("a row\n" * ROWS[block])  # one is missing
-    for script, *words in commands("tables"):
-        options = evaluation.parse_options(words, EVALUATION[script])
-        if options.out.name == "questions":
-            assert [file.name for file in options.csv] == last
+    calls = [
+        evaluation.parse_options(words, EVALUATION[script]) for script, *words in commands("tables")
+    ]
+    (questions,) = [options for options in calls if options.out.name == "questions"]
+    assert [file.name for file in questions.csv] == last
+
+
+def test_the_circuits_are_shown_when_a_seed_of_all_is_there(commands, tmp_path):
+    (tmp_path / "study" / "E.csv").write_text("a row\n" * (1 + 3 * 16))
+    calls = [
+        evaluation.parse_options(words, EVALUATION[script]) for script, *words in commands("tables")
+    ]
+    (circuits,) = [options for options in calls if options.out.name == "circuits"]
+    assert [file.name for file in circuits.csv] == ["A.csv", "E.csv"]

@@ -421,7 +421,7 @@ def test_a_run_that_goes_on_elsewhere_says_so(run, tmp_path, capsys):
     assert "went_on" not in config_of(run)
 
     qd.main([*argv, "--n_eval", "5"])
-    assert "NOTICE: begun with threads 99: it goes on otherwise" in capsys.readouterr().out
+    assert "NOTICE: made with threads 99 so far: it goes on otherwise" in capsys.readouterr().out
     qd.main([*argv, "--n_eval", "6"])
     assert "NOTICE" not in capsys.readouterr().out
     (went_on,) = config_of(run)["went_on"]
@@ -462,7 +462,7 @@ def test_conditions_without_effect_are_told(tmp_path, capsys):
 
 def test_more_images_than_one_picture_takes(tmp_path, fails):
     argv = tiny(tmp_path, "--digits", "all", "--conditional", "--n_eval", "20000")
-    assert "--n_eval 20000: at most 9941 images of each class of a model" in fails(qd, argv)
+    assert "--n_eval 20000: at most 9876 images of each class of a model" in fails(qd, argv)
 
 
 def test_a_changed_circuit_is_another_run(run, tmp_path, fails, monkeypatch):
