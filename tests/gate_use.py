@@ -121,7 +121,9 @@ def draw(rows: pd.DataFrame) -> Figure:
     left.plot(list(KINDS.values()), shown.T, color="#999999", linewidth=0.7)
     left.plot(list(KINDS.values()), shown.mean(), "o-", color="#0072B2")
     left.set(ylabel=f"FID of {N_IMAGES} images", yscale="log", xlabel="gate at sampling")
-    left.tick_params(axis="x", labelsize=7)
+    left.tick_params(labelsize=7)
+    left.yaxis.set_minor_formatter("{x:.2g}")
+    left.yaxis.set_major_formatter("{x:.2g}")
 
     for column, text in (("size", "mean over images, size"), ("spread", "spread over images")):
         values = numbers(rows[column])  # (runs, steps)
