@@ -84,6 +84,9 @@ CHUNK = 500  # images, or rows of a kernel or distance matrix, that are in memor
 
 
 # ----------------------------------------------------------------------- runs and real images
+Classes = int | str | tuple[int, ...]  # of images: one, several, or "all"
+
+
 def pixels(images: Tensor) -> Tensor:
     """What of digits is compared in the search for copies: the images as they are."""
     return images
@@ -148,7 +151,7 @@ def read_run(folder: Path, dataset: DataSet) -> Run:
     config = mnist.read_config(folder / "config.json")
     settings = config["settings"]
     source = settings.get("data")
-    if source not in list(dataset.held_out_split):
+    if source not in list(dataset.held_out_split):  # a list, for what no dictionary can look up
         scripts = "cal_fid_ssim.py measures MNIST, cal_fid_ssim_medmnist.py PathMNIST"
         raise UserError(f"{folder}: data set {source}; {scripts}")
     with reading(folder / "config.json", "a run's configuration of this version"):
@@ -710,9 +713,6 @@ def search_copies(
 #      "n_training": 6131, "n_held_out": 1010, "near_copy_threshold": 0.09, "note": ""}
 #
 # NaN is what could not be measured; in the file, as JSON has no NaN, null.
-Which = int | str | tuple[int, ...]  # classes: see Evaluator
-
-
 class Sample(NamedTuple):
     """Images with their features."""
 
@@ -734,8 +734,8 @@ class Real(NamedTuple):
 class Evaluator:
     """Measures runs of one data source; what runs share (real images, floors) is kept.
 
-    ``which`` says which real images something is compared with, ``shown`` which classes it shows:
-    a class (int), several (tuple), or "all". They differ with --reference all.
+    ``which`` says with the real images of which classes something is compared, ``shown`` which
+    classes it shows. They differ with --reference all.
     """
 
     def __init__(self, dataset: DataSet, source: str, options: argparse.Namespace) -> None:
@@ -813,7 +813,7 @@ class Evaluator:
         metrics["precision"], metrics["recall"] = both
         return metrics
 
-    def measure_real(self, which: Which) -> Real:
+    def measure_real(self, which: Classes) -> Real:
         """A random subset of each split in its order, ``--n_real`` at most, alike for every run."""
         samples = []
         for split in (self.train, self.held_out):
@@ -823,18 +823,22 @@ class Evaluator:
             samples.append(self.sample(images[chosen], keep=True))
         return Real(*samples)
 
-    def draws_held_out(self, which: Which, shown: Which, n: int) -> bool:
-        """Whether the floor is drawn from the held-out images: are there n, as were generated?
+    def draws_held_out(self, which: Classes, shown: Classes, n: int) -> bool:
+        """Whether the floor is drawn from the held-out images: there are n, as were generated.
 
-        From the training images of one class none can be set aside beside all classes.
+        Or as many as there are, where one class is compared with all: then no training images can
+        be set aside.
         """
         return which != shown or n <= len(self.real(shown).held_out.images)
 
-    def floor_draws(self, which: Which, shown: Which, n: int) -> Iterator[tuple[Sample, Sample]]:
+    def floor_draws(
+        self, which: Classes, shown: Classes, n: int
+    ) -> Iterator[tuple[Sample, Sample]]:
         """Real images, as if they were generated, and those that they are compared with.
 
         n of them are drawn from the held-out images, several times. If these are fewer, they are
-        drawn from the reference: at most half of it, compared with the rest.
+        drawn from the reference: at most half of it, compared with the rest. But see
+        ``draws_held_out``.
         """
         reference = self.real(which).reference
         held_out = self.real(shown).held_out
@@ -849,7 +853,7 @@ class Evaluator:
             else:
                 yield reference.take(order[:size]), reference.take(order[size:])
 
-    def measure_floor(self, which: Which, shown: Which, n: int) -> dict[str, Any]:
+    def measure_floor(self, which: Classes, shown: Classes, n: int) -> dict[str, Any]:
         """What n real images score: the mean over ``floor_draws``."""
         draws = list(self.floor_draws(which, shown, n))
         origin = "training split, set aside"
@@ -862,7 +866,7 @@ class Evaluator:
         return floor
 
     def measure_images(
-        self, generated: Split, which: Which, shown: Which, unseen: Split
+        self, generated: Split, which: Classes, shown: Classes, unseen: Split
     ) -> dict[str, Any]:
         """Generated images beside real ones; unseen: held-out images of the same classes."""
         n = len(generated.images)
@@ -878,9 +882,9 @@ class Evaluator:
 
         # FID over that of real images: 1 is as good as they are.
         if floor["fid"] > 0:  # not NaN
-            is_like_floor = self.draws_held_out(which, shown, n) and floor["n"] == n
-            draws = () if is_like_floor else self.floor_draws(which, shown, n)
-            fid = metrics["fid"] if is_like_floor else self.fid_like_floor(sample, draws)
+            fid = metrics["fid"]
+            if floor["n"] != n or not self.draws_held_out(which, shown, n):
+                fid = self.fid_like_floor(sample, self.floor_draws(which, shown, n))
             metrics["fid_ratio"] = fid / floor["fid"]
 
         if self.classifier is not None:
@@ -1093,23 +1097,9 @@ def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
     expected = [name for key in keys for name in (key, f"floor_{key}")]
     frame = frame.reindex(columns=frame.columns.union(expected, sort=False))
 
-    # An arm may be trained with several numbers of steps, or of qubits. Then a run with another
-    # number than is usual for its class and size (most rows have it; of a tie the largest) is a
-    # variant of its own. The sampling steps are a condition already.
     frame["conditional"] = frame["condition"].str.startswith("conditional")
-    frame["other_budget"] = ""
-    kind = frame["condition"].str.extract("^(conditional[^_]*)", expand=False).fillna("single")
-    for name in frame.columns.intersection(BUDGET, sort=False).drop(
-        "sample_steps", errors="ignore"
-    ):
-        # An arm's numbers over all classes; what is usual for each, as epochs give each its own.
-        own = frame.groupby(["data", "n_train", "arm", "condition"])[name]
-        alike = frame.groupby(["data", "n_train", "label", kind])[name]
-        is_other = (own.transform("nunique") > 1) & (frame[name] != alike.transform(most_common))
-        is_other &= frame[name].notna()  # in a table of an earlier version
-        words = frame[name].map("{:.10g} ".format) + name
-        frame["other_budget"] += words.where(is_other, "").radd(" ")
-    frame["other_budget"] = frame["other_budget"].str.split().str.join(" ")
+    frame["other_budget"] = other_budget(frame)
+    frame["judge"] = judge(frame)
 
     # Variants in the order of ARMS, then arms that it does not know; also in tables and figures.
     arms = [*ARMS, *sorted(set(frame["arm"]) - set(ARMS))]
@@ -1117,14 +1107,6 @@ def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
     frame["variant"] = words.str.split().str.join(" ")
     variants = sorted(set(frame["variant"]), key=lambda name: (arms.index(name.split()[0]), name))
     frame["variant"] = pd.Categorical(frame["variant"], [*variants, FLOOR], ordered=True)
-
-    # What was measured how. Scales differ between kinds of features, and between references.
-    frame["judge"] = frame["features"].str.split(":").str[0]
-    source = frame["run"].str.split(": ").str[0]  # of a conditional run's rows
-    references = of_classes(frame).assign(source=source).groupby("source")["reference"].first()
-    reference = source.map(references).fillna("class")  # "all" rows have none of their own
-    several = reference.groupby([frame["data"], frame["judge"]]).transform("nunique") > 1
-    frame["judge"] += (", reference " + reference).where(several, "")
 
     # Two runs that nothing tells apart would count as two seeds.
     one_run = ["data", "features", "reference", "n_train", "label", "variant", "seed"]
@@ -1151,9 +1133,39 @@ def check_columns(frame: pd.DataFrame) -> None:
         pd.to_numeric(frame[name])
 
 
-def most_common(values: pd.Series) -> float:
-    """The value that most rows have; of a tie the largest."""
-    return values.mode().max()
+def other_budget(frame: pd.DataFrame) -> pd.Series:
+    """In what a row's budget is another than usual, for example "1150 steps"; "": in nothing.
+
+    An arm may be trained with several numbers of steps, or of qubits. Another number than is usual
+    for a class and size (most rows have it; of a tie the largest) makes a variant of its own. The
+    sampling steps are a condition already.
+    """
+    kind = frame["condition"].str.extract("^(conditional[^_]*)", expand=False).fillna("single")
+    found = pd.Series("", index=frame.index)
+    for name in BUDGET:
+        if name == "sample_steps" or name not in frame:  # a table of an earlier version
+            continue
+        # Whether the arm has several, over all classes; what is usual, in each class: by epochs
+        # each has its own number of steps.
+        numbers = frame.groupby(["data", "n_train", "arm", "condition"])[name].transform("nunique")
+        alike = frame.groupby(["data", "n_train", "label", kind])[name]
+        usual = alike.transform(lambda values: values.mode().max())
+        is_other = (numbers > 1) & (frame[name] != usual) & frame[name].notna()
+        found += (" " + frame[name].map("{:.10g} ".format) + name).where(is_other, "")
+    return found.str.strip()
+
+
+def judge(frame: pd.DataFrame) -> pd.Series:
+    """The kind of features and, if there are several, the reference: each has a scale of its own.
+
+    The reference of a conditional run's row "all" is always all; it goes with the run's classes.
+    """
+    features = frame["features"].str.split(":").str[0]
+    name = frame["run"].str.split(": ").str[0]  # of the run
+    of_the_run = of_classes(frame).groupby(name)["reference"].first()
+    own = frame["reference"].where(frame["label"] != "all", name.map(of_the_run).fillna("class"))
+    several = own.groupby([frame["data"], features]).transform("nunique") > 1
+    return features + (", reference " + own).where(several, "")
 
 
 def of_classes(frame: pd.DataFrame) -> pd.DataFrame:
@@ -1174,8 +1186,8 @@ def pairs_of_runs(frame: pd.DataFrame, baseline: str, is_strict: bool = True) ->
         matched conditional      matched          one model for all classes instead of each
         matched 1150 steps       matched          the budget: never in another arm
 
-    The base was judged by the same features and has as many images, generated and real, but for
-    ``is_strict`` False. The columns of the base end with "_base".
+    is_strict: the base was judged by the same features, and has as many images, generated and
+    real. The columns of the base end with "_base".
     """
     told = frame[["arm", "condition", "other_budget"]].to_dict("records")
     runs = frame.assign(wanted=[base_condition(run, baseline) for run in told])
@@ -1544,9 +1556,13 @@ def comparison_text(frame: pd.DataFrame, margin: float = MARGIN) -> str:
 
 
 def kinds_of_parts(frame: pd.DataFrame) -> list[str]:
-    """What splits a table into parts: "data" if there are several sources, "judge" if one has."""
-    several = ["data"] if frame["data"].nunique() > 1 else []
-    return several + ["judge"] * bool(frame.groupby("data")["judge"].nunique().max() > 1)
+    """The columns that split a table: "data" if there are several, "judge" if one source has."""
+    columns = []
+    if frame["data"].nunique() > 1:
+        columns.append("data")
+    if frame.groupby("data")["judge"].nunique().max() > 1:
+        columns.append("judge")
+    return columns
 
 
 def by_source(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -2135,12 +2151,14 @@ def joined(texts: Sequence[str]) -> str:
     """
     parts = [pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False) for text in texts]
     rows = pd.concat(parts, ignore_index=True)
-    told_by = ["run", "reference", "n_training", *BUDGET]
-    told_by = [
-        name for name in told_by if all(name in part for part in parts)
-    ]  # old ones lack some
-    judged = rows.assign(judged=rows["features"] != "none").sort_values("judged", kind="stable")
-    kept = judged.drop_duplicates(told_by, keep="last").index
+
+    # A row is told by the columns that all tables have: those of earlier versions lack some.
+    in_all = set.intersection(*(set(part) for part in parts))
+    told_by = [name for name in ("run", "reference", "n_training", *BUDGET) if name in in_all]
+
+    # Rows without features first, so that one with features is the last.
+    order = rows["features"].ne("none").sort_values(kind="stable").index
+    kept = rows.loc[order].drop_duplicates(told_by, keep="last").index
     return rows.loc[kept.sort_values()].to_csv(index=False)
 
 
@@ -2155,7 +2173,7 @@ def write_tables(texts: Sequence[str], options: argparse.Namespace) -> None:
     # Figures of what there is, with several sources or judges one of each; none of others stays.
     sources = "|".join([*MNIST.held_out_split, "pathmnist", "tissue"])
     judges = "(classifier|inception|scattering|none)(-reference-(class|all))?"
-    ours = re.compile(f"(comparison|scaling)(_({sources}))?(_{judges})?.png|forest.png")
+    ours = re.compile(rf"(comparison|scaling)(_({sources}))?(_{judges})?\.png|forest\.png")
     for path in out.iterdir():
         if ours.fullmatch(path.name):
             path.unlink()

@@ -636,9 +636,9 @@ def record(
     Each angle and weight is a random number of its own, its placeholder. For example
     RZ(layer[3, 0]) is recorded with 0.7312, the placeholder of weight 6, so its source is ("w", 6).
     A parameter that equals no placeholder is a constant, or was computed from one. To tell these
-    apart ``compile_circuit`` records again with other numbers, of another ``size``: a constant
-    stays. They are negative once, so that an absolute value counts as computed, and large, so that
-    a limit does.
+    apart ``compile_circuit`` records again with placeholders of other sizes: a constant stays.
+
+    size: the placeholders lie between 0 and it. Without gradient ones are "detached".
     """
     shape = (n_layers, n_qubits, n_weights)
     generator = random_stream(0, "placeholders", size)
@@ -2578,7 +2578,8 @@ def compile_circuit(
 
     Raises UserError, with the way out, for what the exact simulation cannot do.
     """
-    # A parameter that recordings with other values do not find again was computed.
+    # A parameter that recordings with other values do not find again was computed: by an absolute
+    # value, seen in negative ones, or a limit, seen in large ones.
     sizes = (n_qubits, n_layers, n_weights)
     recorded = record(circuit, *sizes)
     for size in (-1000, 1000):

@@ -142,14 +142,14 @@ planned() {
 # show FOLDER BLOCKS...: tables and figures of those of the blocks that are whole; E by whole seeds.
 # A run that diverged leaves rows out: name their number, MISSING_A=1.
 show() {
-    local folder=$1 block rows missing
+    local folder=$1 block rows diverged missing
     local whole=()
     shift
     for block in "$@"; do
         rows=0
         if [ -f "$OUT/$block.csv" ]; then rows=$(($(wc -l < "$OUT/$block.csv") - 1)); fi
-        missing=MISSING_$block
-        missing=$(($(planned "$block") - rows - ${!missing:-0}))
+        diverged=MISSING_$block
+        missing=$(($(planned "$block") - rows - ${!diverged:-0}))
         if [ "$block" = E ] && [ "$rows" -gt 0 ]; then missing=$((missing % $(planned E))); fi
         if [ "$missing" -eq 0 ]; then
             whole+=("$OUT/$block.csv")

@@ -173,7 +173,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             return evaluation.frechet_distance(features, reference.features)
 
         other_gate = loaded[following][1].gate if len(ring) > 1 else None
-        new.append(measure(folder, other_gate, frechet))
+        row = measure(folder, other_gate, frechet)
+        new.append(row | {"features": str(evaluator.extractor)})
 
     # Rows of other runs stay.
     args.out.mkdir(parents=True, exist_ok=True)

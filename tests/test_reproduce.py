@@ -55,6 +55,12 @@ def commands(tmp_path):
     return call
 
 
+def shown(calls) -> dict[str, list[str]]:
+    """Which tables an evaluation without runs shows, by the name of its folder."""
+    parsed = [evaluation.parse_options(words, EVALUATION[script]) for script, *words in calls]
+    return {options.out.name: [file.name for file in options.csv] for options in parsed}
+
+
 def test_the_blocks_ask_for_the_runs_of_the_plan(commands):
     # By block, arm and steps; each command is given to two processes, which share its grid.
     runs = Counter()
@@ -83,35 +89,37 @@ def test_the_blocks_ask_for_the_runs_of_the_plan(commands):
 
 
 def test_what_was_measured_is_kept_and_shown(commands):
-    parsed = []
-    for script, *words in commands("A", "C", "tables"):
+    # A call after each seed, which computes no difference.
+    measured = []
+    for script, *words in commands("A", "C"):
         if script in EVALUATION:
             options = evaluation.parse_options(words, EVALUATION[script])
-            parsed.append((len(options.runs), [file.name for file in options.csv], options.out))
-
-    # A call after each seed, which computes no difference; then the tables without any run.
-    measured = [files for runs, files, out in parsed if runs and out is None]
+            assert len(options.runs) > 0 and options.out is None
+            measured.append([file.name for file in options.csv])
     assert measured == [["A.csv"]] * 5 + [["C.csv"]] * 5
-    shown = {out.name: files for runs, files, out in parsed if not runs}
-    assert shown["questions"] == ["A.csv", "C.csv", "D.csv"]
-    assert shown["control"] == ["A.csv", "B.csv"]
-    assert shown["all"] == [f"{block}.csv" for block in "ABCDE"]
+
+    # Then the tables, without any run.
+    assert shown(commands("tables")) == {
+        "questions": ["A.csv", "C.csv", "D.csv"],
+        "control": ["A.csv", "B.csv"],
+        "circuits": ["A.csv", "E.csv"],
+        "all": [f"{block}.csv" for block in "ABCDE"],
+    }
 
 
 @pytest.mark.parametrize("block, last", [("C", ["A.csv", "D.csv"]), ("A", ["C.csv", "D.csv"])])
 def test_a_block_that_is_not_whole_is_not_shown(commands, tmp_path, block, last):
     (tmp_path / "study" / f"{block}.csv").write_text("a row\n" * ROWS[block])  # one is missing
-    calls = [
-        evaluation.parse_options(words, EVALUATION[script]) for script, *words in commands("tables")
-    ]
-    (questions,) = [options for options in calls if options.out.name == "questions"]
-    assert [file.name for file in questions.csv] == last
+    assert shown(commands("tables"))["questions"] == last
 
 
 def test_the_circuits_are_shown_when_a_seed_of_all_is_there(commands, tmp_path):
     (tmp_path / "study" / "E.csv").write_text("a row\n" * (1 + 3 * 16))
-    calls = [
-        evaluation.parse_options(words, EVALUATION[script]) for script, *words in commands("tables")
-    ]
-    (circuits,) = [options for options in calls if options.out.name == "circuits"]
-    assert [file.name for file in circuits.csv] == ["A.csv", "E.csv"]
+    assert shown(commands("tables"))["circuits"] == ["A.csv", "E.csv"]
+
+
+def test_a_run_that_diverged_is_named(commands, tmp_path, monkeypatch):
+    (tmp_path / "study" / "A.csv").write_text("a row\n" * ROWS["A"])
+    assert "A.csv" not in shown(commands("tables"))["questions"]
+    monkeypatch.setenv("MISSING_A", "1")
+    assert "A.csv" in shown(commands("tables"))["questions"]

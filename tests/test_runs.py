@@ -361,7 +361,8 @@ def test_epochs_are_passes_over_the_training_images(tmp_path):
     assert settings.arm == "classical"
 
     # A batch for which the default number of steps would be too many.
-    (settings,) = planned(*where[:-2], "--epochs", "1", "--batch_size", "100000", "--conditional")
+    large = ["--batch_size", "100000", "--conditional"]
+    (settings,) = planned(*where, *large, "--epochs", "1")
     assert settings.steps == 1
 
 
@@ -437,21 +438,18 @@ def test_a_run_that_goes_on_elsewhere_says_so(run, tmp_path, capsys):
         (OSError(errno.EIO, "Input/output error"), "Input/output error"),
     ],
 )
-def test_no_advice_to_remove_a_file_that_is_not_at_fault(error, said, run, tmp_path, fails):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "load", only_raises(error))
-        message = fails(
-            qd, tiny(tmp_path / "copy", "--use_quantum", "--lr", "0.05", "--n_eval", "5")
-        )
-    assert said in message
-    assert "remove" not in message
+def test_no_advice_to_remove_a_file_that_is_not_at_fault(
+    error, said, run, tmp_path, fails, monkeypatch
+):
 
-
-def only_raises(error):
-    def fail(*args, **kwargs):
+    def load(*args, **kwargs):
         raise error
 
-    return fail
+    monkeypatch.setattr(torch, "load", load)
+    argv = tiny(tmp_path / "copy", "--use_quantum", "--lr", "0.05", "--n_eval", "5")
+    message = fails(qd, argv)
+    assert said in message
+    assert "remove" not in message
 
 
 def test_conditions_without_effect_are_told(tmp_path, capsys):
@@ -463,6 +461,10 @@ def test_conditions_without_effect_are_told(tmp_path, capsys):
 def test_more_images_than_one_picture_takes(tmp_path, fails):
     argv = tiny(tmp_path, "--digits", "all", "--conditional", "--n_eval", "20000")
     assert "--n_eval 20000: at most 9876 images of each class of a model" in fails(qd, argv)
+
+    # Ten rows of so many tiles of 30 pixels, and a rim; and of one more.
+    height = 10 * 30 + 2
+    assert (9876 * 30 + 2) * height <= Image.MAX_IMAGE_PIXELS < (9877 * 30 + 2) * height
 
 
 def test_a_changed_circuit_is_another_run(run, tmp_path, fails, monkeypatch):
