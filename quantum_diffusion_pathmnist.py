@@ -529,6 +529,8 @@ def operations_of(circuit: Callable, angles: Tensor, weights: Tensor) -> list:
 
     Raises UserError when the circuit, the user's own code, fails for inputs of these shapes.
     """
+    if isinstance(circuit, qml.QNode):
+        raise UserError(f"{name_of(circuit)} is a QNode; leave out @qml.qnode and what is returned")
     n_qubits = angles.shape[-1]
     inputs = f"wires 0 to {n_qubits - 1}, angles[..., i], weights of shape {tuple(weights.shape)}"
     mend = f"; expected: {inputs}; a run begins with a check on at most 5 qubits and 3 layers"
@@ -537,11 +539,13 @@ def operations_of(circuit: Callable, angles: Tensor, weights: Tensor) -> list:
         strange = set(script.wires) - set(range(n_qubits))
         if strange:
             raise ValueError(f"it uses the wires {sorted(map(str, strange))}")
-        if script.measurements:
-            raise ValueError("it returns measurements, but <Z_i> of all qubits is what is measured")
-        if any(operation.name == "MidMeasureMP" for operation in script.operations):
-            raise ValueError("it measures inside, which no simulator here does")
-        return list(expand_templates(script.operations))
+        operations = list(expand_templates(script.operations))
+    if script.measurements:
+        found = "it returns measurements, but <Z_i> of all qubits is what is measured"
+        raise UserError(f"{name_of(circuit)}: {found}")
+    if any(operation.name == "MidMeasureMP" for operation in operations):
+        raise UserError(f"{name_of(circuit)}: it measures inside, which no simulator here does")
+    return operations
 
 
 def name_of(circuit: Callable) -> str:
@@ -585,35 +589,57 @@ def with_noise(
     return noisy_circuit
 
 
+# Numbers from 0 to these stand for a circuit's angles and weights when it is read: negative and
+# large ones too, which an absolute value or a limit changes, and many, for branches on weights.
+RECORDED_SIZES = (6, -1000, 1000, *range(7, 27))
+
+
 class Recorded(NamedTuple):
     """An operation, and where each of its parameters comes from."""
 
     operation: qml.operation.Operator
-    sources: tuple[tuple[str, int] | None, ...]  # as Factor's; None: of a constant
+    # As Factor's; None: of a constant; ("computed ", value and derivatives).
+    sources: tuple[tuple[str, int | str] | None, ...]
 
     def __str__(self) -> str:
         """The text by which circuits are compared, also of a run's ``config.json``.
 
         For example ``RZ(w0) 0``, ``CNOT 0 1`` or ``PauliRot(w0) 0 1 pauli_word='XX'``.
         """
-        values = [np.round(qml.math.toarray(p), 9).tolist() for p in self.operation.parameters]
         words = [
-            str(value) if source is None else f"{source[0]}{source[1]}"
-            for source, value in zip(self.sources, values, strict=True)
+            shown_value(value) if source is None else f"{source[0]}{source[1]}"
+            for source, value in zip(self.sources, self.operation.parameters, strict=True)
         ]
         inside = f"({', '.join(words)})" if words else ""
         wires = map(str, self.operation.wires)
         return " ".join([self.operation.name + inside, *wires, *details(self.operation)])
 
 
+def shown_value(parameter: object) -> str:
+    """A constant parameter, a number or a matrix, in the text of its operation."""
+    return str(np.round(qml.math.toarray(parameter), 9).tolist())
+
+
+def with_parameters(
+    operation: qml.operation.Operator, parameters: Sequence
+) -> qml.operation.Operator:
+    """The operation with other parameters."""
+    try:
+        return qml.ops.functions.bind_new_parameters(operation, parameters)
+    except IndexError:  # PennyLane's, of an evolution under 2 X or a sum
+        if operation.name != "Evolution":
+            raise
+        return qml.evolve(operation.base, parameters[0])
+
+
 def details(operation: qml.operation.Operator) -> list[str]:
     """What name, parameters and wires of an operation do not show, such as a Pauli word."""
-    # Products and exponentials: all of it, with 0, 1, ... for the parameters, which are shown.
+    # Products and exponentials: all of it, with 0, 1, ... for the parameters, which are shown, but
+    # for those of an evolution's Hamiltonian.
     if operation.name in ("Prod", "Sum", "SProd", "Exp", "Evolution"):
-        numbers = [float(k) for k in range(len(operation.parameters))]
-        with contextlib.suppress(IndexError):  # PennyLane's, of an evolution under 2 X
-            operation = qml.ops.functions.bind_new_parameters(operation, numbers)
-        return [repr(operation)]
+        numbers = [float(k) if np.ndim(p) == 0 else p for k, p in enumerate(operation.parameters)]
+        inside = operation.base.parameters if operation.name == "Evolution" else []
+        return [repr(with_parameters(operation, numbers)), *map(shown_value, inside)]
 
     # Otherwise its hyperparameters, and those of the operation inside an adjoint or a controlled.
     hyperparameters = operation.hyperparameters
@@ -626,6 +652,21 @@ def details(operation: qml.operation.Operator) -> list[str]:
     return extra
 
 
+def value_and_derivatives(parameter: Tensor, angles: Tensor, weights: Tensor) -> str:
+    """A computed parameter as text: ``1.4 (w2: 2)`` of 2 w2, where w2 is 0.7."""
+    numbers = torch.view_as_real(parameter) if parameter.is_complex() else parameter
+    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    gradients = torch.autograd.grad(numbers.sum(), (angles, weights), **options)
+    derivatives = [
+        f"{kind}{k}: {derivative:.6g}"
+        for kind, gradient in zip("xw", gradients, strict=True)
+        for k, derivative in enumerate(gradient.flatten().tolist())
+        if derivative
+    ]
+    values = [f"{value:.6g}" for value in numbers.flatten().tolist()]
+    return f"{' '.join(values)} ({', '.join(derivatives)})"
+
+
 @torch.inference_mode(False)
 @torch.enable_grad()
 def record(
@@ -635,8 +676,8 @@ def record(
 
     Each angle and weight is a random number of its own, its placeholder. For example
     RZ(layer[3, 0]) is recorded with 0.7312, the placeholder of weight 6, so its source is ("w", 6).
-    A parameter that equals no placeholder is a constant, or was computed from one. To tell these
-    apart ``compile_circuit`` records again with placeholders of other sizes: a constant stays.
+    A parameter that equals no placeholder is a constant, or was computed from some: it has their
+    gradient, or changes when ``compile_circuit`` records again with placeholders of other sizes.
 
     size: the placeholders lie between 0 and it. Without gradient ones are "detached".
     """
@@ -658,8 +699,11 @@ def record(
             if source is not None and not isinstance(parameter, Tensor):
                 lost = f"{name_of(circuit)}: {operation.name} takes an angle or weight as a number"
                 raise UserError(f"{lost} without gradient; leave out float() and .item()")
-            if source is not None and not parameter.requires_grad:
+            has_gradient = isinstance(parameter, Tensor) and parameter.requires_grad
+            if source is not None and not has_gradient:
                 source = (f"detached {source[0]}", source[1])
+            elif source is None and has_gradient:
+                source = ("computed ", value_and_derivatives(parameter, angles, weights))
             sources.append(source)
         recorded.append(Recorded(operation, tuple(sources)))
     return recorded
@@ -1783,13 +1827,20 @@ def run_config(settings: Settings, data: DataSet, device: torch.device) -> dict:
 
 
 def circuit_text(settings: Settings) -> str | None:
-    """The operations of the run's circuit, for example ``RY(x0) 0; CNOT 0 1``; None: no circuit."""
+    """The operations of the run's circuit, for example ``RY(x0) 0; CNOT 0 1``; None: no circuit.
+
+    Where they depend on angles or weights otherwise than by such a parameter, as a PennyLane device
+    allows, the texts for other angles and weights follow behind `` | ``.
+    """
     arm = ARMS[settings.arm]
     if arm.circuit is None:
         return None
     sizes = (settings.n_qubits, settings.n_layers, arm.n_weights)
-    texts = [str(one).replace("; ", ", ") for one in record(arm.circuit, *sizes)]
-    return "; ".join(texts)
+    texts = [
+        "; ".join(str(one).replace("; ", ", ") for one in record(arm.circuit, *sizes, size))
+        for size in RECORDED_SIZES[:3]
+    ]
+    return " | ".join(dict.fromkeys(texts))
 
 
 def git_commit() -> str:
@@ -2375,7 +2426,7 @@ def fit_harmonics(
             next(remaining) if is_variable else qml.math.toarray(constant)
             for constant, is_variable in zip(operation.parameters, variable, strict=True)
         ]
-        return pauli_transfer_matrix(qml.ops.functions.bind_new_parameters(operation, parameters))
+        return pauli_transfer_matrix(with_parameters(operation, parameters))
 
     def features_at(angles: Sequence[float], n: int) -> np.ndarray:
         features = np.ones(1)
@@ -2445,30 +2496,28 @@ def factors_of_qubits(recorded: Sequence[Recorded], n_qubits: int) -> list[list[
 
     Raises UserError, with the way out, for what the exact simulation cannot do.
     """
+    recorded = [one for one in recorded if one.operation.name not in ("Identity", "GlobalPhase")]
     last = {wire: k for k, (operation, _) in enumerate(recorded) for wire in operation.wires}
     factors = [[] for _ in range(n_qubits)]
     known = {}  # coefficients and number of functions by kind of operation
     for k, (operation, sources) in enumerate(recorded):
         wires = sorted(operation.wires)
-        if not wires:  # a global phase
-            continue
         is_map = operation.has_matrix or isinstance(operation, qml.operation.Channel)
         if len(wires) > 2 or not is_map:
-            found = f"{operation.name} on {len(wires)} qubits"
-            raise UserError(f"{found}: the exact simulation knows gates on one or two; {WAY_OUT}")
+            found = f"{operation.name} on {len(wires)} qubits: the exact simulation knows gates on"
+            raise UserError(f"{found} one or two, and channels; {WAY_OUT}")
         if len(wires) == 2 and wires[1] != wires[0] + 1:
             found = f"{operation.name} on qubits {wires[0]} and {wires[1]}"
             raise UserError(f"{found}: the exact simulation knows neighbours only; {WAY_OUT}")
 
-        # One operation of each kind is fitted and cut, then found again by this key: the operation
-        # moved to qubits 0 and 1, with every variable parameter at 0.5.
+        # One operation of each kind is fitted and cut, then found again by this key: its name, and
+        # its matrix with every variable parameter at 0.5.
         variable = tuple(source is not None for source in sources)
         is_last = tuple(last[wire] == k for wire in wires)
         values = zip(operation.parameters, variable, strict=True)
-        constants = [0.5 if is_variable else p for p, is_variable in values]
-        kind = qml.ops.functions.bind_new_parameters(operation, constants)
-        kind = kind.map_wires({wire: j for j, wire in enumerate(wires)})
-        key = (kind.hash, variable, is_last)
+        constants = [0.5 if is_variable else qml.math.toarray(p) for p, is_variable in values]
+        matrix = pauli_transfer_matrix(with_parameters(operation, constants))
+        key = (operation.name, matrix.tobytes(), variable, is_last)
         if key not in known:
             coefficients, n = fit_harmonics(operation, variable)
             if len(wires) == 2:
@@ -2578,16 +2627,19 @@ def compile_circuit(
 
     Raises UserError, with the way out, for what the exact simulation cannot do.
     """
-    # A parameter that recordings with other values do not find again was computed: by an absolute
-    # value, seen in negative ones, or a limit, seen in large ones.
+    # Recorded again, with other values, the operations must be the same.
     sizes = (n_qubits, n_layers, n_weights)
     recorded = record(circuit, *sizes)
-    for size in (-1000, 1000):
+    for size in RECORDED_SIZES:
         for one, other in itertools.zip_longest(recorded, record(circuit, *sizes, size)):
-            if str(one) != str(other):
+            is_same = str(one) == str(other)
+            if not is_same and size == RECORDED_SIZES[0]:
+                raise UserError(f"{name_of(circuit)} is another circuit each time it is called")
+            if not is_same or any(source and source[0] == "computed " for source in one.sources):
                 found = f"{name_of(circuit)}, {(one or other).operation.name}: a parameter must be"
-                way_out = f"not computed; {WAY_OUT}"
-                raise UserError(f"{found} an angle or a weight, or a constant, {way_out}")
+                must_be = "an angle or a weight, or a constant, not computed"
+                way_out = f"and which operations there are must not depend on them; {WAY_OUT}"
+                raise UserError(f"{found} {must_be}, {way_out}")
 
     # The factors, and how large the bonds are together.
     with explaining(f"{name_of(circuit)} cannot be read", f"; {WAY_OUT}"):
@@ -2789,8 +2841,9 @@ def circuit_expectations(
 def values_and_gradients(compute: Callable, angles: Tensor, weights: Tensor) -> Tensor:
     """<Z_i> and the gradients of the sum of their squares, as one vector."""
     values = compute(angles, weights)
+    loss = values.square().sum() + 0 * angles.sum()  # which may not depend on either
     gradients = torch.autograd.grad(
-        values.square().sum(), (angles, weights), allow_unused=True, materialize_grads=True
+        loss, (angles, weights), allow_unused=True, materialize_grads=True
     )
     return torch.cat([part.detach().flatten() for part in (values, *gradients)])
 
@@ -2826,7 +2879,7 @@ def check_circuit(settings: Settings) -> None:
     # PennyLane's own simulator; channels, a circuit's own or --gate_noise's, need density matrices.
     operations = operations_of(circuit, angles, weights)
     has_channels = any(isinstance(one, qml.operation.Channel) for one in operations)
-    mend = "; the input is to be indexed as angles[..., i]"
+    mend = "; the input is to be indexed as angles[..., i], a constant beside it to be a tensor"
     with explaining(f"{name_of(circuit)} does not run in PennyLane", mend):
         own = on_device(circuit, n_qubits, "default.mixed" if has_channels else "default.qubit")
         reference = values_and_gradients(own, angles, weights)
@@ -2834,11 +2887,12 @@ def check_circuit(settings: Settings) -> None:
     # The run's simulator. Of the exact simulation the means are compared, with shots too.
     shots = None if is_exact else settings.shots
     what = f"--simulator {settings.simulator}"
-    mend = "if it samples, give --shots or its state-vector option"
+    mend = "if it samples, give --shots or its state-vector option; else one of the two is wrong"
     if is_exact:
         what = f"--arm {settings.arm}: the exact simulation"
-        mend = WAY_OUT
-    with explaining(f"{what} does not run the circuit"):
+        mend = f"one of the two is wrong; {WAY_OUT}"
+    channels = "; channels run on default.mixed, or without --simulator" if has_channels else ""
+    with explaining(f"{what} does not run the circuit", channels):
         if is_exact:
             simulate = partial(circuit_expectations, circuit=circuit)
         else:

@@ -1,5 +1,6 @@
 """The circuits, their exact simulation, its check, and PennyLane's devices."""
 
+import itertools
 import math
 from functools import partial
 
@@ -622,6 +623,29 @@ def of_a_complex_weight(angles, weights):
     qml.exp(qml.X(0), 1j * weights[0, 0, 0])
 
 
+def random_each_time(angles, weights):
+    qml.RX(np.random.rand(), wires=0)
+
+
+def with_a_branch(angles, weights):
+    qd.encode(angles)
+    if weights[0, 0, 0] > weights[0, 1, 0]:
+        qml.Hadamard(0)
+
+
+@qml.qnode(qml.device("default.qubit", wires=1))
+def a_qnode(angles, weights):
+    qml.RX(angles[..., 0], wires=0)
+    return qml.expval(qml.Z(0))
+
+
+OWN_WEIGHT = torch.nn.Parameter(torch.tensor(0.3))
+
+
+def of_an_own_weight(angles, weights):
+    qml.RX(OWN_WEIGHT, wires=0)
+
+
 @pytest.mark.parametrize(
     "circuit, reason",
     [
@@ -633,6 +657,10 @@ def of_a_complex_weight(angles, weights):
         (returned_measurements, "it returns measurements, but <Z_i> of all qubits is what is"),
         (trained_channel, "trained_channel cannot be read (ValueError: gamma must be in"),
         (rectified, "a parameter must be an angle or a weight"),
+        (random_each_time, "random_each_time is another circuit each time it is called"),
+        (with_a_branch, "which operations there are must not depend on them"),
+        (a_qnode, "a_qnode is a QNode; leave out @qml.qnode"),
+        (of_an_own_weight, "RX: a parameter must be an angle or a weight"),
     ],
 )
 def test_circuits_that_would_be_wrong_in_silence_are_errors(circuit, reason):
@@ -659,12 +687,72 @@ def wrapped(angles, weights):
     qml.ctrl(qml.PauliRot(weights[0, 2, 1], "Y", wires=2), 1)
 
 
-@pytest.mark.parametrize("circuit", [detached, wrapped])
+def evolved_by_constants(angles, weights):
+    qd.encode(angles)
+    qml.evolve(qml.X(0) + 0.5 * qml.Z(0), 0.3)
+    qml.evolve(0.5 * qml.X(1), weights[0, 1, 0])
+    qml.exp(qml.Hermitian(np.diag([1.0, 2.0]), 2), 0.3j)
+    qml.TrotterProduct(qml.X(0) + qml.Z(0), 0.3)
+    qml.CNOT([1, 2])
+
+
+def without_effect_on_three(angles, weights):
+    qd.encode(angles)
+    qml.Identity(wires=[0, 1, 2])
+    qml.CNOT([0, 1])
+    qml.GlobalPhase(weights[0, 0, 0], wires=[0, 1, 2])
+
+
+def without_inputs(angles, weights):
+    for i in range(3):
+        qml.RX(0.3, wires=i)
+
+
+@pytest.mark.parametrize(
+    "circuit", [detached, wrapped, evolved_by_constants, without_effect_on_three, without_inputs]
+)
 def test_detached_and_wrapped_operations_are_exact(circuit):
     inputs = circuit_inputs(3, 3, 1)
     found = qd.values_and_gradients(partial(qd.circuit_expectations, circuit=circuit), *inputs)
     expected = qd.values_and_gradients(qd.on_device(circuit, 3, "default.qubit"), *inputs)
     assert (found - expected).abs().max() < 1e-12
+
+
+def controlled_by_turns(angles, weights):
+    """Constants that differ by 2 pi inside a controlled operation, where this is another gate."""
+    qd.encode(angles)
+    qd.rotate(weights[0], qml.RZ, qml.RY)
+    for i in range(6):
+        turned = qml.adjoint(qml.RX(2 * math.pi * i / 5, wires=i + 1))
+        qml.ctrl(turned, control=i)
+
+
+def nearly_equal_constants(angles, weights):
+    """Constants that PyTorch prints as equal."""
+    qd.encode(angles)
+    strengths = torch.tensor([0.5, 0.5, 0.50004, 0.5, 0.49996, 0.5], dtype=torch.float64)
+    for i, strength in enumerate(strengths):
+        qml.IsingXX(strength, wires=[i, i + 1])
+
+
+@pytest.mark.parametrize("circuit", [controlled_by_turns, nearly_equal_constants])
+def test_gates_of_one_kind_with_other_constants_are_others(circuit):
+    inputs = circuit_inputs(3, 7, 1)
+    found = qd.circuit_expectations(*inputs, circuit=circuit)
+    expected = qd.on_device(circuit, 7, "default.qubit")(*inputs)
+    assert (found - expected).abs().max() < 1e-12
+
+
+def test_branches_on_any_weights_are_found():
+    for i, j in itertools.permutations(range(5), 2):
+
+        def branching(angles, weights, i=i, j=j):
+            qd.encode(angles)
+            if weights[0, i, 0] > weights[0, j, 0]:
+                qml.Hadamard(0)
+
+        with pytest.raises(qd.UserError, match="must not depend on them"):
+            qd.compile_circuit(branching, 5, 2, 1)
 
 
 def test_without_gradient_the_record_is_the_same():
@@ -748,6 +836,10 @@ def test_an_arm_without_a_circuit_is_an_error(monkeypatch):
         (lambda: qml.ctrl(qml.S(1), 0), lambda: qml.ctrl(qml.S(1), 0, control_values=[0])),
         (lambda: qml.prod(qml.X(0), qml.H(0)), lambda: qml.prod(qml.S(0), qml.H(0))),
         (lambda: qml.PauliError("XX", 0.1, [0, 1]), lambda: qml.PauliError("ZZ", 0.1, [0, 1])),
+        (
+            lambda: qml.evolve(qml.Hermitian(np.diag([1.0, 2.0]), 0), 0.3),
+            lambda: qml.evolve(qml.Hermitian(np.diag([1.0, 3.0]), 0), 0.3),
+        ),
     ],
 )
 def test_the_record_tells_operations_of_one_name_apart(one, other):
@@ -760,3 +852,35 @@ def test_the_record_tells_operations_of_one_name_apart(one, other):
 
         texts.append(str(qd.record(circuit, 2, 1, 1)[-1]))
     assert texts[0] != texts[1]
+
+
+COMPUTED = {
+    "x": lambda x: x,
+    "detached": lambda x: x.detach(),
+    "twice": lambda x: 2 * x,
+    "twice the detached": lambda x: 2 * x.detach(),
+    "size": torch.abs,
+    "relu": torch.relu,
+    "clamped": lambda x: x.clamp(0, 2 * math.pi),
+    "turn": lambda x: x % (2 * math.pi),
+    "product": lambda x: x * x.detach(),
+    "square": lambda x: x * x,
+    "branch": lambda x: x if x < 6.2 else -x,
+}
+
+
+def test_the_text_of_a_run_tells_computed_parameters_apart(monkeypatch):
+    """A run continues with the same circuit alone, also on PennyLane's devices."""
+    texts = set()
+    for compute in COMPUTED.values():
+
+        def circuit(angles, weights, compute=compute):
+            qml.RX(compute(angles[..., 0]), wires=0)
+            qml.RY(compute(weights[0, 1, 0]), wires=1)
+
+        monkeypatch.setitem(qd.ARMS, "own", qd.Arm("", circuit, 1))
+        text = qd.circuit_text(qd.Settings("own", n_qubits=2, n_layers=1))
+        assert text == qd.circuit_text(qd.Settings("own", n_qubits=2, n_layers=1))
+        texts.add(text)
+    assert len(texts) == len(COMPUTED)
+    assert "RX(x0) 0; RY(w1) 1" in texts
