@@ -722,7 +722,7 @@ def controlled_by_turns(angles, weights):
     """Constants that differ by 2 pi inside a controlled operation, where this is another gate."""
     qd.encode(angles)
     qd.rotate(weights[0], qml.RZ, qml.RY)
-    for i in range(6):
+    for i in range(7):
         turned = qml.adjoint(qml.RX(2 * math.pi * i / 5, wires=i + 1))
         qml.ctrl(turned, control=i)
 
@@ -730,16 +730,16 @@ def controlled_by_turns(angles, weights):
 def nearly_equal_constants(angles, weights):
     """Constants that PyTorch prints as equal."""
     qd.encode(angles)
-    strengths = torch.tensor([0.5, 0.5, 0.50004, 0.5, 0.49996, 0.5], dtype=torch.float64)
+    strengths = torch.tensor([0.5, 0.5, 0.50004, 0.5, 0.49996, 0.5, 0.5], dtype=torch.float64)
     for i, strength in enumerate(strengths):
         qml.IsingXX(strength, wires=[i, i + 1])
 
 
 @pytest.mark.parametrize("circuit", [controlled_by_turns, nearly_equal_constants])
 def test_gates_of_one_kind_with_other_constants_are_others(circuit):
-    inputs = circuit_inputs(3, 7, 1)
+    inputs = circuit_inputs(3, 8, 1)
     found = qd.circuit_expectations(*inputs, circuit=circuit)
-    expected = qd.on_device(circuit, 7, "default.qubit")(*inputs)
+    expected = qd.on_device(circuit, 8, "default.qubit")(*inputs)
     assert (found - expected).abs().max() < 1e-12
 
 
