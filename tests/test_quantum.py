@@ -721,10 +721,10 @@ def test_detached_and_wrapped_operations_are_exact(circuit):
 def controlled_by_turns(angles, weights):
     """Constants that differ by 2 pi inside a controlled operation, where this is another gate."""
     qd.encode(angles)
-    qd.rotate(weights[0], qml.RZ, qml.RY)
     for i in range(7):
-        turned = qml.adjoint(qml.RX(2 * math.pi * i / 5, wires=i + 1))
+        turned = qml.adjoint(qml.RX(2 * math.pi * (i % 2), wires=i + 1))
         qml.ctrl(turned, control=i)
+    qd.rotate(weights[0], qml.RZ, qml.RY)
 
 
 def nearly_equal_constants(angles, weights):
