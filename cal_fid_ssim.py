@@ -1325,11 +1325,12 @@ def relative_differences(frame: pd.DataFrame) -> pd.DataFrame:
     return pairs[~is_repeated].dropna(subset="percent")
 
 
-def fid_comparisons(frame: pd.DataFrame, margin: float) -> pd.DataFrame:
+def fid_comparisons(frame: pd.DataFrame, margin: float, family: int = 0) -> pd.DataFrame:
     """One row per comparison and training-set size: statistics of the units and the verdict.
 
     frame: ``read_comparison`` of one table, or several of these below each other. margin: in per
-    cent. The p of each test are adjusted over all rows with enough units; the others have none.
+    cent. The p of each test are adjusted over all rows with enough units, at least ``family``; the
+    other rows have none.
     """
     rows = []
     for key, pairs in relative_differences(frame).groupby(COMPARISON, observed=True):
@@ -1350,7 +1351,7 @@ def fid_comparisons(frame: pd.DataFrame, margin: float) -> pd.DataFrame:
         return comparisons
     can_decide = comparisons["n"] >= DECIDING_UNITS
     for test in ("p_different", "p_equivalent"):
-        comparisons[test] = holm(comparisons[test].where(can_decide))
+        comparisons[test] = holm(comparisons[test].where(can_decide), family)
     return comparisons.assign(verdict=comparisons.apply(verdict, axis=1))
 
 
@@ -1376,14 +1377,16 @@ def unit_statistics(values: pd.Series, margin: float) -> dict[str, float]:
     return statistics
 
 
-def holm(p: pd.Series) -> pd.Series:
+def holm(p: pd.Series, family: int = 0) -> pd.Series:
     """Holm's adjustment (1979) for several tests.
 
     The smallest of m values is multiplied by m, the next by m - 1 and so on; at most 1, and never
-    below the one before. NaN is no test, and stays.
+    below the one before. NaN is no test, and stays. family: the least m; of tests that are planned
+    and not made, the p count as 1.
     """
     rising = p.dropna().sort_values()
-    adjusted = rising * np.arange(len(rising), 0, -1)
+    m = max(len(rising), family)
+    adjusted = rising * np.arange(m, m - len(rising), -1)
     return adjusted.cummax().clip(upper=1).reindex(p.index)
 
 
@@ -1525,8 +1528,8 @@ RELATIVE_TEXT = (
     "class and seed of single-class models, or a seed of conditional models, whose classes are "
     "averaged first. p different: two-sided t test; p equivalent: two one-sided t tests with a "
     "margin of ±{margin:g} %. Both are Holm-adjusted over the rows of this table that have at "
-    "least {fewest} units, and decide at {level:g} %; the intervals are not adjusted. Few images "
-    "raise all FIDs and so lower the percentages."
+    "least {fewest} units{as_planned}, and decide at {level:g} %; the intervals are not adjusted. "
+    "Few images raise all FIDs and so lower the percentages."
 )
 
 FLOOR_TEXT = (
@@ -1539,16 +1542,17 @@ FLOOR_TEXT = (
 )
 
 
-def comparison_text(frame: pd.DataFrame, margin: float = MARGIN) -> str:
-    """The Markdown report on several runs; margin: of equivalence, in per cent of FID."""
+def comparison_text(frame: pd.DataFrame, margin: float = MARGIN, family: int = 0) -> str:
+    """The Markdown report on several runs; margin and family as of ``fid_comparisons``."""
     paragraphs = []
     for part in by_source(frame).values():
         paragraphs += source_paragraphs(part)
 
-    comparisons = fid_comparisons(frame, margin)
+    comparisons = fid_comparisons(frame, margin, family)
     if len(comparisons) > 0:
+        as_planned = f", but as at least {family} tests" if family else ""
         explanation = RELATIVE_TEXT.format(
-            margin=margin, fewest=DECIDING_UNITS, level=100 * SIGNIFICANCE
+            margin=margin, fewest=DECIDING_UNITS, as_planned=as_planned, level=100 * SIGNIFICANCE
         )
         paragraphs += ["## Relative differences of FID", explanation, relative_table(comparisons)]
     paragraphs += ["## Runs", result_table(frame)]
@@ -1801,11 +1805,12 @@ def variant_style(variant: str, variants: Sequence[str]) -> dict[str, Any]:
 
 
 def draw_forest(comparisons: pd.DataFrame, margin: float) -> Figure:
-    """``forest.png``: one row per comparison of ``fid_comparisons``, from above.
+    """``forest.png``: one row per comparison of ``fid_comparisons``, those of most units above.
 
     The mean as a point, the 90 % interval thick, the 95 % interval thin; the margin in per cent as
     a band.
     """
+    comparisons = comparisons.sort_values("n", ascending=False, kind="stable")
     places = np.arange(len(comparisons))
     colours = [colour_of(variant) for variant in comparisons["variant"]]
     figure = Figure(figsize=(7, 1.2 + 0.32 * len(comparisons)), layout="constrained")
@@ -2038,6 +2043,8 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
         "with pairs of runs forest.png; with --protocol paper only paper_protocol.md")
     add("--margin", type=float, default=MARGIN, metavar="PER CENT",
         help=f"relative differences of FID within it are equivalent {default}")
+    add("--family", type=int, default=0, metavar="N",
+        help="Holm's adjustment counts at least N tests, those that are not there as p = 1")
     add("--protocol", choices=["full", "paper"], default="full",
         help=f"paper: 5 images against the first 5 training images, as published {default}")
     add("--seed", type=int, default=0, help=f"of classifier, subsets and floors {default}")
@@ -2055,6 +2062,8 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
         raise UserError("no runs: expected run folders, or --csv and --out to show tables again")
     if not 0 < options.margin < math.inf:
         raise UserError(f"--margin {options.margin:g}: expected per cent above 0")
+    if options.family < 0:
+        raise UserError(f"--family {options.family}: expected a number of tests")
     if options.protocol == "paper" and options.csv:
         raise UserError("--csv: --protocol paper makes no such table")
     if options.protocol == "paper" and options.features == "none":
@@ -2168,7 +2177,7 @@ def write_tables(texts: Sequence[str], options: argparse.Namespace) -> None:
     csv = joined(texts)
     frame = read_comparison(io.StringIO(csv))
     write_atomic(out / "comparison.csv", csv)
-    write_atomic(out / "comparison.md", comparison_text(frame, options.margin))
+    write_atomic(out / "comparison.md", comparison_text(frame, options.margin, options.family))
 
     # Figures of what there is, with several sources or judges one of each; none of others stays.
     sources = "|".join([*MNIST.held_out_split, "pathmnist", "tissue"])

@@ -39,13 +39,14 @@ train() {
     for process in "${processes[@]}"; do wait "$process" || echo "a run failed, see above" >&2; done
 }
 
-# measure SCRIPT FOLDER SEED FLAGS...: evaluates the finished runs of a seed.
+# measure SCRIPT FOLDER SEED FLAGS...: evaluates the finished runs of a seed. What it prints has the
+# arms beside each other, which nobody is to see before a block is whole.
 measure() {
     local script=$1 folder=$2 seed=$3 grid
     local finished=()
     shift 3
     for grid in "$RUNS/$folder"/*_seed"$seed"/samples_final.png; do finished+=("$(dirname "$grid")"); done
-    python "$script" "${finished[@]}" --data_dir "$DATA_DIR" "$@"
+    python "$script" "${finished[@]}" --data_dir "$DATA_DIR" "$@" > /dev/null
 }
 
 # digits FOLDER SEED FLAGS...: runs of single digits, and what they measured.
@@ -108,12 +109,12 @@ block_judges() {
     done
 }
 
-# The overview and the GIFs, of block A's first seed, while its run folders exist. It compares two
-# arms, too: those tables stay in the run folders' place.
+# The overview and the GIFs, of block A's first seed, while its run folders exist. Without features
+# no FID is computed, which would compare two arms.
 block_pictures() {
     local seed=${SEEDS%% *} run name
     python cal_fid_ssim.py "$RUNS"/A/{classical,quantum}_*_seed"$seed" --data_dir "$DATA_DIR" \
-        --out "$RUNS/pictures"
+        --features none --out "$RUNS/pictures"
     cp "$RUNS/pictures/overview.png" "$PICTURES"
     for run in "$RUNS"/A/{classical,quantum}_*_seed"$seed"; do
         name=$(basename "$run")
@@ -139,12 +140,13 @@ planned() {
     esac
 }
 
-# show FOLDER BLOCKS...: tables and figures of those of the blocks that are whole; E by whole seeds.
+# show FOLDER FAMILY OWN BLOCKS...: tables and figures of those of the blocks that are whole, E by
+# whole seeds; nothing without the first, its own. Holm's adjustment is over at least FAMILY tests.
 # A run that diverged leaves rows out: name their number, MISSING_A=1.
 show() {
-    local folder=$1 block rows diverged missing
+    local folder=$1 family=$2 own=$3 block rows diverged missing
     local whole=()
-    shift
+    shift 2
     for block in "$@"; do
         rows=0
         if [ -f "$OUT/$block.csv" ]; then rows=$(($(wc -l < "$OUT/$block.csv") - 1)); fi
@@ -155,19 +157,25 @@ show() {
             whole+=("$OUT/$block.csv")
         else
             echo "$folder: without block $block, which is not whole ($rows rows)" >&2
+            if [ "$block" = "$own" ]; then return; fi
         fi
     done
-    if [ ${#whole[@]} -eq 0 ]; then return; fi
-    python cal_fid_ssim.py --csv "${whole[@]}" --out "$OUT/$folder"
+    python cal_fid_ssim.py --csv "${whole[@]}" --out "$OUT/$folder" --family "$family" > /dev/null
 }
 
-# The six questions, the control, the other circuits, all: of whole blocks alone.
+# The six questions, the control, the other circuits, all: of whole blocks alone. The questions'
+# Holm adjustment is always over six, so that no later block changes an answer. The judges' tables
+# have the pairs whose run folders were there.
 block_tables() {
-    show questions A C D
-    show control A B
-    show circuits A E
-    show all A B C D E
+    show questions 6 A C D
+    show control 0 B A
+    show circuits 0 E A
+    show all 0 A B C D E
     if [ -f "$OUT/all/forest.png" ]; then cp "$OUT/all/forest.png" "$PICTURES"; fi
+    if [ ! -d "$OUT/questions" ]; then return; fi
+    for judge in 1 2; do
+        python cal_fid_ssim.py --csv "$OUT/judge$judge.csv" --out "$OUT/judge$judge" > /dev/null
+    done
 }
 
 for block in "$@"; do

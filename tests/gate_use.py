@@ -111,31 +111,39 @@ def numbers(cells: pd.Series) -> np.ndarray:
 
 
 def draw(rows: pd.DataFrame) -> Figure:
-    """Three panels: FID with each kind of gate; the gate over the timesteps; its units."""
+    """Three panels: FID with each kind of gate; the gate over the timesteps; its circuit's qubits.
+
+    FIDs are shown over that with the run's own gate, so that no two arms' are beside each other.
+    """
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
+    for arm, own in rows.groupby("arm", sort=True):
+        colour = evaluation.colour_of(arm)
 
-    # A line a run, and their mean; of runs with all kinds of gate, if there are any.
-    complete = rows.dropna(subset=[*KINDS])
-    shown = (complete if len(complete) > 0 else rows)[[*KINDS]]
-    left.plot(list(KINDS.values()), shown.T, color="#999999", linewidth=0.7)
-    left.plot(list(KINDS.values()), shown.mean(), "o-", color="#0072B2")
-    left.set(ylabel=f"FID of {N_IMAGES} images", yscale="log", xlabel="gate at sampling")
+        # A line a run, and their mean; of a run without another seed there is no third point.
+        ratios = own[[*KINDS]].div(own["fid"], axis=0)
+        left.plot(list(KINDS.values()), ratios.T, color=colour, linewidth=0.6, alpha=0.4)
+        left.plot(list(KINDS.values()), ratios.mean(), "o-", color=colour, label=arm)
+
+        for column, line in (("size", "-"), ("spread", ":")):
+            values = numbers(own[column])  # (runs, steps)
+            middle.plot(values.mean(axis=0), line, color=colour)
+        if qd.ARMS[arm].circuit is not None:
+            for column, style in (("units_start", "o:"), ("units", "o-")):
+                values = numbers(own[column])  # (runs, qubits)
+                right.plot(values.mean(axis=0), style, color=colour, markersize=3)
+
+    left.set(
+        ylabel=f"FID of {N_IMAGES} images / own gate's", yscale="log", xlabel="gate at sampling"
+    )
     left.tick_params(labelsize=7)
     left.yaxis.set_minor_formatter("{x:.2g}")
     left.yaxis.set_major_formatter("{x:.2g}")
-
-    for column, text in (("size", "mean over images, size"), ("spread", "spread over images")):
-        values = numbers(rows[column])  # (runs, steps)
-        middle.plot(values.mean(axis=0), label=text)
+    left.legend(frameon=False, fontsize=8)
     middle.set(xlabel="network evaluation, from noise to image", ylabel="g, mean over channels")
-    middle.legend(frameon=False, fontsize=8)
-
-    for column, text in (("units_start", "circuit as at the start"), ("units", "trained")):
-        values = numbers(rows[column])  # (runs, units)
-        right.plot(values.mean(axis=0), "o-", markersize=3, label=text)
+    middle.set_title("line: size of the mean over images; dots: spread", fontsize=8)
     right.set(xlabel="qubit", ylabel="spread of ⟨Z⟩ over images and time", yscale="log")
-    right.legend(frameon=False, fontsize=8)
+    right.set_title("line: trained; dots: circuit as at the start", fontsize=8)
     return figure
 
 

@@ -734,6 +734,37 @@ def test_holms_adjustment():
     assert evaluation.holm(pd.Series([0.4, 0.6, 0.9])).tolist() == [1, 1, 1]
 
 
+def test_holms_adjustment_of_a_planned_family():
+    """Tests that were not made count as p = 1; one that is made later can only reject more."""
+    p = pd.Series([0.01, 0.012, math.nan])
+    assert evaluation.holm(p, family=6).tolist()[:2] == pytest.approx([0.06, 0.06])
+    of_six = evaluation.holm(pd.Series([0.01, 0.012, 1, 1, 1, 1]))
+    assert evaluation.holm(p, family=6).tolist()[:2] == of_six.tolist()[:2]
+    assert evaluation.holm(p, family=1).tolist()[:2] == evaluation.holm(p).tolist()[:2]
+
+
+def test_family_of_the_command_line(tmp_path, draw_only):
+    """Two comparisons: without it their p are doubled, with --family 6 they are six times."""
+    draw_only()
+    generator = np.random.default_rng(1)
+    runs = []
+    for seed, percent in enumerate(generator.normal(3, 3, 6)):
+        runs += pair_of(percent, seed)
+        runs += pair_of(-percent, seed, n_train=10)
+    runs = [run | {"run": f"run {k}"} for k, run in enumerate(runs)]
+    table = tmp_path / "table.csv"
+    table.write_text(evaluation.comparison_csv(runs))
+    smallest = {}
+    for family in (0, 6):
+        out = tmp_path / str(family)
+        evaluation.main(["--csv", str(table), "--out", str(out), "--family", str(family)])
+        text = (out / "comparison.md").read_text()
+        rows = tables(text)["Relative differences of FID"]
+        smallest[family] = min(float(row["p different"]) for row in rows)
+        assert ("as at least 6 tests" in text) == (family == 6)
+    assert smallest[6] == pytest.approx(min(1, 3 * smallest[0]), rel=0.05)
+
+
 def test_tests_are_adjusted_over_all_rows_and_no_comparison_is_repeated():
     """Three arms: three comparisons, as matched − classical is classical − matched."""
     generator = np.random.default_rng(0)

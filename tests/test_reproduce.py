@@ -38,6 +38,7 @@ def commands(tmp_path):
     (pictures / "all" / "forest.png").write_bytes(
         (ROOT / "result_gif" / "overview.png").read_bytes()
     )
+    (pictures / "questions").mkdir()
     for block, n_rows in ROWS.items():
         (pictures / f"{block}.csv").write_text("a row\n" * (1 + n_rows))
 
@@ -101,25 +102,45 @@ def test_what_was_measured_is_kept_and_shown(commands):
     # Then the tables, without any run.
     assert shown(commands("tables")) == {
         "questions": ["A.csv", "C.csv", "D.csv"],
-        "control": ["A.csv", "B.csv"],
-        "circuits": ["A.csv", "E.csv"],
+        "control": ["B.csv", "A.csv"],
+        "circuits": ["E.csv", "A.csv"],
         "all": [f"{block}.csv" for block in "ABCDE"],
+        "judge1": ["judge1.csv"],
+        "judge2": ["judge2.csv"],
     }
 
 
-@pytest.mark.parametrize("block, last", [("C", ["A.csv", "D.csv"]), ("A", ["C.csv", "D.csv"])])
-def test_a_block_that_is_not_whole_is_not_shown(commands, tmp_path, block, last):
+def test_the_answers_do_not_depend_on_which_other_blocks_are_there(commands, tmp_path):
+    for block in "CD":
+        (tmp_path / "study" / f"{block}.csv").unlink()
+    families = {}
+    for script, *words in commands("tables"):
+        options = evaluation.parse_options(words, EVALUATION[script])
+        families[options.out.name] = options.family
+    assert families["questions"] == 6
+    assert families["control"] == 0
+
+
+@pytest.mark.parametrize(
+    "block, left_out",
+    [("C", {"questions": ["A.csv", "D.csv"]}), ("A", {}), ("B", {"circuits": ["E.csv", "A.csv"]})],
+)
+def test_a_block_that_is_not_whole_is_not_shown(commands, tmp_path, block, left_out):
     (tmp_path / "study" / f"{block}.csv").write_text("a row\n" * ROWS[block])  # one is missing
-    assert shown(commands("tables"))["questions"] == last
+    tables = shown(commands("tables"))
+    assert all(f"{block}.csv" not in files for files in tables.values())
+    assert tables == tables | left_out
+    own = {"A": {"questions", "all"}, "B": {"control"}, "C": set()}
+    assert not own[block] & set(tables)
 
 
 def test_the_circuits_are_shown_when_a_seed_of_all_is_there(commands, tmp_path):
     (tmp_path / "study" / "E.csv").write_text("a row\n" * (1 + 3 * 16))
-    assert shown(commands("tables"))["circuits"] == ["A.csv", "E.csv"]
+    assert shown(commands("tables"))["circuits"] == ["E.csv", "A.csv"]
 
 
 def test_a_run_that_diverged_is_named(commands, tmp_path, monkeypatch):
     (tmp_path / "study" / "A.csv").write_text("a row\n" * ROWS["A"])
-    assert "A.csv" not in shown(commands("tables"))["questions"]
+    assert "questions" not in shown(commands("tables"))
     monkeypatch.setenv("MISSING_A", "1")
     assert "A.csv" in shown(commands("tables"))["questions"]
