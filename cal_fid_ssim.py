@@ -2024,21 +2024,21 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
     default = "(default: %(default)s)"
     features = [*dataset.own_extractors, "classifier", "inception", "none"]
     # fmt: off
-    add("runs", nargs="*", type=Path, help="run folders with config.json and samples_final.png")
-    add("--csv", nargs="+", type=Path, default=[], metavar="FILE",
+    add("runs", nargs="*", type=mnist.a_path, help="folders with config.json, samples_final.png")
+    add("--csv", nargs="+", type=mnist.a_path, default=[], metavar="FILE",
         help="tables of earlier evaluations (comparison.csv): the rows of these runs are added to "
         "the first, and --out shows them all; of a run in several the last")
     add("--features", choices=features,
         help="what FID, KID, precision and recall compare; classifier: of a CNN trained on the "
         f"data (default: {features[0]}; with --protocol paper: inception)")
-    add("--inception_weights", type=Path, metavar="FILE", help="a local copy of the weights")
+    add("--inception_weights", type=mnist.a_path, metavar="FILE", help="a local copy of them")
     add("--reference", choices=["class", "all"], default="class",
         help=f"real training images are of the run's class or of all {default}")
     add("--n_real", type=int, default=10_000, metavar="N",
         help=f"at most so many real images, drawn by the seed {default}")
-    add("--data_dir", type=Path, default=Path("data"),
+    add("--data_dir", type=mnist.a_path, default=Path("data"),
         help=f"data set; keeps classifier, features {default}")
-    add("--out", type=Path, metavar="DIR",
+    add("--out", type=mnist.a_path, metavar="DIR",
         help="write comparison.csv, .md, .png and overview.png; with several sizes scaling.png; "
         "with pairs of runs forest.png; with --protocol paper only paper_protocol.md")
     add("--margin", type=float, default=MARGIN, metavar="PER CENT",

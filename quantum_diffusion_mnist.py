@@ -120,7 +120,8 @@ def explaining(what: str, mend: str = "") -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        is_disk = isinstance(error, OSError) and error.errno not in (None, errno.ENOENT)
+        not_there = (None, errno.ENOENT, errno.ENOTDIR)
+        is_disk = isinstance(error, OSError) and error.errno not in not_there
         if is_disk or is_out_of_memory(error):
             raise
         raise UserError(f"{what} ({one_line(error)}){mend}") from error
@@ -159,8 +160,8 @@ class Settings:
     # The training.
     steps: int = number(1250, 1, 10**6, "optimizer steps")  # 13 passes over an MNIST digit
     batch_size: int = number(64, 1, 10**5, "images per step")
-    lr: float = number(3e-3, 1e-9, 1e3, "peak learning rate of Adam")
-    muon_lr: float = number(0.02, 0.0, 1e3, "peak learning rate of Muon (inner convolutions)")
+    lr: float = number(3e-3, 1e-9, 1e3, "learning rate of Adam, before warm-up and decay")
+    muon_lr: float = number(0.02, 0.0, 1e3, "of Muon, for inner convolutions, likewise")
     ema_decay: float = number(0.995, 0.0, 0.999999, "target decay of the weights' moving average")
     timesteps: int = number(1000, 2, 10**5, "noise levels T")
 
@@ -269,10 +270,11 @@ def random_stream(seed: int, *name: object, device: str | torch.device = "cpu") 
     """A generator that depends on ``seed``, ``name`` and the kind of device alone.
 
     Every use of randomness has its own (batch k, image k, the data subset), so none disturbs
-    another, and a run resumes at any step.
+    another, and a run resumes at any step. PyTorch's CPU generator keeps 32 bits of a seed, so of
+    100,000 streams about one pair is equal.
     """
     digest = hashlib.sha256(repr((seed, *name)).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))  # of 56 bits
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 # -------------------------------------------------------------------------------- diffusion
@@ -326,8 +328,7 @@ class GaussianDiffusion:
         wanted = torch.linspace(math.asinh(-6), self.log_snr[0].asinh(), steps).sinh()
 
         # The timesteps whose log-SNR is nearest to the wanted one.
-        distance = (self.log_snr[None, :] - wanted[:, None]).abs()  # (steps, T)
-        levels = distance.argmin(dim=1)
+        levels = torch.stack([(self.log_snr - one).abs().argmin() for one in wanted])
         levels[0] = self.timesteps - 1  # pure noise
         return levels.unique().flip(0)
 
@@ -1320,7 +1321,7 @@ def make_optimizers(model: UNet, settings: Settings) -> tuple[torch.optim.Optimi
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
-    """The share of the peak rate: the smaller of a warm-up and a straight line from 1 to 0.
+    """The share of the given rate: the smaller of a warm-up and a straight line from 1 to 0.
 
     The warm-up takes 100 steps, or a tenth of a run shorter than 1,000.
     """
@@ -1459,7 +1460,7 @@ def load_checkpoint(path: Path, run_id: str, state: dict, losses: Tensor) -> int
     if not path.exists():
         return 0
     contents = load_tensors(path, "a checkpoint; remove it to train from the start")
-    if contents.get("run") != run_id:
+    if not isinstance(contents, dict) or contents.get("run") != run_id:
         raise UserError(f"{path}: of a run with other settings; remove it to train from the start")
     with reading(path, "a checkpoint of this version; remove it to train from the start"):
         for name, part in state.items():
@@ -1673,7 +1674,7 @@ def save_gif(path: Path, frames: Sequence[tuple[str, Tensor]], names: Sequence[s
         rows = tile(images.flatten(0, 1), images.shape[1], scale).squeeze()
 
         # White above them for the caption, and to the left for the names.
-        left = 3 * scale * max((len(name) for name in names), default=0)
+        left = max((5 + math.ceil(font.getlength(name)) for name in names), default=0)
         top = 7 * scale
         right = max(0, width - left - rows.shape[1])  # for a caption that is wider
         rim = (left, top, right, 0)
@@ -1757,8 +1758,11 @@ def draw_pictures(settings: Settings, folder: Path) -> None:
     if not path.exists():
         with decoration(path):
             frames = []
-            for preview in sorted(folder.glob("samples/step_*.png")):
-                step = int(preview.stem.removeprefix("step_"))
+            previews = {
+                int(preview.stem.removeprefix("step_")): preview
+                for preview in folder.glob("samples/step_*.png")
+            }
+            for step, preview in sorted(previews.items()):
                 frames.append((f"step {step}  {settings.name}", load_grid(preview)))
             names = [CLASS_NAMES[label] for label in settings.classes]
             save_gif(path, frames, names if settings.conditional else ())
@@ -1885,6 +1889,11 @@ def read_config(path: Path) -> dict:
         missing = {*IDENTITY, "model_sha256", "n_eval"} - config.keys()
         if missing or "classes" not in config["settings"]:
             raise ValueError(f"no {', '.join(sorted(missing)) or 'settings.classes'}")
+        went_on = config.get("went_on", [])
+        is_list = isinstance(went_on, list) and all(isinstance(one, dict) for one in went_on)
+        is_text = isinstance(config["circuit"].get("operations"), str | None)
+        if not isinstance(config["n_eval"], int) or not is_list or not is_text:
+            raise ValueError("n_eval, went_on or operations is of another kind")
         return config
 
 
@@ -1970,21 +1979,24 @@ def note_machine(folder: Path, recorded: dict, config: dict) -> None:
         update_config(folder, **now)  # nothing has been made yet
         return
     update_config(folder, went_on=[*recorded.get("went_on", []), now])
-    before = [f"{name} {known.get(name)!r}" for name in changed if name != "git"]
-    if before:
-        made = f"made with {', '.join(before)} so far"
-        print(f"NOTICE: {made}: it goes on otherwise, perhaps not to the same bits")
+    made = ", ".join(f"{name} {known.get(name)!r}" for name in changed)
+    print(f"NOTICE: made with {made} so far: it goes on otherwise, perhaps not to the same bits")
 
 
 def find_weights(folder: Path, settings: Settings, config: dict) -> dict:
     """Entries of ``config.json`` for a run that samples another run's model (--weights).
 
-    The model is that of the same run under ideal conditions, in ``folder``. Raises UserError: there
-    is none, or it was trained otherwise.
+    The model is that of the same run under ideal conditions, in ``folder``, sampled in as many
+    steps as usual or as this run. Raises UserError: there is none, or it was trained otherwise.
     """
-    path = folder / replace(settings, **IDEAL, sample_steps=SAMPLE_STEPS).name / "model.pt"
+    trained = [
+        replace(settings, **IDEAL, sample_steps=steps).name
+        for steps in (SAMPLE_STEPS, settings.sample_steps)
+    ]
+    paths = [folder / name / "model.pt" for name in trained]
+    path = next((path for path in paths if path.is_file()), paths[0])
     if not path.is_file():
-        raise UserError(f"--weights {folder}: no {path}; train it, or name its folder")
+        raise UserError(f"--weights {folder}: no {path}; train it, or name its folder's parent")
 
     # The conditions and the previews may differ; weights_sha256 is only known below.
     source = read_config(path.with_name("config.json"))
@@ -2003,7 +2015,7 @@ def load_run(folder: Path | str, device: torch.device | str = "cpu") -> tuple[Se
 
     Raises UserError when the folder holds none, or a file of it is damaged.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     config = read_config(folder / "config.json")
     with reading(folder / "config.json", "a run's configuration of this version"):
         known = {key: value for key, value in config["settings"].items() if key != "class_names"}
@@ -2013,13 +2025,15 @@ def load_run(folder: Path | str, device: torch.device | str = "cpu") -> tuple[Se
             raise ValueError(f"its circuit is not this script's: {difference}")
 
     path = folder / "model.pt"
+    if not path.exists():
+        raise UserError(f"{path}: not there yet; the command that began this run finishes it")
     state = load_tensors(path, "a run's weights; remove it to train again")
     with reading(path, "this run's weights; remove it to train again"):
         if hashlib.sha256(path.read_bytes()).hexdigest() != config["model_sha256"]:
             raise ValueError("its checksum is not that in config.json")
+    with reading(path, "a model of this script, or not as it is now; use that one"):
         channels = state["stem.weight"].shape[1] // FOLD**2
-    model = make_unet(channels, settings)
-    with reading(path, "this run's weights; remove it to train again"):
+        model = make_unet(channels, settings)
         model.load_state_dict(state)
     return settings, model.to(device)
 
@@ -2067,7 +2081,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     # Conditions that are no numbers.
     add("--simulator", default="exact", help="exact (default), or the name of a PennyLane device")
-    add("--simulator_options", type=json.loads, metavar="JSON", help="that device's arguments")
+    add("--simulator_options", type=json_object, metavar="JSON", help="that device's arguments")
     add(
         "--gate_noise", type=two_numbers, default=Settings.gate_noise, metavar="P1,P2",
         help="depolarising probability after one-qubit, two-qubit gates (default: 0,0)",
@@ -2075,8 +2089,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     # What comes out, and where.
     add("--n_eval", type=int, default=25, help="final images of each class (default: 25)")
-    add("--weights", type=Path, metavar="FOLDER", help="only sample the models of FOLDER's runs")
-    add("--save_dir", type=Path, default=Path("runs"), help="of the run folders (default: runs)")
+    add("--weights", type=a_path, metavar="FOLDER", help="only sample the models of FOLDER's runs")
+    add("--save_dir", type=a_path, default="runs", help="of the run folders (default: runs)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     return parser
 
@@ -2096,12 +2110,22 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         "--data", choices=["auto", "mnist", "digits"], default="auto",
         help="auto (default) takes MNIST, or without a network scikit-learn's digits",
     )  # fmt: skip
-    add("--data_dir", type=Path, default="data", help="holds MNIST/raw (default: data)")
+    add("--data_dir", type=a_path, default="data", help="holds MNIST/raw (default: data)")
 
 
 def whole_number_or_all(text: str) -> int | None:
     """An argparse type: a whole number, or None for ``all``."""
     return None if text == "all" else int(text)
+
+
+def a_path(text: str) -> Path:
+    """An argparse type: a path, where ``~`` is the home folder."""
+    return Path(text).expanduser()
+
+
+def json_object(text: str) -> object:
+    """An argparse type: JSON."""
+    return json.loads(text)
 
 
 def two_numbers(text: str) -> tuple[float, float]:
@@ -2126,7 +2150,12 @@ def this_process(device: str) -> tuple[torch.device, int, int]:
     rank, size, local = numbers
     if size > 1 and "RANK" not in os.environ:
         raise UserError(f"WORLD_SIZE={size} without RANK: set RANK to this process's number too")
-    if not 0 <= rank < size or local < 0:
+    if rank > 0 and "WORLD_SIZE" not in os.environ:
+        raise UserError(f"RANK={rank} without WORLD_SIZE: set it to the number of processes too")
+    if size < 1 or local < 0:
+        found = f"WORLD_SIZE={size} LOCAL_RANK={local}"
+        raise UserError(f"{found}: expected at least 1 process, and a rank of at least 0")
+    if not 0 <= rank < size:
         raise UserError(f"RANK={rank} WORLD_SIZE={size}: expected a rank of 0 to {size - 1}")
 
     # The device.
@@ -2201,8 +2230,9 @@ def make_all(args: argparse.Namespace, augment: Callable | None = None) -> None:
     device, rank, processes = this_process(args.device)
     if not 1 <= args.n_eval <= 50_000:
         raise UserError(f"--n_eval {args.n_eval}: expected 1 to 50000")
-    if args.epochs is not None and args.epochs < 1:
-        raise UserError(f"--epochs {args.epochs}: expected at least 1")
+    if args.epochs is not None and not 1 <= args.epochs <= 10**6:
+        found = f"--epochs {str(args.epochs)[:20]}"
+        raise UserError(f"{found}: expected at least 1, at most {10**6}")
     arms = args.arm or ["quantum" if args.use_quantum == "True" else "classical"]
     for arm in dict.fromkeys(arms):
         check_circuit(settings_of_flags(args, arm))
@@ -2265,8 +2295,9 @@ def make_run(args: argparse.Namespace, data: DataSet, device: torch.device, run:
                 state = train(settings, images, folder, run_hash(config), labels).state_dict()
             write_atomic(model_path, state)
             digest = hashlib.sha256(model_path.read_bytes()).hexdigest()
-            if recorded["model_sha256"] not in (None, digest):  # images of a model that is gone
-                (folder / "samples_final.png").unlink(missing_ok=True)
+            if recorded["model_sha256"] not in (None, digest):  # pictures of a model that is gone
+                for name in ("samples_final.png", *PICTURES):
+                    (folder / name).unlink(missing_ok=True)
             update_config(folder, model_sha256=digest)
 
         # The images for the metrics, and what is nice to look at.

@@ -151,6 +151,29 @@ def test_an_older_configuration_is_named(missing, run, fails):
         assert "config.json: not a run's configuration of this version" in message
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_eval": "2"},
+        {"n_eval": None},
+        {"went_on": None},
+        {"went_on": [1]},
+        {"circuit": {"operations": [], "trained": True, "n_weights": 2}},
+    ],
+)
+def test_a_configuration_edited_by_hand_is_one_line(change, run, fails):
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | change))
+    message = fails(mnist, tiny("runs", "--use_quantum", "--n_eval", "50"))
+    assert "config.json: not a run's configuration of this version" in message
+
+
+def test_a_checkpoint_of_something_else_is_one_line(run, fails):
+    (run / "model.pt").unlink()
+    torch.save([1], run / "checkpoint.pt")
+    assert "checkpoint.pt: of a run with other" in fails(mnist, tiny("runs", "--use_quantum"))
+
+
 def test_a_full_disk_names_the_file_and_keeps_what_was_there(run, monkeypatch, fails):
     before = hashes(run)
 
@@ -264,6 +287,7 @@ NUMBERS = [
     ("--steps", "0", "--steps 0: expected 1 to 1000000"),
     ("--steps", "1e3", "--steps: invalid int value: '1e3'"),
     ("--epochs", "0", "--epochs 0: expected at least 1"),
+    ("--epochs", "1" + 400 * "0", "--epochs 10000000000000000000: expected at least 1, at most"),
     ("--batch_size", "100001", "--batch_size 100001: expected 1 to 100000"),
     ("--lr", "nan", "--lr nan: expected 1e-09 to 1000.0"),
     ("--lr", "0", "--lr 0.0: expected 1e-09 to 1000.0"),
@@ -383,13 +407,16 @@ def test_a_folder_that_cannot_be_made(folder, fails):
         ("0", "", "0", "WORLD_SIZE= in the environment: no whole number"),
         ("0", "2", "1.5", "LOCAL_RANK=1.5 in the environment: no whole number"),
         (None, "8", "0", "WORLD_SIZE=8 without RANK: set RANK to this process's number too"),
+        ("1", None, "0", "RANK=1 without WORLD_SIZE: set it to the number of processes too"),
+        ("0", "2", "-1", "WORLD_SIZE=2 LOCAL_RANK=-1: expected at least 1 process"),
+        ("0", "0", "0", "WORLD_SIZE=0 LOCAL_RANK=0: expected at least 1 process"),
     ],
 )
 def test_environment(tmp_path, monkeypatch, rank, world_size, local_rank, said, fails):
-    monkeypatch.setenv("WORLD_SIZE", world_size)
-    monkeypatch.setenv("LOCAL_RANK", local_rank)
-    if rank is not None:
-        monkeypatch.setenv("RANK", rank)
+    values = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": local_rank}
+    for name, value in values.items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
     assert said in quantum_fails(tmp_path, fails)
 
 

@@ -2,11 +2,12 @@
 
 import io
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 
 import quantum_diffusion_mnist as qd
 
@@ -125,10 +126,22 @@ def test_animations_of_several_classes_have_a_row_for_each(tmp_path):
         picture = torch.from_numpy(np.array(animation.convert("L")))
 
     # Ten images of each class, two pixels a pixel, below the caption and right of the names.
-    top, left = 14, 2 * 3 * 5
+    font = ImageFont.load_default(10)
+    top, left = 14, 5 + math.ceil(max(map(font.getlength, names)))
     assert picture.shape == (top + 2 * (2 * 30 + 2), left + 2 * (10 * 30 + 2))
     tiles = picture[top + 4 :: 2, left + 4 :: 2][:58].unflatten(1, (-1, 30))[:, :10, :28]
     for row, first in enumerate((0, 12)):
         shown = tiles[30 * row : 30 * row + 28].permute(1, 0, 2)
         assert (shown - digits[first : first + 10, 0].float()).abs().mean() < 4
-    assert (picture[top:, : left - 4] < 100).any()
+    assert (picture[top:, 1 : left - 4] < 100).any()
+    assert (picture[:, 0] > 200).all()  # no name is cut off
+
+
+def test_names_of_one_letter_are_not_cut_off(tmp_path):
+    _, digits, _ = qd.load_images("digits", tmp_path)
+    qd.save_gif(tmp_path / "a.gif", [("step 1", digits[:24])], ("3", "8"))
+    with Image.open(tmp_path / "a.gif") as animation:
+        picture = np.array(animation.convert("L"))
+    names = picture[14:, :11] < 128
+    assert not names[:, [0, 10]].any()
+    assert names.any(axis=0).sum() >= 4  # columns of ink

@@ -411,7 +411,23 @@ def test_a_model_trained_anew_has_its_own_images(run, tmp_path, monkeypatch):
     qd.main(argv[0])
     qd.main(argv[1])
     assert not torch.equal(grid_of(run), before)
-    assert torch.equal(grid_of(run), grid_of(only(tmp_path / "new")))
+    new = only(tmp_path / "new")
+    assert torch.equal(grid_of(run), grid_of(new))
+    for name in ("loss.csv", "training_progress.gif"):
+        assert (run / name).read_bytes() == (new / name).read_bytes()
+
+
+def test_previews_are_in_the_order_of_steps(run, monkeypatch):
+    """Also those of more than 999,999 steps."""
+    (run / "samples/step_000006.png").rename(run / "samples/step_1000000.png")
+    (run / "training_progress.gif").unlink()
+    captions = []
+    monkeypatch.setattr(
+        qd, "save_gif", lambda _path, frames, _names: captions.extend(text for text, _ in frames)
+    )
+    qd.draw_pictures(qd.load_run(run)[0], run)
+    steps = [int(caption.split()[1]) for caption in captions]
+    assert steps == [2, 4, 1000000]
 
 
 def test_a_run_that_goes_on_elsewhere_says_so(run, tmp_path, capsys):
@@ -428,6 +444,12 @@ def test_a_run_that_goes_on_elsewhere_says_so(run, tmp_path, capsys):
     (went_on,) = config_of(run)["went_on"]
     assert went_on["threads"] == torch.get_num_threads()
     assert set(went_on) == {"versions", "git", "device", "threads"}
+
+    # The script was changed.
+    elsewhere = went_on | {"git": "another"}
+    (run / "config.json").write_text(json.dumps(config_of(run) | {"went_on": [elsewhere]}))
+    qd.main([*argv, "--n_eval", "7"])
+    assert "NOTICE: made with git 'another' so far: it goes on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -582,6 +604,32 @@ def test_weights_of_one_run_are_sampled_under_other_conditions(finished, run, tm
 
     # A run trained with shots is another than one sampled with them.
     assert "weights_sha256" in fails(qd, tiny(tmp_path / "others", *argv[:-2], *device))
+
+
+def test_weights_of_a_run_with_other_sampling_steps(tmp_path):
+    argv = ["--use_quantum", "--sample_steps", 2]
+    qd.main(tiny(tmp_path / "first", *argv))
+    source = only(tmp_path / "first")
+    assert source.name.endswith("_steps2")
+    qd.main(tiny(tmp_path / "new", *argv, "--shots", 9, "--weights", tmp_path / "first"))
+    weights = config_of(only(tmp_path / "new"))["weights"]
+    assert weights["weights_sha256"] == config_of(source)["model_sha256"]
+
+
+def test_what_load_run_says_of_other_models(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings, _ = qd.load_run(f"~/copy/{run.name}")
+    assert settings.name == run.name
+    with pytest.raises(qd.UserError, match="model.pt/config.json: not a run's configuration"):
+        qd.load_run(run / "model.pt")
+
+    # The file is whole: the script is another one.
+    monkeypatch.setattr(qd, "WIDTHS", (16, 64))
+    with pytest.raises(qd.UserError, match="not a model of this script, or not as it is now"):
+        qd.load_run(run)
+    (run / "model.pt").unlink()
+    with pytest.raises(qd.UserError, match="not there yet; the command that began this run"):
+        qd.load_run(run)
 
 
 @pytest.mark.parametrize(
