@@ -25,6 +25,7 @@ import io
 import json
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +148,7 @@ class Run(NamedTuple):
 def read_run(folder: Path, dataset: DataSet) -> Run:
     """Read a run folder. Raises UserError when it is none, unfinished, or of another data set."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
+        raise UserError(f"{folder}: {'a file, no folder' if folder.exists() else 'no such folder'}")
     config = mnist.read_config(folder / "config.json")
     settings = config["settings"]
     source = settings.get("data")
@@ -158,6 +159,12 @@ def read_run(folder: Path, dataset: DataSet) -> Run:
         missing = {"arm", "n_train", "seed", *BUDGET} - settings.keys()
         if missing or "condition" not in config:
             raise ValueError(f"no {', '.join(sorted(missing)) or 'condition'}")
+        if not isinstance(settings["arm"], str) or not settings["arm"]:
+            raise ValueError("arm: expected a name")
+        for name in ("n_train", "seed", *BUDGET):
+            value = settings[name]
+            if not isinstance(value, int | float) and not (name == "n_train" and value is None):
+                raise ValueError(f"{name} {value!r}: expected a number")
         classes = settings["classes"]
         known = range(len(dataset.module.CLASS_NAMES))
         if not isinstance(classes, list) or not classes or not set(classes) <= set(known):
@@ -192,7 +199,10 @@ def read_run(folder: Path, dataset: DataSet) -> Run:
 
 def read_runs(folders: Sequence[Path], dataset: DataSet) -> list[Run]:
     """Read the run folders; raises UserError for runs that do not belong into one table."""
-    runs = [read_run(folder, dataset) for folder in folders]
+    each: dict[Path, Path] = {}  # a folder that is named twice is one
+    for folder in folders:
+        each.setdefault(folder.resolve(), folder)
+    runs = [read_run(folder, dataset) for folder in each.values()]
     sources = sorted({run.settings["data"] for run in runs})
     if len(sources) > 1:
         raise UserError(f"mixed data sets: {', '.join(sources)}; evaluate each by itself")
@@ -859,7 +869,9 @@ class Evaluator:
         origin = "training split, set aside"
         if self.draws_held_out(which, shown, n):
             origin = f"{self.held_out_name} split"
-        floor = {"n": len(draws[0][0].images), "draws": len(draws), "from": origin}
+        some, rest = draws[0]
+        floor = {"n": len(some.images), "n_real": len(rest.images), "draws": len(draws)}
+        floor["from"] = origin
 
         floor |= mean_of([self.compare(some, rest) for some, rest in draws])
         floor["fid_ratio"] = 1.0 if self.extractor is not None else math.nan
@@ -994,6 +1006,8 @@ class Evaluator:
             notes.append("trained with augmentation")
         if measured["floor"]["n"] < measured["n_generated"]:
             notes.append(f"floor at n = {measured['floor']['n']}")
+        elif measured["floor"]["n_real"] < measured["n_real"]:
+            notes.append("FID / real beside the floor's real images")
         if self.source in ("digits", "tissue"):
             notes.append(f"against embedded {self.source}")
 
@@ -1095,7 +1109,9 @@ def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
     # A table of an earlier version lacks the youngest metric.
     keys = [*METRICS, "kid_standard_error"]
     expected = [name for key in keys for name in (key, f"floor_{key}")]
+    expected.append("floor_n_real")
     frame = frame.reindex(columns=frame.columns.union(expected, sort=False))
+    frame["floor_n_real"] = frame["floor_n_real"].fillna(frame["n_real"]).astype(int)
 
     frame["conditional"] = frame["condition"].str.startswith("conditional")
     frame["other_budget"] = other_budget(frame)
@@ -1105,7 +1121,8 @@ def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
     arms = [*ARMS, *sorted(set(frame["arm"]) - set(ARMS))]
     words = frame["arm"] + " " + frame["condition"] + " " + frame["other_budget"]
     frame["variant"] = words.str.split().str.join(" ")
-    variants = sorted(set(frame["variant"]), key=lambda name: (arms.index(name.split()[0]), name))
+    arm_of = dict(zip(frame["variant"], frame["arm"], strict=True))
+    variants = sorted(arm_of, key=lambda name: (arms.index(arm_of[name]), name))
     frame["variant"] = pd.Categorical(frame["variant"], [*variants, FLOOR], ordered=True)
 
     # Two runs that nothing tells apart would count as two seeds.
@@ -1129,7 +1146,9 @@ def check_columns(frame: pd.DataFrame) -> None:
     empty = [name for name in [*texts, *numbers] if frame[name].isna().any()]
     if empty:
         raise ValueError(f"empty cells in {', '.join(empty)}")
-    for name in frame.columns.intersection([*numbers, *BUDGET, *METRICS, "n_train"]):
+    measured = [*METRICS, "kid_standard_error", "n_real"]
+    numbers += [*BUDGET, "n_train", "n_training", *measured, *(f"floor_{key}" for key in measured)]
+    for name in frame.columns.intersection(numbers):
         pd.to_numeric(frame[name])
 
 
@@ -1248,6 +1267,8 @@ def with_floors(runs: pd.DataFrame) -> pd.DataFrame:
     floors = runs.assign(
         variant=pd.Categorical([FLOOR] * len(runs), dtype=runs["variant"].dtype),
         seed=0,
+        n_generated=runs["floor_n"],
+        n_real=runs["floor_n_real"],
         **{key: runs[f"floor_{key}"] for key in METRICS},
     )
     return pd.concat([runs, floors])
@@ -1400,6 +1421,8 @@ def verdict(comparison: pd.Series) -> str:
         return "different but within the margin"
     if is_different:
         return "different"
+    if comparison["sd"] == 0:  # no test: as of a run and its copy
+        return "no spread"
     return "equivalent" if is_equivalent else "undecided"
 
 
@@ -1421,7 +1444,7 @@ def show_size(n_train: float) -> str:
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table that is also aligned on a terminal."""
     # Columns as wide as their widest cell, a rule under the header.
-    lines = [header, *rows]
+    lines = [[cell.replace("|", r"\|") for cell in line] for line in (header, *rows)]
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
 
@@ -1436,12 +1459,13 @@ def result_table(frame: pd.DataFrame) -> str:
     """One row per result, below it what real images score at the same n."""
     rows = []
     for run in frame.to_dict("records"):
-        compared = [str(run["n_real"]), run["features"]]
         cells = metric_cells(run, prefix="")
         name = f"{run['run']} {run['other_budget']}".strip()
-        rows.append([name, str(run["n_generated"]), *compared, *cells, run["note"]])
+        numbers = [str(run["n_generated"]), str(run["n_real"])]
+        rows.append([name, *numbers, run["features"], *cells, run["note"]])
         cells = metric_cells(run, prefix="floor_")
-        rows.append([f"  {FLOOR}", str(run["floor_n"]), *compared, *cells, run["floor_from"]])
+        numbers = [str(run["floor_n"]), str(run["floor_n_real"])]
+        rows.append([f"  {FLOOR}", *numbers, run["features"], *cells, run["floor_from"]])
 
     headings = [metric.heading for metric in METRICS.values()]
     return table(["run", "n", "n real", "features", *headings, "note"], rows)
@@ -1516,7 +1540,7 @@ def relative_table(comparisons: pd.DataFrame) -> str:
         row += [item.unit, str(item.n), show(item.mean, "{:+.2f}"), show(item.sd, "{:.2f}")]
         for low, high in ((item.low_95, item.high_95), (item.low_90, item.high_90)):
             row.append(f"[{low:+.2f}, {high:+.2f}]" if np.isfinite(low) else "–")
-        row += [show(item.p_different, "{:.2g}"), show(item.p_equivalent, "{:.2g}"), item.verdict]
+        row += [show(item.p_different, "{:.3g}"), show(item.p_equivalent, "{:.3g}"), item.verdict]
         rows.append(row)
 
     header = ["difference", "N", "unit", "n", "mean %", "SD", "95 % interval", "90 % interval"]
@@ -1555,6 +1579,11 @@ def comparison_text(frame: pd.DataFrame, margin: float = MARGIN, family: int = 0
             margin=margin, fewest=DECIDING_UNITS, as_planned=as_planned, level=100 * SIGNIFICANCE
         )
         paragraphs += ["## Relative differences of FID", explanation, relative_table(comparisons)]
+        pairs = relative_differences(frame)
+        is_unequal = (pairs["steps"] != pairs["steps_base"]) & (pairs["other_budget"] == "")
+        if is_unequal.any():
+            unequal = f"In {is_unequal.sum()} pairs the arms were trained with different steps"
+            paragraphs.append(f"**{unequal}: their difference is one of steps, too.**")
     paragraphs += ["## Runs", result_table(frame)]
     return "\n\n".join(text for text in paragraphs if text) + "\n"
 
@@ -1602,7 +1631,7 @@ def source_paragraphs(frame: pd.DataFrame) -> list[str]:
         FLOOR_TEXT,
         f"Budget: {budget_text(classes)}.",
         "; ".join(sorted(notes)),
-        arm_table(runs),
+        arm_table(runs) if len(runs) > 0 else "",
     ]
     if len(runs) < len(classes):
         left_out = f"{len(classes) - len(runs)} of {len(classes)} runs are left out"
@@ -1680,7 +1709,7 @@ ARM_COLOURS = {  # Okabe & Ito
     "frozen": "#CC79A7",
     "se": "#56B4E9",
 }
-MARKERS = "os^DvpP*X"  # of the variants that share a colour: an arm under its conditions
+MARKERS = "os^DvpP*X<>hHd8"  # of the variants that share a colour: an arm under its conditions
 
 
 def draw_closest_pairs(pairs: dict[str, ClosestPairs]) -> Figure:
@@ -1700,7 +1729,7 @@ def draw_closest_pairs(pairs: dict[str, ClosestPairs]) -> Figure:
         axes.tick_params(length=0, labelsize=7)
 
         title = f"{name}: closest pairs, RMS difference (near copy: ≤ {closest.threshold:.3f})"
-        axes.set_title(title, fontsize=8)
+        axes.set_title(title, fontsize=8, parse_math=False)
     return figure
 
 
@@ -1713,7 +1742,10 @@ def draw_panels(frame: pd.DataFrame, against_size: bool) -> Figure:
     """
     # What is drawn: every variant's means and, where there are pairs, their differences.
     frame = of_classes(frame)
-    means = class_means(with_floors(comparable_runs(frame)))
+    runs = comparable_runs(frame)
+    if len(runs) == 0:
+        raise UserError("no class is there for all arms and seeds of a size")
+    means = class_means(with_floors(runs))
     pairs = comparable_pairs(pairs_of_runs(frame, FIGURE_BASELINE))
     differences = class_means(minus_base(pairs))
     has_differences = len(differences) > 0
@@ -1763,7 +1795,9 @@ def draw_panels(frame: pd.DataFrame, against_size: bool) -> Figure:
 
     # One legend for all panels.
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=7)
+    longest = max((len(label) for label in labels), default=0)
+    columns = max(1, min(7, 130 // (longest + 7)))  # of what 12 inches hold
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
     return figure
 
 
@@ -1874,7 +1908,7 @@ def draw_overview(runs: Sequence[Run], frame: pd.DataFrame, evaluator: Evaluator
             show_tiles(axes, torch.cat([images, white[len(images) :]]), columns=each)
         in_row[0].set_ylabel(row, ha="right", va="center", rotation=0, fontsize=7)
     for column, axes in zip(columns, panels[0], strict=True):
-        axes.set_title(column, fontsize=7)
+        axes.set_title(textwrap.fill(column, max(9, 90 // len(columns))), fontsize=7)
     return figure
 
 
@@ -1927,6 +1961,12 @@ PAPER_DRAWS = 100
 
 def evaluate_as_published(evaluator: Evaluator, runs: Sequence[Run], out: Path | None) -> None:
     """The published procedure: into each run's folder, a table, and into ``out`` the table."""
+    for run in runs:
+        evaluator.check(run)
+        fewest = min(len(images) for images in run.images.values())
+        if fewest < PAPER_IMAGES:
+            raise UserError(f"{run.folder}: {fewest} images, expected {PAPER_IMAGES} of a class")
+
     first_training = evaluator.sample(evaluator.train.images[:PAPER_IMAGES])  # of any class
     labels = sorted({label for run in runs for label in run.images})
     real_scores = {label: real_paper_scores(evaluator, label, first_training) for label in labels}
@@ -1969,10 +2009,8 @@ def paper_record(
     evaluator: Evaluator, run: Run, label: int, first_training: Sample, real: pd.DataFrame
 ) -> dict[str, Any]:
     """As in ``metrics_paper.json``: scores of a class, mean and central 95 % of real images'."""
-    images = run.images[label]
-    if len(images) < PAPER_IMAGES:
-        raise UserError(f"{run.folder}: {len(images)} images, expected {PAPER_IMAGES}")
-    score = evaluator.compare(evaluator.sample(images[:PAPER_IMAGES]), first_training)
+    images = run.images[label][:PAPER_IMAGES]
+    score = evaluator.compare(evaluator.sample(images), first_training)
 
     record = {
         "run": evaluator.row_name(run, label),
@@ -2155,15 +2193,16 @@ def read_tables(files: Sequence[Path]) -> list[str]:
 def joined(texts: Sequence[str]) -> str:
     """The text of one comparison.csv with the rows of several, to the letter.
 
-    Of rows with equal run, reference, budget and number of training images the last stays, by
-    whatever features it was judged, but for none.
+    Of rows of one run with equal settings, reference and number of training images the last stays,
+    by whatever features it was judged, but for none. Folders of one name may hold several runs.
     """
     parts = [pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False) for text in texts]
     rows = pd.concat(parts, ignore_index=True)
 
     # A row is told by the columns that all tables have: those of earlier versions lack some.
     in_all = set.intersection(*(set(part) for part in parts))
-    told_by = [name for name in ("run", "reference", "n_training", *BUDGET) if name in in_all]
+    names = ["run", "arm", "condition", "data", "label", "n_train", "seed", *BUDGET]
+    told_by = [name for name in (*names, "reference", "n_training") if name in in_all]
 
     # Rows without features first, so that one with features is the last.
     order = rows["features"].ne("none").sort_values(kind="stable").index

@@ -178,6 +178,13 @@ block_tables() {
     done
 }
 
+if [ $# -eq 0 ]; then sed -n 2,7p "$0" >&2; fi
+for block in "$@"; do
+    if ! declare -F "block_$block" > /dev/null; then
+        echo "$block: expected some of A, B, C, D, E, pictures, gates, judges, tables" >&2
+        exit 2
+    fi
+done
 for block in "$@"; do
     "block_$block"
 done

@@ -174,7 +174,7 @@ def test_figures_are_those_of_the_functions(tmp_path, evaluate, classifier, caps
     assert measured == pytest.approx(expected, rel=1e-4)
     assert result["metrics"]["fid_infinity"] is None  # 25 images, 64 features
     assert result["n_generated"] == 25
-    assert result["n_real"] == len(reference)
+    assert result["n_real"] == result["floor"]["n_real"] == len(reference)
     assert result["near_copy_threshold"] == threshold
     assert result["floor"]["near_copies"] == (usual <= threshold).mean()
 
@@ -224,7 +224,15 @@ def test_floor_beyond_the_held_out_images_halves_the_training_split(
     assert sizes == [(100, total), (half, total - half), (half, total - half)]
     assert result["floor"]["from"] == "training split, set aside"
     assert result["floor"]["n"] == half
+    assert result["floor"]["n_real"] == total - half
     assert f"floor at n = {half}" in result["note"]
+
+    # As many as were generated, but beside fewer real images than the run is: the table says so.
+    (result,) = evaluate(make_run(tmp_path / "b", TRAINED_THREES[:60]))
+    assert (result["floor"]["n"], result["floor"]["n_real"]) == (60, total - 60)
+    assert result["note"].startswith("FID biased upwards: n < 1000; FID / real beside the floor's")
+    (row,) = tables("# a\n" + evaluation.result_table(frame_of([result])))["a"][1:]
+    assert (row["n"], row["n real"]) == ("60", str(total - 60))
 
 
 def test_inception_through_the_command_line(tmp_path, evaluate, capsys, monkeypatch):
@@ -923,6 +931,70 @@ def test_other_training_steps_are_compared_with_the_usual_ones_of_the_same_arm(s
     assert list(compare_fid(runs)) == ["quantum − matched"]
 
 
+def test_other_steps_of_a_whole_arm_are_told():
+    runs = [fake("matched", 3, 0, 10, steps=1000), fake("quantum", 3, 0, 11, steps=2000)]
+    assert "In 1 pairs the arms were trained with different steps" in report_of(runs)
+    assert "were trained with different steps" not in report_of(pair_of(3, 0))
+
+
+def test_runs_in_folders_of_one_name_are_all_there(tmp_path, evaluate, draw_only):
+    """Moved together as seed0/quantum, seed1/quantum; a folder named twice is one run."""
+    draw_only()
+    runs = []
+    for seed in (0, 1):
+        made = make_run(tmp_path / "made", noisy(THREES[:4], seed, 5), arm="quantum", seed=seed)
+        (tmp_path / f"seed{seed}").mkdir()
+        runs.append(made.rename(tmp_path / f"seed{seed}" / "quantum"))
+    evaluate(*runs, runs[0], "--out", tmp_path / "out")
+    table = pd.read_csv(tmp_path / "out" / "comparison.csv")
+    assert table["run"].tolist() == ["quantum"] * 2
+    assert table["seed"].tolist() == [0, 1]
+
+    # Added to a table one by one.
+    kept = tmp_path / "kept.csv"
+    for run in runs:
+        evaluate(run, "--csv", kept)
+    assert pd.read_csv(kept)["seed"].tolist() == [0, 1]
+
+
+def test_arms_may_have_a_space_in_their_names():
+    frame = frame_of([fake("my own", 3, 0, 10), *pair_of(3, 0)])
+    assert frame["variant"].cat.categories.tolist() == ["matched", "quantum", "my own", FLOOR]
+
+
+def test_a_bar_in_a_cell_is_no_column():
+    assert evaluation.table(["a"], [["x|y"]]).splitlines()[-1] == r"| x\|y |"
+
+
+def test_equal_differences_are_no_test():
+    runs = [run for seed in range(6) for run in pair_of(0, seed)]
+    assert compare_fid(runs)["quantum − matched"]["verdict"] == "no spread"
+
+
+def test_classes_that_no_two_arms_share_are_not_drawn():
+    frame = frame_of([fake("matched", 3, 0, 10), fake("quantum", 8, 0, 10)])
+    with pytest.raises(mnist.UserError, match="no class is there for all arms"):
+        evaluation.draw_panels(frame, against_size=False)
+    assert "| N " not in evaluation.comparison_text(frame)
+
+
+def test_long_names_fit_into_the_figures(monkeypatch):
+    """Conditions of many words: in the overview's titles and below the panels."""
+    noise = [f"shots{n}_gate0.001-0.01_readout0.02_steps10" for n in range(100, 900, 100)]
+    white = torch.full((3, 1, 28, 28), 255, dtype=torch.uint8)
+    cells = {("3", f"quantum {condition}"): white for condition in noise}
+    monkeypatch.setattr(evaluation, "overview_cells", lambda *_: cells)
+    figure = evaluation.draw_overview([], None, None)
+    figure.draw_without_rendering()
+    boxes = [axes.title.get_window_extent() for axes in figure.axes]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+
+    runs = [fake("quantum", 3, 0, 10, condition=condition) for condition in noise]
+    figure = evaluation.draw_panels(frame_of(runs), against_size=False)
+    figure.draw_without_rendering()
+    assert figure.legends[0].get_window_extent().width < figure.bbox.width
+
+
 def test_a_run_of_other_steps_beside_the_usual_one(tmp_path, evaluate, draw_only):
     """Through the command line: not refused nor mixed up, though two folders' names are one."""
     draw_only()
@@ -1240,6 +1312,9 @@ def test_augmented_and_plain_runs_of_one_name_are_not_mixed_up():
         (lambda table: table[:0], "no rows of single classes"),
         (lambda table: table.assign(seed=""), "empty cells in seed"),
         (lambda table: table.assign(fid="abc"), "Unable to parse string"),
+        (lambda table: table.assign(floor_fid="abc"), "Unable to parse string"),
+        (lambda table: table.assign(kid_standard_error="abc"), "Unable to parse string"),
+        (lambda table: table.assign(n_training="abc"), "Unable to parse string"),
     ],
 )
 def test_damaged_tables(change, said, tmp_path, fails):
@@ -1258,6 +1333,9 @@ def test_damaged_tables(change, said, tmp_path, fails):
         (lambda config: config.pop("condition"), "no condition"),
         (lambda config: config["settings"].update(classes=[]), "expected some of 0 to 9"),
         (lambda config: config["settings"].update(classes=[99]), "expected some of 0 to 9"),
+        (lambda config: config["settings"].update(arm=""), "arm: expected a name"),
+        (lambda config: config["settings"].update(steps=None), "steps None: expected a number"),
+        (lambda config: config["settings"].update(n_train="25"), "n_train '25': expected a num"),
     ],
 )
 def test_damaged_configurations(change, said, tmp_path, fails):
@@ -1388,6 +1466,12 @@ MISTAKES = [  # how the run folders are made, more options, what the error says
     (FIVE, (*INCEPTION, "none.pth"), "use --features classifier"),
     (FIVE, (*PAPER, "--features", "none"), "needs features"),
     (run_of(THREES[:3]), (*PAPER, "--features", "classifier"), "3 images, expected 5"),
+    (
+        run_of(THREES[:5], training=TRAINED_THREES),
+        (*PAPER, "--features", "classifier"),
+        "trained on other images",
+    ),
+    (lambda root: [FIVE(root)[0] / "config.json"], (), "config.json: a file, no folder"),
 ]
 
 
