@@ -76,6 +76,7 @@ METRICS = {  # by their key in metrics.json and comparison.csv
 }
 
 FLOOR = "real images (floor)"
+SET_ASIDE = "training split, set aside"  # where a floor's images are from, if too few are held out
 FLOOR_DRAWS = 5  # samples of real images whose mean is the floor
 ONE_DRAW_ABOVE = 1000  # images: of larger samples one is enough
 FID_WARNING_BELOW = 1000  # images
@@ -866,7 +867,7 @@ class Evaluator:
     def measure_floor(self, which: Classes, shown: Classes, n: int) -> dict[str, Any]:
         """What n real images score: the mean over ``floor_draws``."""
         draws = list(self.floor_draws(which, shown, n))
-        origin = "training split, set aside"
+        origin = SET_ASIDE
         if self.draws_held_out(which, shown, n):
             origin = f"{self.held_out_name} split"
         some, rest = draws[0]
@@ -1007,7 +1008,7 @@ class Evaluator:
         if measured["floor"]["n"] < measured["n_generated"]:
             notes.append(f"floor at n = {measured['floor']['n']}")
         elif measured["floor"]["n_real"] < measured["n_real"]:
-            notes.append("FID / real beside the floor's real images")
+            notes.append("FID / real measured against the floor's real images")
         if self.source in ("digits", "tissue"):
             notes.append(f"against embedded {self.source}")
 
@@ -1106,12 +1107,14 @@ def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
     check_columns(frame)
     frame = frame.fillna(texts | {"n_train": np.inf})
 
-    # A table of an earlier version lacks the youngest metric.
+    # A table of an earlier version lacks the youngest columns.
     keys = [*METRICS, "kid_standard_error"]
     expected = [name for key in keys for name in (key, f"floor_{key}")]
     expected.append("floor_n_real")
     frame = frame.reindex(columns=frame.columns.union(expected, sort=False))
-    frame["floor_n_real"] = frame["floor_n_real"].fillna(frame["n_real"]).astype(int)
+    set_aside = frame["floor_n"].where(frame["floor_from"] == SET_ASIDE, 0)
+    rest = frame["n_real"] - set_aside
+    frame["floor_n_real"] = frame["floor_n_real"].fillna(rest).astype(int)
 
     frame["conditional"] = frame["condition"].str.startswith("conditional")
     frame["other_budget"] = other_budget(frame)
@@ -1350,8 +1353,8 @@ def fid_comparisons(frame: pd.DataFrame, margin: float, family: int = 0) -> pd.D
     """One row per comparison and training-set size: statistics of the units and the verdict.
 
     frame: ``read_comparison`` of one table, or several of these below each other. margin: in per
-    cent. The p of each test are adjusted over all rows with enough units, at least ``family``; the
-    other rows have none.
+    cent. The p of each test are adjusted over all rows with enough units, counted as at least
+    ``family`` tests; the other rows have none.
     """
     rows = []
     for key, pairs in relative_differences(frame).groupby(COMPARISON, observed=True):
@@ -1421,7 +1424,7 @@ def verdict(comparison: pd.Series) -> str:
         return "different but within the margin"
     if is_different:
         return "different"
-    if comparison["sd"] == 0:  # no test: as of a run and its copy
+    if math.isnan(comparison["p_different"]):  # as of runs and their copies
         return "no spread"
     return "equivalent" if is_equivalent else "undecided"
 
@@ -1553,6 +1556,7 @@ RELATIVE_TEXT = (
     "averaged first. p different: two-sided t test; p equivalent: two one-sided t tests with a "
     "margin of ±{margin:g} %. Both are Holm-adjusted over the rows of this table that have at "
     "least {fewest} units{as_planned}, and decide at {level:g} %; the intervals are not adjusted. "
+    "Units that are all equal, such as copies, are not tested. "
     "Few images raise all FIDs and so lower the percentages."
 )
 
@@ -1582,8 +1586,8 @@ def comparison_text(frame: pd.DataFrame, margin: float = MARGIN, family: int = 0
         pairs = relative_differences(frame)
         is_unequal = (pairs["steps"] != pairs["steps_base"]) & (pairs["other_budget"] == "")
         if is_unequal.any():
-            unequal = f"In {is_unequal.sum()} pairs the arms were trained with different steps"
-            paragraphs.append(f"**{unequal}: their difference is one of steps, too.**")
+            unequal = f"Pairs whose two runs had different training steps: {is_unequal.sum()}"
+            paragraphs.append(f"**{unequal}. Their difference is one of steps, too.**")
     paragraphs += ["## Runs", result_table(frame)]
     return "\n\n".join(text for text in paragraphs if text) + "\n"
 
@@ -2069,7 +2073,7 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
     add("--features", choices=features,
         help="what FID, KID, precision and recall compare; classifier: of a CNN trained on the "
         f"data (default: {features[0]}; with --protocol paper: inception)")
-    add("--inception_weights", type=mnist.a_path, metavar="FILE", help="a local copy of them")
+    add("--inception_weights", type=mnist.a_path, metavar="FILE", help="Inception's, a local copy")
     add("--reference", choices=["class", "all"], default="class",
         help=f"real training images are of the run's class or of all {default}")
     add("--n_real", type=int, default=10_000, metavar="N",

@@ -161,7 +161,7 @@ class Settings:
     steps: int = number(1250, 1, 10**6, "optimizer steps")  # 13 passes over an MNIST digit
     batch_size: int = number(64, 1, 10**5, "images per step")
     lr: float = number(3e-3, 1e-9, 1e3, "learning rate of Adam, before warm-up and decay")
-    muon_lr: float = number(0.02, 0.0, 1e3, "of Muon, for inner convolutions, likewise")
+    muon_lr: float = number(0.02, 0.0, 1e3, "the same of Muon, for inner convolutions")
     ema_decay: float = number(0.995, 0.0, 0.999999, "target decay of the weights' moving average")
     timesteps: int = number(1000, 2, 10**5, "noise levels T")
 
@@ -327,7 +327,8 @@ class GaussianDiffusion:
         """
         wanted = torch.linspace(math.asinh(-6), self.log_snr[0].asinh(), steps).sinh()
 
-        # The timesteps whose log-SNR is nearest to the wanted one.
+        # The timesteps whose log-SNR is nearest to the wanted one. One after the other, as steps
+        # times T distances may not fit into the memory.
         levels = torch.stack([(self.log_snr - one).abs().argmin() for one in wanted])
         levels[0] = self.timesteps - 1  # pure noise
         return levels.unique().flip(0)
@@ -607,16 +608,18 @@ def with_noise(
     return noisy_circuit
 
 
-# Numbers from 0 to these stand for a circuit's angles and weights when it is read: negative and
-# large ones too, which an absolute value or a limit changes, and many, for branches on weights.
-RECORDED_SIZES = (6, -1000, 1000, *range(7, 27))
+# Numbers from 0 to these stand for a circuit's angles and weights when it is read: usual ones;
+# negative and large ones, which an absolute value or a limit changes; and many, to see branches.
+USUAL_SIZE = 6
+EXTREME_SIZES = (-1000, 1000)
+MORE_SIZES = range(7, 27)
 
 
 class Recorded(NamedTuple):
     """An operation, and where each of its parameters comes from."""
 
     operation: qml.operation.Operator
-    # As Factor's; None: of a constant; ("computed ", value and derivatives).
+    # As Factor's, ("w", 6), or ("computed", its value and derivatives as text); None: a constant.
     sources: tuple[tuple[str, int | str] | None, ...]
 
     def __str__(self) -> str:
@@ -625,7 +628,7 @@ class Recorded(NamedTuple):
         For example ``RZ(w0) 0``, ``CNOT 0 1`` or ``PauliRot(w0) 0 1 pauli_word='XX'``.
         """
         words = [
-            shown_value(value) if source is None else f"{source[0]}{source[1]}"
+            shown_value(value) if source is None else "".join(map(str, source))
             for source, value in zip(self.sources, self.operation.parameters, strict=True)
         ]
         inside = f"({', '.join(words)})" if words else ""
@@ -646,7 +649,7 @@ def with_parameters(
         return qml.ops.functions.bind_new_parameters(operation, parameters)
     except IndexError:  # PennyLane's, of an evolution under 2 X or a sum
         if operation.name != "Evolution":
-            raise
+            raise UserError(f"{operation.name}: its parameters cannot be set; {WAY_OUT}") from None
         return qml.evolve(operation.base, parameters[0])
 
 
@@ -682,13 +685,13 @@ def value_and_derivatives(parameter: Tensor, angles: Tensor, weights: Tensor) ->
         if derivative
     ]
     values = [f"{value:.6g}" for value in numbers.flatten().tolist()]
-    return f"{' '.join(values)} ({', '.join(derivatives)})"
+    return f" {' '.join(values)} ({', '.join(derivatives)})"
 
 
 @torch.inference_mode(False)
 @torch.enable_grad()
 def record(
-    circuit: Callable, n_qubits: int, n_layers: int, n_weights: int, size: float = 6
+    circuit: Callable, n_qubits: int, n_layers: int, n_weights: int, size: float = USUAL_SIZE
 ) -> list[Recorded]:
     """Runs a circuit once on random numbers, to see which angle or weight each parameter is.
 
@@ -721,7 +724,7 @@ def record(
             if source is not None and not has_gradient:
                 source = (f"detached {source[0]}", source[1])
             elif source is None and has_gradient:
-                source = ("computed ", value_and_derivatives(parameter, angles, weights))
+                source = ("computed", value_and_derivatives(parameter, angles, weights))
             sources.append(source)
         recorded.append(Recorded(operation, tuple(sources)))
     return recorded
@@ -1829,17 +1832,19 @@ def run_config(settings: Settings, data: DataSet, device: torch.device) -> dict:
 def circuit_text(settings: Settings) -> str | None:
     """The operations of the run's circuit, for example ``RY(x0) 0; CNOT 0 1``; None: no circuit.
 
-    Where they depend on angles or weights otherwise than by such a parameter, as a PennyLane device
-    allows, the texts for other angles and weights follow behind `` | ``.
+    On a PennyLane device a parameter may be computed, or an operation be there for some weights
+    alone. So the circuit is read with three sets of numbers, and texts that differ are joined by
+    `` | ``. Not every branch is seen.
     """
     arm = ARMS[settings.arm]
     if arm.circuit is None:
         return None
     sizes = (settings.n_qubits, settings.n_layers, arm.n_weights)
-    texts = [
-        "; ".join(str(one).replace("; ", ", ") for one in record(arm.circuit, *sizes, size))
-        for size in RECORDED_SIZES[:3]
-    ]
+    texts = []
+    for size in (USUAL_SIZE, *EXTREME_SIZES):
+        with contextlib.suppress(UserError) if texts else contextlib.nullcontext():
+            recorded = record(arm.circuit, *sizes, size)
+            texts.append("; ".join(str(one).replace("; ", ", ") for one in recorded))
     return " | ".join(dict.fromkeys(texts))
 
 
@@ -2031,7 +2036,7 @@ def load_run(folder: Path | str, device: torch.device | str = "cpu") -> tuple[Se
     with reading(path, "this run's weights; remove it to train again"):
         if hashlib.sha256(path.read_bytes()).hexdigest() != config["model_sha256"]:
             raise ValueError("its checksum is not that in config.json")
-    with reading(path, "a model of this script, or not as it is now; use that one"):
+    with reading(path, "a model of this script as it is now; config.json names its git commit"):
         channels = state["stem.weight"].shape[1] // FOLD**2
         model = make_unet(channels, settings)
         model.load_state_dict(state)
@@ -2081,7 +2086,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     # Conditions that are no numbers.
     add("--simulator", default="exact", help="exact (default), or the name of a PennyLane device")
-    add("--simulator_options", type=json_object, metavar="JSON", help="that device's arguments")
+    add("--simulator_options", type=json.loads, metavar="JSON", help="that device's arguments")
     add(
         "--gate_noise", type=two_numbers, default=Settings.gate_noise, metavar="P1,P2",
         help="depolarising probability after one-qubit, two-qubit gates (default: 0,0)",
@@ -2121,11 +2126,6 @@ def whole_number_or_all(text: str) -> int | None:
 def a_path(text: str) -> Path:
     """An argparse type: a path, where ``~`` is the home folder."""
     return Path(text).expanduser()
-
-
-def json_object(text: str) -> object:
-    """An argparse type: JSON."""
-    return json.loads(text)
 
 
 def two_numbers(text: str) -> tuple[float, float]:
@@ -2533,12 +2533,16 @@ def factors_of_qubits(recorded: Sequence[Recorded], n_qubits: int) -> list[list[
             raise UserError(f"{found}: the exact simulation knows neighbours only; {WAY_OUT}")
 
         # One operation of each kind is fitted and cut, then found again by this key: its name, and
-        # its matrix with every variable parameter at 0.5.
+        # its matrix at some values of the variable parameters, another for each: two may swap.
         variable = tuple(source is not None for source in sources)
         is_last = tuple(last[wire] == k for wire in wires)
-        values = zip(operation.parameters, variable, strict=True)
-        constants = [0.5 if is_variable else qml.math.toarray(p) for p, is_variable in values]
-        matrix = pauli_transfer_matrix(with_parameters(operation, constants))
+        values = [
+            0.5 + 0.1 * math.sqrt(2 + j) if is_variable else qml.math.toarray(parameter)
+            for j, (parameter, is_variable) in enumerate(
+                zip(operation.parameters, variable, strict=True)
+            )
+        ]
+        matrix = pauli_transfer_matrix(with_parameters(operation, values))
         key = (operation.name, matrix.tobytes(), variable, is_last)
         if key not in known:
             coefficients, n = fit_harmonics(operation, variable)
@@ -2652,12 +2656,12 @@ def compile_circuit(
     # Recorded again, with other values, the operations must be the same.
     sizes = (n_qubits, n_layers, n_weights)
     recorded = record(circuit, *sizes)
-    for size in RECORDED_SIZES:
+    for size in (USUAL_SIZE, *EXTREME_SIZES, *MORE_SIZES):
         for one, other in itertools.zip_longest(recorded, record(circuit, *sizes, size)):
             is_same = str(one) == str(other)
-            if not is_same and size == RECORDED_SIZES[0]:
+            if not is_same and size == USUAL_SIZE:
                 raise UserError(f"{name_of(circuit)} is another circuit each time it is called")
-            if not is_same or any(source and source[0] == "computed " for source in one.sources):
+            if not is_same or any(source and source[0] == "computed" for source in one.sources):
                 found = f"{name_of(circuit)}, {(one or other).operation.name}: a parameter must be"
                 must_be = "an angle or a weight, or a constant, not computed"
                 way_out = f"and which operations there are must not depend on them; {WAY_OUT}"
@@ -2863,7 +2867,7 @@ def circuit_expectations(
 def values_and_gradients(compute: Callable, angles: Tensor, weights: Tensor) -> Tensor:
     """<Z_i> and the gradients of the sum of their squares, as one vector."""
     values = compute(angles, weights)
-    loss = values.square().sum() + 0 * angles.sum()  # which may not depend on either
+    loss = values.square().sum() + 0 * angles.sum()  # has a gradient if the values have none
     gradients = torch.autograd.grad(
         loss, (angles, weights), allow_unused=True, materialize_grads=True
     )
@@ -2901,7 +2905,7 @@ def check_circuit(settings: Settings) -> None:
     # PennyLane's own simulator; channels, a circuit's own or --gate_noise's, need density matrices.
     operations = operations_of(circuit, angles, weights)
     has_channels = any(isinstance(one, qml.operation.Channel) for one in operations)
-    mend = "; the input is to be indexed as angles[..., i], a constant beside it to be a tensor"
+    mend = "; the input is to be indexed as angles[..., i]; constants beside it are tensors, too"
     with explaining(f"{name_of(circuit)} does not run in PennyLane", mend):
         own = on_device(circuit, n_qubits, "default.mixed" if has_channels else "default.qubit")
         reference = values_and_gradients(own, angles, weights)

@@ -109,12 +109,13 @@ block_judges() {
     done
 }
 
-# The overview and the GIFs, of block A's first seed, while its run folders exist. Without features
-# no FID is computed, which would compare two arms.
+# The overview and the GIFs, of block A's first seed, while its run folders exist. It compares two
+# arms, so A must be whole; those tables stay in the run folders' place.
 block_pictures() {
     local seed=${SEEDS%% *} run name
+    is_whole A || return 0
     python cal_fid_ssim.py "$RUNS"/A/{classical,quantum}_*_seed"$seed" --data_dir "$DATA_DIR" \
-        --features none --out "$RUNS/pictures"
+        --out "$RUNS/pictures" > /dev/null
     cp "$RUNS/pictures/overview.png" "$PICTURES"
     for run in "$RUNS"/A/{classical,quantum}_*_seed"$seed"; do
         name=$(basename "$run")
@@ -140,46 +141,48 @@ planned() {
     esac
 }
 
-# show FOLDER FAMILY OWN BLOCKS...: tables and figures of those of the blocks that are whole, E by
-# whole seeds; nothing without the first, its own. Holm's adjustment is over at least FAMILY tests.
-# A run that diverged leaves rows out: name their number, MISSING_A=1.
+# is_whole BLOCK: whether its table has all rows; of E those of whole seeds. A run that diverged
+# leaves rows out: name their number, MISSING_A=1.
+is_whole() {
+    local block=$1 rows=0 diverged=MISSING_$1 missing
+    if [ -f "$OUT/$block.csv" ]; then rows=$(($(wc -l < "$OUT/$block.csv") - 1)); fi
+    missing=$(($(planned "$block") - rows - ${!diverged:-0}))
+    if [ "$block" = E ] && [ "$rows" -gt 0 ]; then missing=$((missing % $(planned E))); fi
+    if [ "$missing" -ne 0 ]; then echo "block $block is not whole: $rows rows" >&2; fi
+    [ "$missing" -eq 0 ]
+}
+
+# show FOLDER FAMILY BLOCKS...: tables and figures of those of the blocks that are whole. Holm's
+# adjustment is over at least FAMILY tests.
 show() {
-    local folder=$1 family=$2 own=$3 block rows diverged missing
+    local folder=$1 family=$2 block
     local whole=()
     shift 2
     for block in "$@"; do
-        rows=0
-        if [ -f "$OUT/$block.csv" ]; then rows=$(($(wc -l < "$OUT/$block.csv") - 1)); fi
-        diverged=MISSING_$block
-        missing=$(($(planned "$block") - rows - ${!diverged:-0}))
-        if [ "$block" = E ] && [ "$rows" -gt 0 ]; then missing=$((missing % $(planned E))); fi
-        if [ "$missing" -eq 0 ]; then
-            whole+=("$OUT/$block.csv")
-        else
-            echo "$folder: without block $block, which is not whole ($rows rows)" >&2
-            if [ "$block" = "$own" ]; then return; fi
-        fi
+        if is_whole "$block"; then whole+=("$OUT/$block.csv"); fi
     done
     python cal_fid_ssim.py --csv "${whole[@]}" --out "$OUT/$folder" --family "$family" > /dev/null
 }
 
-# The six questions, the control, the other circuits, all: of whole blocks alone. The questions'
+# The six questions, the control, the other circuits, all: nothing before A is whole. The questions'
 # Holm adjustment is always over six, so that no later block changes an answer. The judges' tables
 # have the pairs whose run folders were there.
 block_tables() {
+    local judge
+    is_whole A || return 0
     show questions 6 A C D
-    show control 0 B A
-    show circuits 0 E A
+    if is_whole B; then show control 0 A B; fi
+    if is_whole E; then show circuits 0 A E; fi
     show all 0 A B C D E
     if [ -f "$OUT/all/forest.png" ]; then cp "$OUT/all/forest.png" "$PICTURES"; fi
-    if [ ! -d "$OUT/questions" ]; then return; fi
-    for judge in 1 2; do
-        python cal_fid_ssim.py --csv "$OUT/judge$judge.csv" --out "$OUT/judge$judge" > /dev/null
+    for judge in judge1 judge2; do
+        if [ -f "$OUT/$judge.csv" ]; then
+            python cal_fid_ssim.py --csv "$OUT/$judge.csv" --out "$OUT/$judge" > /dev/null
+        fi
     done
 }
 
-if [ $# -eq 0 ]; then sed -n 2,7p "$0" >&2; fi
-for block in "$@"; do
+for block in "${@:-none}"; do
     if ! declare -F "block_$block" > /dev/null; then
         echo "$block: expected some of A, B, C, D, E, pictures, gates, judges, tables" >&2
         exit 2

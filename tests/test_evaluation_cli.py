@@ -230,9 +230,14 @@ def test_floor_beyond_the_held_out_images_halves_the_training_split(
     # As many as were generated, but beside fewer real images than the run is: the table says so.
     (result,) = evaluate(make_run(tmp_path / "b", TRAINED_THREES[:60]))
     assert (result["floor"]["n"], result["floor"]["n_real"]) == (60, total - 60)
-    assert result["note"].startswith("FID biased upwards: n < 1000; FID / real beside the floor's")
+    assert "; FID / real measured against the floor's real images;" in result["note"]
     (row,) = tables("# a\n" + evaluation.result_table(frame_of([result])))["a"][1:]
     assert (row["n"], row["n real"]) == ("60", str(total - 60))
+
+    # A table of an earlier version, without that column: it can be told.
+    older = pd.read_csv(io.StringIO(evaluation.comparison_csv([result])))
+    older = older.drop(columns="floor_n_real").to_csv(index=False)
+    assert evaluation.read_comparison(io.StringIO(older))["floor_n_real"].tolist() == [total - 60]
 
 
 def test_inception_through_the_command_line(tmp_path, evaluate, capsys, monkeypatch):
@@ -933,8 +938,8 @@ def test_other_training_steps_are_compared_with_the_usual_ones_of_the_same_arm(s
 
 def test_other_steps_of_a_whole_arm_are_told():
     runs = [fake("matched", 3, 0, 10, steps=1000), fake("quantum", 3, 0, 11, steps=2000)]
-    assert "In 1 pairs the arms were trained with different steps" in report_of(runs)
-    assert "were trained with different steps" not in report_of(pair_of(3, 0))
+    assert "Pairs whose two runs had different training steps: 1." in report_of(runs)
+    assert "different training steps" not in report_of(pair_of(3, 0))
 
 
 def test_runs_in_folders_of_one_name_are_all_there(tmp_path, evaluate, draw_only):
@@ -967,8 +972,13 @@ def test_a_bar_in_a_cell_is_no_column():
 
 
 def test_equal_differences_are_no_test():
-    runs = [run for seed in range(6) for run in pair_of(0, seed)]
-    assert compare_fid(runs)["quantum − matched"]["verdict"] == "no spread"
+    for fid in (8, 11):
+        runs = [
+            fake(arm, 3, seed, of_arm)
+            for seed in range(6)
+            for arm, of_arm in (("matched", 8), ("quantum", fid))
+        ]
+        assert compare_fid(runs)["quantum − matched"]["verdict"] == "no spread"
 
 
 def test_classes_that_no_two_arms_share_are_not_drawn():

@@ -735,7 +735,18 @@ def nearly_equal_constants(angles, weights):
         qml.IsingXX(strength, wires=[i, i + 1])
 
 
-@pytest.mark.parametrize("circuit", [controlled_by_turns, nearly_equal_constants])
+def swapped_parameters(angles, weights):
+    """Products whose parameters change places, and an angle with a constant."""
+    qd.encode(angles)
+    qml.prod(qml.RZ(weights[0, 0, 0], 0), qml.RX(weights[0, 1, 0], 1))
+    qml.prod(qml.RX(weights[0, 2, 0], 3), qml.RZ(weights[0, 3, 0], 2))
+    qml.prod(qml.RX(weights[0, 4, 0], 4), qml.RX(0.5, 5))
+    qml.prod(qml.RX(weights[0, 5, 0], 7), qml.RX(0.5, 6))
+
+
+@pytest.mark.parametrize(
+    "circuit", [controlled_by_turns, nearly_equal_constants, swapped_parameters]
+)
 def test_gates_of_one_kind_with_other_constants_are_others(circuit):
     inputs = circuit_inputs(3, 8, 1)
     found = qd.circuit_expectations(*inputs, circuit=circuit)
@@ -884,3 +895,12 @@ def test_the_text_of_a_run_tells_computed_parameters_apart(monkeypatch):
         texts.add(text)
     assert len(texts) == len(COMPUTED)
     assert "RX(x0) 0; RY(w1) 1" in texts
+
+
+def test_a_circuit_that_takes_usual_numbers_alone_has_a_text(monkeypatch):
+    def circuit(angles, weights):
+        assert weights.abs().max() < 100
+        qml.RX(angles[..., 0], wires=0)
+
+    monkeypatch.setitem(qd.ARMS, "own", qd.Arm("", circuit, 1))
+    assert qd.circuit_text(qd.Settings("own", n_qubits=2, n_layers=1)) == "RX(x0) 0"
