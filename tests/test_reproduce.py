@@ -145,6 +145,26 @@ def test_a_block_that_is_not_whole_is_not_shown(block, left, commands, tmp_path)
     assert all(f"{block}.csv" not in files for files in tables.values())
 
 
+def test_the_studys_judge_is_put_where_the_evaluation_finds_it(commands, tmp_path, monkeypatch):
+    (judge,) = (ROOT / "result_gif" / "results" / "study").glob("classifier_*.pt")
+    (tmp_path / "data" / "MNIST").mkdir(parents=True)
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
+    commands("A")
+    found = tmp_path / "data" / "evaluation" / judge.name
+    assert found.read_bytes() == judge.read_bytes()
+
+    found.write_text("of this machine")
+    commands("A")
+    assert found.read_text() == "of this machine"
+
+    # It is the one that A.csv names.
+    classifier = evaluation.build_classifier(1, 10, 0)
+    classifier.load_state_dict(mnist.load_tensors(judge, "a classifier")["weights"])
+    name = str(evaluation.classifier_extractor(classifier.eval(), "cpu"))
+    assert name == "classifier:7b2f1f39cef2"
+    assert name in (judge.parent / "A.csv").read_text()
+
+
 def test_pictures_wait_for_a_whole_block(commands, tmp_path):
     (tmp_path / "study" / "A.csv").write_text("a row\n" * ROWS["A"])
     assert commands("pictures") == []
