@@ -646,6 +646,7 @@ def of_an_own_weight(angles, weights):
     qml.RX(OWN_WEIGHT, wires=0)
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
 @pytest.mark.parametrize(
     "circuit, reason",
     [
