@@ -1578,7 +1578,7 @@ def comparison_text(frame: pd.DataFrame, margin: float = MARGIN, family: int = 0
 
     comparisons = fid_comparisons(frame, margin, family)
     if len(comparisons) > 0:
-        as_planned = f", but as at least {family} tests" if family else ""
+        as_planned = f", counted as at least {family} tests" if family else ""
         explanation = RELATIVE_TEXT.format(
             margin=margin, fewest=DECIDING_UNITS, as_planned=as_planned, level=100 * SIGNIFICANCE
         )

@@ -161,7 +161,7 @@ class Settings:
     steps: int = number(1250, 1, 10**6, "optimizer steps")  # 13 passes over an MNIST digit
     batch_size: int = number(64, 1, 10**5, "images per step")
     lr: float = number(3e-3, 1e-9, 1e3, "learning rate of Adam, before warm-up and decay")
-    muon_lr: float = number(0.02, 0.0, 1e3, "the same of Muon, for inner convolutions")
+    muon_lr: float = number(0.02, 0.0, 1e3, "learning rate of Muon (inner convolutions), likewise")
     ema_decay: float = number(0.995, 0.0, 0.999999, "target decay of the weights' moving average")
     timesteps: int = number(1000, 2, 10**5, "noise levels T")
 
@@ -655,8 +655,8 @@ def with_parameters(
 
 def details(operation: qml.operation.Operator) -> list[str]:
     """What name, parameters and wires of an operation do not show, such as a Pauli word."""
-    # Products and exponentials: all of it, with 0, 1, ... for the parameters, which are shown, but
-    # for those of an evolution's Hamiltonian.
+    # Products and exponentials: all of it, with 0, 1, ... for the parameters, which are shown. An
+    # evolution counts its time alone as one, so those of its Hamiltonian follow.
     if operation.name in ("Prod", "Sum", "SProd", "Exp", "Evolution"):
         numbers = [float(k) if np.ndim(p) == 0 else p for k, p in enumerate(operation.parameters)]
         inside = operation.base.parameters if operation.name == "Evolution" else []
@@ -2653,7 +2653,7 @@ def compile_circuit(
 
     Raises UserError, with the way out, for what the exact simulation cannot do.
     """
-    # Recorded again, with other values, the operations must be the same.
+    # Recorded again, with the same values and with others, the operations must be the same.
     sizes = (n_qubits, n_layers, n_weights)
     recorded = record(circuit, *sizes)
     texts = list(map(str, recorded))
@@ -2919,8 +2919,8 @@ def check_circuit(settings: Settings) -> None:
     if is_exact:
         what = f"--arm {settings.arm}: the exact simulation"
         mend = f"one of the two is wrong; {WAY_OUT}"
-    channels = "; channels run on default.mixed, or without --simulator" if has_channels else ""
-    with explaining(f"{what} does not run the circuit", channels):
+    way_out = "; channels run on default.mixed, or without --simulator" if has_channels else ""
+    with explaining(f"{what} does not run the circuit", way_out):
         if is_exact:
             simulate = partial(circuit_expectations, circuit=circuit)
         else:

@@ -25,6 +25,7 @@ TISSUE_ROWS=${TISSUE_ROWS:-11}       # of a tissue run: nine classes, their mean
 N_EVAL=${N_EVAL:-1000}
 N_EVAL_TISSUE=${N_EVAL_TISSUE:-200}
 MORE=${MORE:-}                       # further flags of all runs
+JUDGE=classifier_7bde9f4dda9fc13686ebd701.pt  # of MNIST, named by what it was trained on
 
 # train SCRIPT FOLDER FLAGS...: the grid of runs that the flags ask for, by two processes.
 train() {
@@ -42,19 +43,15 @@ train() {
 # measure SCRIPT FOLDER SEED FLAGS...: evaluates the finished runs of a seed. What it prints has the
 # arms beside each other, which nobody is to see before a block is whole.
 measure() {
-    local script=$1 folder=$2 seed=$3 grid judge
+    local script=$1 folder=$2 seed=$3 grid
     local finished=()
     shift 3
 
-    # The study's judge of MNIST, which no other kind of machine trains to the same bits.
-    for judge in result_gif/results/study/classifier_*.pt; do
-        if [ -d "$DATA_DIR/MNIST" ]; then
-            mkdir -p "$DATA_DIR/evaluation"
-            if [ ! -e "$DATA_DIR/evaluation/$(basename "$judge")" ]; then
-                cp "$judge" "$DATA_DIR/evaluation"
-            fi
-        fi
-    done
+    # The evaluation finds the study's judge there; no other kind of machine trains it to the bit.
+    if [ -d "$DATA_DIR/MNIST" ] && [ ! -e "$DATA_DIR/evaluation/$JUDGE" ]; then
+        mkdir -p "$DATA_DIR/evaluation"
+        cp "result_gif/results/study/$JUDGE" "$DATA_DIR/evaluation"
+    fi
 
     for grid in "$RUNS/$folder"/*_seed"$seed"/samples_final.png; do finished+=("$(dirname "$grid")"); done
     python "$script" "${finished[@]}" --data_dir "$DATA_DIR" "$@" > /dev/null
@@ -176,8 +173,8 @@ show() {
 }
 
 # The six questions, the control, the other circuits, all: nothing before A is whole. The questions'
-# Holm adjustment is always over six, so that no later block changes an answer. The judges' tables
-# have the pairs whose run folders were there.
+# Holm adjustment is always over six, so that no later block takes an answer back. The judges'
+# tables have the pairs whose run folders were there.
 block_tables() {
     local judge
     is_whole A || return 0
