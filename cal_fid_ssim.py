@@ -21,6 +21,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -138,12 +139,26 @@ class Run(NamedTuple):
     condition: str  # for example "conditional-3-8_shots1000"; "": a single class's model, ideal
     settings: dict[str, Any]  # config.json's
     trained_on: dict[str, Any]  # config.json's description of the training images
+    machine: str  # for example "cpu, AMD EPYC, AVX512, 1 thread"
     images: dict[int, Tensor]  # the final ones by class, each (n, C, 28, 28) uint8
 
     @property
     def conditional(self) -> bool:
         """Whether one model made the images of several classes."""
         return len(self.images) > 1
+
+
+def machine_of(config: dict[str, Any]) -> str:
+    """Where a run was made, for example "cpu, AMD EPYC, AVX512, 1 thread"; "": it does not say.
+
+    Where it went on elsewhere, all places in their order.
+    """
+    places = []
+    for place in (config, *config.get("went_on", [])):
+        threads = place.get("threads", "")
+        words = f"{threads} thread{'' if threads == 1 else 's'}"
+        places.append(f"{place['device']}, {words}" if place.get("device") else "")
+    return "; ".join(dict.fromkeys(place for place in places if place))
 
 
 def read_run(folder: Path, dataset: DataSet) -> Run:
@@ -194,6 +209,7 @@ def read_run(folder: Path, dataset: DataSet) -> Run:
         condition=condition,
         settings=settings,
         trained_on=config["images"],
+        machine=machine_of(config),
         images=dict(zip(classes, images.chunk(len(classes)), strict=True)),
     )
 
@@ -299,6 +315,8 @@ def cached_features(extractor: Extractor, images: Tensor, folder: Path) -> np.nd
         "network": str(extractor),
         "preprocessing": extractor.preprocessing,
     }
+    with contextlib.suppress(OSError):  # of a class without a file
+        made_from["code"] = inspect.getsource(type(extractor.model))
 
     def make() -> dict[str, Tensor]:
         return {"features": torch.from_numpy(extractor.features(images))}
@@ -362,7 +380,7 @@ def classifier_extractor(classifier: nn.Sequential, device: torch.device | str) 
 def build_classifier(channels: int, classes: int, seed: int) -> nn.Sequential:
     """A small CNN for 28x28 images; the layers before the last give 64 features."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would set a GPU's, too
         return nn.Sequential(
             nn.Conv2d(channels, 24, kernel_size=5, stride=2, padding=2, bias=False),
             nn.BatchNorm2d(24),
@@ -465,7 +483,8 @@ def load_classifier(
 
     kept = cached(folder, "classifier", record, make)
     model = build_classifier(train.images.shape[1], int(train.labels.max()) + 1, seed)
-    model.load_state_dict(kept["weights"])
+    with reading(folder, "a folder with classifiers of this version; remove them"):
+        model.load_state_dict(kept["weights"])
     return model.eval(), record | kept["accuracies"]  # "n_test": 360, "test_accuracy": 0.98
 
 
@@ -1021,6 +1040,7 @@ class Evaluator:
             "features": str(self.extractor or "none"),
             "preprocessing": self.extractor and self.extractor.preprocessing,
             "classifier": self.classifier_record,
+            "machine": run.machine,
             **measured,
             "metrics": none_for_nan(measured["metrics"]),
             "floor": none_for_nan(measured["floor"]),
@@ -1082,6 +1102,7 @@ def comparison_csv(results: list[dict[str, Any]]) -> str:
     columns += ["features", "reference", "n_generated", "n_real", "n_training", "note"]
     columns += [*METRICS, "kid_standard_error"]
     columns += [f"floor_{key}" for key in results[0]["floor"]]
+    columns.append("machine")
     return pd.DataFrame(rows)[columns].astype({"n_train": "Int64"}).to_csv(index=False)
 
 
@@ -1101,7 +1122,7 @@ def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
     for another table, and UserError for two runs that nothing here tells apart.
     """
     # Nothing but an empty cell is missing; of these columns it is an empty text.
-    texts = dict.fromkeys(["run", "arm", "condition", "label", "note"], "")
+    texts = dict.fromkeys(["run", "arm", "condition", "label", "note", "machine"], "")
     kinds = dict.fromkeys([*texts, "data", "features", "reference"], str)
     frame = pd.read_csv(file, dtype=kinds, keep_default_na=False, na_values="")
     check_columns(frame)
@@ -1115,6 +1136,8 @@ def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
     set_aside = frame["floor_n"].where(frame["floor_from"] == SET_ASIDE, 0)
     rest = frame["n_real"] - set_aside
     frame["floor_n_real"] = frame["floor_n_real"].fillna(rest).astype(int)
+    if "machine" not in frame:
+        frame["machine"] = ""
 
     frame["conditional"] = frame["condition"].str.startswith("conditional")
     frame["other_budget"] = other_budget(frame)
@@ -1588,6 +1611,13 @@ def comparison_text(frame: pd.DataFrame, margin: float = MARGIN, family: int = 0
         if is_unequal.any():
             unequal = f"Pairs whose two runs had different training steps: {is_unequal.sum()}"
             paragraphs.append(f"**{unequal}. Their difference is one of steps, too.**")
+        is_known = (pairs["machine"] != "") & (pairs["machine_base"] != "")
+        is_elsewhere = is_known & (pairs["machine"] != pairs["machine_base"])
+        if is_elsewhere.any():
+            paragraphs.append(
+                f"**Pairs whose two runs were made on different machines: {is_elsewhere.sum()}. "
+                "Rounding is different there, which training enlarges.**"
+            )
     paragraphs += ["## Runs", result_table(frame)]
     return "\n\n".join(text for text in paragraphs if text) + "\n"
 
@@ -1626,6 +1656,11 @@ def source_paragraphs(frame: pd.DataFrame) -> list[str]:
     if classes["floor_from"].nunique() > 1:
         notes.add(
             "floors and FID / real of two kinds (see the rows of runs): their means mix these"
+        )
+    if classes["features"].nunique() > 1:
+        notes.add(
+            "features of several networks: means and absolute differences mix their scales; "
+            "relative differences and FID / real do not"
         )
     paragraphs = [
         "# Comparison of runs",
@@ -2168,8 +2203,8 @@ def evaluate_fully(evaluator: Evaluator, runs: Sequence[Run], options: argparse.
             csv = joined([*read_tables([kept] if kept.exists() else []), csv])
             read_comparison(io.StringIO(csv))  # what cannot be in one table is an error
             write_atomic(kept, csv)
-    if options.out is not None:
-        write_tables([*read_tables(options.csv[1:]), csv], options)
+    if options.out is not None:  # what was just measured is the last, and so replaces others
+        write_tables([*read_tables(options.csv), comparison_csv(results)], options)
         draw(options.out / "overview.png", draw_overview, runs, frame, evaluator)
 
 

@@ -113,7 +113,7 @@ class UserError(ValueError):
 def explaining(what: str, mend: str = "") -> Iterator[None]:
     """Whatever fails inside becomes a UserError: what failed, the reason, and what mends it.
 
-    But for what says nothing about it: too little memory, a file that may not or cannot be read.
+    Errors of another kind pass as they are: too little memory, a file that may not be read.
     """
     try:
         yield
@@ -145,7 +145,7 @@ def number(default: float | None, low: float, high: float, text: str) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that one run's result depends on, beside the machine.
+    """Everything that one run's result depends on, beside the images, --weights and the machine.
 
     Raises UserError for values out of their range, or that do not go together.
     """
@@ -299,7 +299,7 @@ class GaussianDiffusion:
     (Salimans & Ho 2022), which is a stable target in pure noise, where the noise itself is not.
     """
 
-    NOISE_SCALE = 1.01  # S_noise of Karras et al. 2022: without it images come out pale
+    NOISE_SCALE = 1.01  # S_noise of Karras et al. 2022: without it tissue comes out pale
 
     def __init__(self, timesteps: int, device: torch.device | str = "cpu"):
         self.timesteps = timesteps
@@ -655,8 +655,8 @@ def with_parameters(
 
 def details(operation: qml.operation.Operator) -> list[str]:
     """What name, parameters and wires of an operation do not show, such as a Pauli word."""
-    # Products and exponentials: all of it, with 0, 1, ... for the parameters, which are shown. An
-    # evolution counts its time alone as one, so those of its Hamiltonian follow.
+    # Products and exponentials: all of it, with 0, 1, ... for the parameters, which are shown. The
+    # one of an evolution is its time, so those of its Hamiltonian follow.
     if operation.name in ("Prod", "Sum", "SProd", "Exp", "Evolution"):
         numbers = [float(k) if np.ndim(p) == 0 else p for k, p in enumerate(operation.parameters)]
         inside = operation.base.parameters if operation.name == "Evolution" else []
@@ -704,8 +704,9 @@ def record(
     """
     shape = (n_layers, n_qubits, n_weights)
     generator = random_stream(0, "placeholders", size)
-    angles = size * torch.rand(n_qubits, dtype=torch.float64, generator=generator)
-    weights = size * torch.rand(shape, dtype=torch.float64, generator=generator)
+    how = {"dtype": torch.float64, "generator": generator, "device": "cpu"}
+    angles = size * torch.rand(n_qubits, **how)
+    weights = size * torch.rand(shape, **how)
     placeholders = {value: ("x", i) for i, value in enumerate(angles.tolist())}
     placeholders |= {value: ("w", k) for k, value in enumerate(weights.flatten().tolist())}
     operations = operations_of(circuit, angles.requires_grad_(), weights.requires_grad_())
@@ -713,6 +714,11 @@ def record(
     # Which of them each parameter is.
     recorded = []
     for operation in operations:
+        if operation.batch_size is not None:
+            shapes = [str(tuple(np.shape(parameter))) for parameter in operation.parameters]
+            found = f"{name_of(circuit)}: {operation.name} takes one number for each parameter"
+            shown = f"found shape {', '.join(shapes)}"
+            raise UserError(f"{found}, {shown}; index it further, as in layer[i, 0]")
         sources = []
         for parameter in operation.parameters:
             value = qml.math.toarray(parameter)
@@ -780,8 +786,9 @@ class QuantumGate(nn.Module):
 
     The arguments are as in Settings, the circuit is a function as above. With shots the gradient is
     that of the exact mean (straight-through); on a PennyLane device it is the parameter-shift
-    rule's, measured as well. Raises UserError for zero shots, too few weights for the circuit, and
-    a circuit that the exact simulation cannot do.
+    rule's, measured as well. What else the circuit uses is to stay as it is: the exact simulation
+    reads it when a gate is built, or anything of another size, type or device. Raises UserError for
+    zero shots, too few weights for the circuit, and a circuit that the exact simulation cannot do.
     """
 
     def __init__(
@@ -968,7 +975,7 @@ class UNet(nn.Module):
 
     channels: 1 or 3. gate: a function of the number of channels that makes the gate of the
     coarsest level (None: no gate), for example ``QuantumGate``. seed: of the initial weights, which
-    are the same U-Net's for every gate; torch's global generator is left alone. n_classes: of a
+    are the same U-Net's for every gate; torch's global generators are left alone. n_classes: of a
     class-conditional model; None: the class is no input.
     """
 
@@ -984,7 +991,7 @@ class UNet(nn.Module):
         size = 128  # of the embedding of time and class
         steps = list(itertools.pairwise(WIDTHS))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would set a GPU's, too
             self.embed_time = nn.Sequential(nn.Linear(64, size), nn.SiLU(), nn.Linear(size, size))
             self.embed_class = None
             if n_classes is not None:
@@ -1849,14 +1856,20 @@ def circuit_text(settings: Settings) -> str | None:
 
 
 def git_commit() -> str:
-    """The commit of this script, ``-dirty`` when it was changed since; empty: not known."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    where = Path(__file__).parent
-    try:
-        done = subprocess.run(command, cwd=where, capture_output=True, text=True, timeout=5)
-    except (OSError, subprocess.SubprocessError):  # no git, or one that hangs
-        return ""
-    return done.stdout.strip()
+    """The last commit of this script, ``-dirty`` when it was changed since; empty: not known."""
+    script = Path(__file__)
+    answers = []
+    for question in (("log", "-1", "--format=%H"), ("status", "--porcelain")):
+        command = ["git", *question, "--", script.name]
+        try:
+            done = subprocess.run(
+                command, cwd=script.parent, capture_output=True, text=True, timeout=5
+            )
+        except (OSError, subprocess.SubprocessError):  # no git, or one that hangs
+            return ""
+        answers.append(done.stdout.strip())
+    commit, changes = answers
+    return f"{commit}-dirty" if commit and changes else commit
 
 
 def device_name(device: torch.device) -> str:
@@ -2010,6 +2023,8 @@ def find_weights(folder: Path, settings: Settings, config: dict) -> dict:
         raise UserError(f"--weights {folder}: {path} was trained with {difference}")
 
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if source["model_sha256"] is None:
+        raise UserError(f"{path}: not finished; the command that began this run finishes it")
     if digest != source["model_sha256"]:
         raise UserError(f"{path}: damaged, or of another run; remove it and train again")
     return {"weights": {"weights_sha256": digest}, "weights_from": str(path)}
@@ -2025,13 +2040,16 @@ def load_run(folder: Path | str, device: torch.device | str = "cpu") -> tuple[Se
     with reading(folder / "config.json", "a run's configuration of this version"):
         known = {key: value for key, value in config["settings"].items() if key != "class_names"}
         settings = Settings(**known)
+        names = [CLASS_NAMES[k] for k in settings.classes]
+        if config["settings"].get("class_names", names) != names:
+            raise ValueError("it is the other training script's; use that one's load_run")
         circuit = config["circuit"] | {"operations": circuit_text(settings)}
         if difference := differences(config, config | {"circuit": circuit}):
             raise ValueError(f"its circuit is not this script's: {difference}")
 
     path = folder / "model.pt"
-    if not path.exists():
-        raise UserError(f"{path}: not there yet; the command that began this run finishes it")
+    if not path.exists() or config["model_sha256"] is None:
+        raise UserError(f"{path}: not finished; the command that began this run finishes it")
     state = load_tensors(path, "a run's weights; remove it to train again")
     with reading(path, "this run's weights; remove it to train again"):
         if hashlib.sha256(path.read_bytes()).hexdigest() != config["model_sha256"]:
@@ -2125,7 +2143,10 @@ def whole_number_or_all(text: str) -> int | None:
 
 def a_path(text: str) -> Path:
     """An argparse type: a path, where ``~`` is the home folder."""
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {one_line(error)}") from error
 
 
 def two_numbers(text: str) -> tuple[float, float]:
@@ -2284,7 +2305,8 @@ def make_run(args: argparse.Namespace, data: DataSet, device: torch.device, run:
         # The model, trained or another run's.
         recorded = read_config(folder / "config.json")
         is_trained = recorded["model_sha256"] is not None
-        if not is_trained or not model_path.exists() or recorded["n_eval"] < args.n_eval:
+        has_images = (folder / "samples_final.png").exists() and recorded["n_eval"] >= args.n_eval
+        if not is_trained or not model_path.exists() or not has_images:
             note_machine(folder, recorded, config)
         is_trained_here = config["weights"]["weights_sha256"] is None
         if not is_trained or not model_path.exists():
@@ -2439,8 +2461,13 @@ def fit_harmonics(
 
     variable: which parameters are no constants. Returns the coefficients, (F, 4, 4) or
     (F, 16, 16), and the number of ``harmonics``: 3 or, with half angles, 5. Raises UserError when a
-    parameter enters in another way.
+    parameter enters in another way. Of constants alone there is one matrix, F = 1.
     """
+
+    own_matrix = pauli_transfer_matrix(operation)
+    if not any(variable):
+        own_matrix[abs(own_matrix) < 1e-13] = 0  # rounding
+        return own_matrix[None], 1
 
     def matrix_at(angles: Sequence[float]) -> np.ndarray:
         remaining = iter(angles)
@@ -2452,9 +2479,15 @@ def fit_harmonics(
 
     def features_at(angles: Sequence[float], n: int) -> np.ndarray:
         features = np.ones(1)
-        for row in harmonics(torch.tensor(angles, dtype=torch.float64)).numpy():
+        values = torch.tensor(angles, dtype=torch.float64, device="cpu")
+        for row in harmonics(values).numpy():
             features = np.kron(features, row[:n])
         return features
+
+    # PennyLane forgets a part of some operations when it sets parameters.
+    set_again = pauli_transfer_matrix(with_parameters(operation, operation.parameters))
+    if abs(set_again - own_matrix).max() > 1e-10:
+        raise UserError(f"{operation.name}: its parameters cannot be set; {WAY_OUT}")
 
     # A rotation's matrix is of first degree in cos and sin of its angle: 3 functions. A controlled
     # one has those of the half angle too: 5, of twice the period. As many evenly spaced angles as
@@ -2533,7 +2566,8 @@ def factors_of_qubits(recorded: Sequence[Recorded], n_qubits: int) -> list[list[
             raise UserError(f"{found}: the exact simulation knows neighbours only; {WAY_OUT}")
 
         # One operation of each kind is fitted and cut, then found again by this key: its name, and
-        # its matrix at some values of the variable parameters, another for each: two may swap.
+        # its matrix at some values of the variable parameters. Each has a value of its own, as
+        # products may differ in the order of their parameters alone.
         variable = tuple(source is not None for source in sources)
         is_last = tuple(last[wire] == k for wire in wires)
         values = [
@@ -2542,7 +2576,8 @@ def factors_of_qubits(recorded: Sequence[Recorded], n_qubits: int) -> list[list[
                 zip(operation.parameters, variable, strict=True)
             )
         ]
-        matrix = pauli_transfer_matrix(with_parameters(operation, values))
+        at_values = with_parameters(operation, values) if any(variable) else operation
+        matrix = pauli_transfer_matrix(at_values)
         key = (operation.name, matrix.tobytes(), variable, is_last)
         if key not in known:
             coefficients, n = fit_harmonics(operation, variable)
@@ -2641,6 +2676,7 @@ def stack_factors(
 
 
 @cache
+@torch.inference_mode(False)  # else what it makes could not be used in training
 def compile_circuit(
     circuit: Callable,
     n_qubits: int,
@@ -2851,19 +2887,21 @@ def circuit_expectations(
     n_layers, n_qubits, n_weights = weights.shape
     how = (angles.dtype, angles.device)
     chain = compile_circuit(circuit, n_qubits, n_layers, n_weights, *how)
-    sites = site_tensors(chain, angles, weights)
-    means = exact_means(sites)
-    if shots is None:
-        return means
-
-    # Measurements; their deviation from the mean has no gradient.
-    if len(generators) != len(angles):
+    if shots is not None and len(generators) != len(angles):
         found = f"{len(generators)} generators for the shots of {len(angles)} samples"
         raise UserError(f"{found}: expected one for each")
-    with torch.no_grad():
-        uniform = [torch.rand(shots, n_qubits, generator=g, device=g.device) for g in generators]
-        outcomes = sample_outcomes(sites, torch.stack(uniform).to(angles))
-    return outcomes.mean(1) + means - means.detach()
+
+    with torch.autocast(angles.device.type, enabled=False):  # half precision is too coarse
+        sites = site_tensors(chain, angles, weights)
+        means = exact_means(sites)
+        if shots is None:
+            return means
+
+        # Measurements; their deviation from the mean has no gradient.
+        with torch.no_grad():
+            draws = [torch.rand(shots, n_qubits, generator=g, device=g.device) for g in generators]
+            outcomes = sample_outcomes(sites, torch.stack(draws).to(angles))
+        return outcomes.mean(1) + means - means.detach()
 
 
 def values_and_gradients(compute: Callable, angles: Tensor, weights: Tensor) -> Tensor:
@@ -2931,7 +2969,11 @@ def check_circuit(settings: Settings) -> None:
         else:
             found = simulate(angles, weights).flatten()
 
-    error = (found - reference[: len(found)]).abs().max()
+    # Of a state with probabilities of exactly zero default.mixed has gradients that are no numbers.
+    if not found.isfinite().all():
+        raise UserError(f"{what} has values or gradients that are no numbers")
+    reference = reference[: len(found)]
+    error = (found - reference)[reference.isfinite()].abs().max()
     if not error < (1e-5 if shots is None else 6 / math.sqrt(shots)):  # some have single precision
         raise UserError(f"{what} differs by {error:.1e} from PennyLane's own; {mend}")
 

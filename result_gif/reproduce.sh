@@ -3,14 +3,15 @@
 #
 #     bash result_gif/reproduce.sh A    # or B, C, D, E, pictures, gates, judges, tables; several in a row
 #
-# Two processes with one thread each. What is finished is skipped, what was interrupted continues.
-# The variables below make it smaller, for a look or for a test.
+# Two processes with one thread each. Finished runs are not trained again, only measured; stopped ones
+# continue. The variables below make it smaller, for a look or for a test. The pages' own measurements
+# and pictures were made, and are shown again, with OUT=result_gif/results/study PICTURES=result_gif.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 RUNS=${RUNS:-runs/study}             # the run folders
-OUT=${OUT:-result_gif/results/study} # measurements, tables, figures
-PICTURES=${PICTURES:-result_gif}     # the pages' pictures
+OUT=${OUT:-$RUNS/measured}           # measurements, tables, figures
+PICTURES=${PICTURES:-$OUT}           # the pages' pictures
 DATA_DIR=${DATA_DIR:-data}
 DIGITS=${DIGITS:-mnist}              # data source of the digits
 TISSUE=${TISSUE:-pathmnist}          # and of the tissue
@@ -18,14 +19,19 @@ CLASSES=${CLASSES:-0 1 2 3 4 5 6 7 8 9}
 TWO_CLASSES=${TWO_CLASSES:-3 8}
 SEEDS=${SEEDS:-100 101 102 103 104}
 CONTROL_SEEDS=${CONTROL_SEEDS:-100 101 102}
+PICTURE_SEED=${PICTURE_SEED:-100}    # the one with all previews, for the GIFs
 STEPS=${STEPS:-1250}
 CONTROL_STEPS=${CONTROL_STEPS:-1150}
 TISSUE_STEPS=${TISSUE_STEPS:-5000}
-TISSUE_ROWS=${TISSUE_ROWS:-11}       # of a tissue run: nine classes, their mean, all together
 N_EVAL=${N_EVAL:-1000}
 N_EVAL_TISSUE=${N_EVAL_TISSUE:-200}
 MORE=${MORE:-}                       # further flags of all runs
-JUDGE=classifier_7bde9f4dda9fc13686ebd701.pt  # of MNIST, named by what it was trained on
+JUDGES=${JUDGES-result_gif/results/study/classifier_*.pt}  # empty: this machine trains its own
+DIVERGED=${DIVERGED:-}               # runs left out, one a line: quantum 3 all 101 1250
+failed=0
+
+# All by one thread, as a judge that is trained here depends on their number.
+export OMP_NUM_THREADS=1
 
 # train SCRIPT FOLDER FLAGS...: the grid of runs that the flags ask for, by two processes.
 train() {
@@ -33,28 +39,51 @@ train() {
     local processes=()
     shift 2
     for rank in 0 1; do
-        RANK=$rank WORLD_SIZE=2 OMP_NUM_THREADS=1 python "$script" --device cpu \
+        RANK=$rank WORLD_SIZE=2 python "$script" --device cpu \
             --data_dir "$DATA_DIR" --save_dir "$RUNS/$folder" "$@" $MORE &
         processes+=($!)
     done
-    for process in "${processes[@]}"; do wait "$process" || echo "a run failed, see above" >&2; done
+
+    # Ctrl-C does not reach processes in the background of a script.
+    trap 'kill "${processes[@]}" 2> /dev/null; wait; exit 130' INT TERM
+    for process in "${processes[@]}"; do
+        if ! wait "$process"; then
+            echo "a run failed, see above" >&2
+            failed=1
+        fi
+    done
+    trap - INT TERM
+}
+
+# folders_of PATTERNS...: the finished run folders, a line each.
+folders_of() {
+    local model
+    for model in "${@/%//model.pt}"; do
+        if [ -f "$model" ] && [ -f "${model%/*}/samples_final.png" ]; then echo "${model%/*}"; fi
+    done
 }
 
 # measure SCRIPT FOLDER SEED FLAGS...: evaluates the finished runs of a seed. What it prints has the
 # arms beside each other, which nobody is to see before a block is whole.
 measure() {
-    local script=$1 folder=$2 seed=$3 grid
-    local finished=()
+    local script=$1 folder=$2 seed=$3 judge
+    local finished
     shift 3
 
-    # The evaluation finds the study's judge there; no other kind of machine trains it to the bit.
-    if [ -d "$DATA_DIR/MNIST" ] && [ ! -e "$DATA_DIR/evaluation/$JUDGE" ]; then
+    # The evaluation finds the study's judges there; no other kind of machine trains them to the bit.
+    if [ -d "$DATA_DIR/MNIST" ]; then
         mkdir -p "$DATA_DIR/evaluation"
-        cp "result_gif/results/study/$JUDGE" "$DATA_DIR/evaluation"
+        for judge in $JUDGES; do
+            [ -e "$DATA_DIR/evaluation/${judge##*/}" ] || cp "$judge" "$DATA_DIR/evaluation"
+        done
     fi
 
-    for grid in "$RUNS/$folder"/*_seed"$seed"/samples_final.png; do finished+=("$(dirname "$grid")"); done
-    python "$script" "${finished[@]}" --data_dir "$DATA_DIR" "$@" > /dev/null
+    mapfile -t finished < <(folders_of "$RUNS/$folder"/*_seed"$seed")
+    if [ "${#finished[@]}" -eq 0 ]; then
+        echo "seed $seed of block $folder: no finished runs here" >&2
+        return 0
+    fi
+    python "$script" "${finished[@]}" --data_dir "$DATA_DIR" --device cpu "$@" > /dev/null
 }
 
 # digits FOLDER SEED FLAGS...: runs of single digits, and what they measured.
@@ -66,11 +95,11 @@ digits() {
     measure cal_fid_ssim.py "$folder" "$seed" --csv "$OUT/$folder.csv"
 }
 
-# Block A: does the circuit help, does a gate? The first seed has all previews, for the GIFs.
+# Block A: does the circuit help, does a gate? One seed has all previews, for the GIFs.
 block_A() {
     for seed in $SEEDS; do
         frames=1
-        if [ "$seed" = "${SEEDS%% *}" ]; then frames=30; fi
+        if [ "$seed" = "$PICTURE_SEED" ]; then frames=30; fi
         digits A "$seed" --digits $CLASSES --arm matched quantum classical --steps "$STEPS" \
             --n_frames "$frames"
     done
@@ -108,7 +137,8 @@ block_E() {
     done
 }
 
-# Block A by two other judges: classifiers of other seeds. While its run folders exist.
+# Block A by two other judges: classifiers of other seeds. While its run folders exist; what is in
+# their metrics.json then is the second's.
 block_judges() {
     for judge in 1 2; do
         for seed in $SEEDS; do
@@ -117,15 +147,20 @@ block_judges() {
     done
 }
 
-# The overview and the GIFs, of block A's first seed, while its run folders exist. It compares two
+# The overview and the GIFs, of one seed of block A, while its run folders exist. It compares two
 # arms, so A must be whole; those tables stay in the run folders' place.
 block_pictures() {
-    local seed=${SEEDS%% *} run name
+    local run name
+    local finished
     is_whole A || return 0
-    python cal_fid_ssim.py "$RUNS"/A/{classical,quantum}_*_seed"$seed" --data_dir "$DATA_DIR" \
-        --out "$RUNS/pictures" > /dev/null
+    mapfile -t finished < <(folders_of "$RUNS"/A/{classical,quantum}_*_seed"$PICTURE_SEED")
+    if [ "${#finished[@]}" -eq 0 ]; then
+        echo "seed $PICTURE_SEED of block A: no finished runs here" >&2
+        return 0
+    fi
+    python cal_fid_ssim.py "${finished[@]}" --data_dir "$DATA_DIR" --out "$RUNS/pictures" > /dev/null
     cp "$RUNS/pictures/overview.png" "$PICTURES"
-    for run in "$RUNS"/A/{classical,quantum}_*_seed"$seed"; do
+    for run in "${finished[@]}"; do
         name=$(basename "$run")
         cp "$run/training_progress.gif" "$PICTURES/${name%%_n*}_training_progress.gif"
     done
@@ -133,60 +168,105 @@ block_pictures() {
 
 # What block A's models do with their gate.
 block_gates() {
-    python tests/gate_use.py "$RUNS"/A/{quantum,matched}_* --data_dir "$DATA_DIR" --out "$OUT"
+    local finished
+    mapfile -t finished < <(folders_of "$RUNS"/A/{quantum,matched}_*)
+    if [ "${#finished[@]}" -eq 0 ]; then
+        echo "block A: no finished runs here" >&2
+        return 0
+    fi
+    python tests/gate_use.py "${finished[@]}" --data_dir "$DATA_DIR" --out "$OUT"
 }
 
-# planned BLOCK: how many rows its table has when all its runs are measured.
-planned() {
-    local classes two seeds
-    classes=$(wc -w <<< "$CLASSES") two=$(wc -w <<< "$TWO_CLASSES") seeds=$(wc -w <<< "$SEEDS")
+# grid ARMS CLASSES SIZES SEEDS STEPS: a line for each of these runs, as measured_runs has them.
+grid() {
+    local arm class size seed
+    for arm in $1; do for class in $2; do for size in $3; do for seed in $4; do
+        echo "$arm $class $size $seed $5"
+    done; done; done; done
+}
+
+# planned_runs BLOCK: the runs that the plan has.
+planned_runs() {
+    local others="se product frozen published cz ising brickwork reupload"
     case $1 in
-        A) echo $((3 * classes * seeds)) ;;
-        B) echo $((classes * $(wc -w <<< "$CONTROL_SEEDS"))) ;;
-        C) echo $((2 * TISSUE_ROWS * seeds)) ;;
-        D) echo $((2 * 2 * two * seeds)) ;;
-        E) echo $((8 * two)) ;;  # a seed
+        A) grid "matched quantum classical" "$CLASSES" all "$SEEDS" "$STEPS" ;;
+        B) grid quantum "$CLASSES" all "$CONTROL_SEEDS" "$CONTROL_STEPS" ;;
+        C) grid "matched quantum" all all "$SEEDS" "$TISSUE_STEPS" ;;
+        D) grid "matched quantum" "$TWO_CLASSES" "25 100" "$SEEDS" "$STEPS" ;;
+        E) grid "$others" "$TWO_CLASSES" all "$SEEDS" "$STEPS" ;;
     esac
 }
 
-# is_whole BLOCK: whether its table has all rows; of E those of whole seeds. A run that diverged
-# leaves rows out: name their number, MISSING_A=1.
+# measured_runs BLOCK: those in its table, of tissue the rows of all classes together.
+measured_runs() {
+    if [ -f "$OUT/$1.csv" ]; then
+        awk -F, 'NR > 1 { print $2, $5, ($6 == "" ? "all" : $6), $7, $8 }' "$OUT/$1.csv"
+    fi
+}
+
+# missing_runs BLOCK: planned ones that are not in its table and did not diverge.
+missing_runs() {
+    comm -23 <(planned_runs "$1" | sort -u) <({ measured_runs "$1"; echo "$DIVERGED"; } | sort -u)
+}
+
+# is_whole BLOCK: whether nothing is missing. Says so if not.
 is_whole() {
-    local block=$1 rows=0 diverged=MISSING_$1 missing
-    if [ -f "$OUT/$block.csv" ]; then rows=$(($(wc -l < "$OUT/$block.csv") - 1)); fi
-    missing=$(($(planned "$block") - rows - ${!diverged:-0}))
-    if [ "$block" = E ] && [ "$rows" -gt 0 ]; then missing=$((missing % $(planned E))); fi
-    if [ "$missing" -ne 0 ]; then echo "block $block is not whole: $rows rows" >&2; fi
+    local missing
+    missing=$(missing_runs "$1" | wc -l)
+    if [ "$missing" -ne 0 ]; then echo "block $1 is not whole: $missing runs are missing" >&2; fi
     [ "$missing" -eq 0 ]
 }
 
-# show FOLDER FAMILY BLOCKS...: tables and figures of those of the blocks that are whole. Holm's
-# adjustment is over at least FAMILY tests.
-show() {
-    local folder=$1 family=$2 block
-    local whole=()
-    shift 2
-    for block in "$@"; do
-        if is_whole "$block"; then whole+=("$OUT/$block.csv"); fi
+# whole_seeds: block E's table without seeds of which a run is missing; prints its name, if any is left.
+whole_seeds() {
+    local seed missing
+    local kept=()
+    missing=$(missing_runs E)
+    for seed in $SEEDS; do
+        if ! awk '{ print $4 }' <<< "$missing" | grep -qx "$seed"; then kept+=("$seed"); fi
     done
-    python cal_fid_ssim.py --csv "${whole[@]}" --out "$OUT/$folder" --family "$family" > /dev/null
+    if [ "${#kept[@]}" -eq 0 ]; then return 0; fi
+    mkdir -p "$OUT/circuits"
+    awk -F, -v kept=" ${kept[*]} " 'NR == 1 || index(kept, " " $7 " ")' "$OUT/E.csv" \
+        > "$OUT/circuits/E.csv"
+    echo "$OUT/circuits/E.csv"
+}
+
+# show FOLDER FAMILY TABLES...: tables and figures of all their rows. Holm's adjustment is over at
+# least FAMILY tests.
+show() {
+    local folder=$1 family=$2
+    shift 2
+    python cal_fid_ssim.py --csv "$@" --out "$OUT/$folder" --family "$family" > /dev/null
 }
 
 # The six questions, the control, the other circuits, all: nothing before A is whole. The questions'
 # Holm adjustment is always over six, so that no later block takes an answer back. The judges'
 # tables have the pairs whose run folders were there.
 block_tables() {
-    local judge
+    local block circuits judge
     is_whole A || return 0
-    show questions 6 A C D
-    if is_whole B; then show control 0 A B; fi
-    if is_whole E; then show circuits 0 A E; fi
-    show all 0 A B C D E
+    local questions=("$OUT/A.csv")
+    local all=("$OUT/A.csv")
+    for block in B C D; do
+        if is_whole "$block"; then
+            all+=("$OUT/$block.csv")
+            if [ "$block" != B ]; then questions+=("$OUT/$block.csv"); fi
+        fi
+    done
+
+    show questions 6 "${questions[@]}"
+    if is_whole B 2> /dev/null; then show control 0 "$OUT/A.csv" "$OUT/B.csv"; fi
+    is_whole E || true  # says how much of it is left out
+    circuits=$(whole_seeds)
+    if [ -n "$circuits" ]; then
+        show circuits 0 "$OUT/A.csv" "$circuits"
+        all+=("$circuits")
+    fi
+    show all 0 "${all[@]}"
     if [ -f "$OUT/all/forest.png" ]; then cp "$OUT/all/forest.png" "$PICTURES"; fi
     for judge in judge1 judge2; do
-        if [ -f "$OUT/$judge.csv" ]; then
-            python cal_fid_ssim.py --csv "$OUT/$judge.csv" --out "$OUT/$judge" > /dev/null
-        fi
+        if [ -f "$OUT/$judge.csv" ]; then show "$judge" 0 "$OUT/$judge.csv"; fi
     done
 }
 
@@ -199,3 +279,4 @@ done
 for block in "$@"; do
     "block_$block"
 done
+exit "$failed"

@@ -374,6 +374,7 @@ def fake(arm, label, seed, fid, *, condition="", **settings):
         "condition": condition,
         "settings": asdict(settings) | {"arm": arm},
         "note": "",
+        "machine": "",
         "features": "none",
         "reference": "class",
         "n_generated": 100,
@@ -908,6 +909,42 @@ def test_floors_of_two_kinds_are_told():
     assert "floors and FID / real of two kinds" in report_of(runs)
 
 
+def test_features_of_several_networks_are_told():
+    """The study has two classifiers: one sees a row's means, and each pair is judged by one."""
+    runs = pair_of(1, 0) + pair_of(2, 1)
+    assert "features of several networks" not in report_of(runs)
+    runs[2:] = [run | {"features": "none:other"} for run in runs[2:]]
+    text = report_of(runs)
+    assert "features of several networks: means and absolute differences mix their scales" in text
+    (row,) = tables(text)["Relative differences of FID"]
+    assert row["n"] == "2"
+
+
+def test_pairs_from_different_machines_are_told():
+    runs = pair_of(1, 0) + pair_of(2, 1) + pair_of(3, 2)
+    for run in runs[:3]:
+        run["machine"] = "cpu, one"
+    assert "different machines" not in report_of(runs)
+    runs[3]["machine"] = "cpu, another"
+    text = report_of(runs)
+    assert "Pairs whose two runs were made on different machines: 1." in text
+
+
+def test_where_a_run_was_made_is_in_its_row(tmp_path, evaluate):
+    run = make_run(tmp_path, noisy(THREES[:10], seed=0))
+    (result,) = evaluate(run, "--features", "none")
+    assert result["machine"] == ""  # it does not say
+
+    config = json.loads((run / "config.json").read_text())
+    place = {"device": "cpu, one", "threads": 1}
+    config |= place | {"went_on": [place, place | {"threads": 2}]}
+    (run / "config.json").write_text(json.dumps(config))
+    table = tmp_path / "table.csv"
+    (result,) = evaluate(run, "--features", "none", "--csv", table)
+    assert result["machine"] == "cpu, one, 1 thread; cpu, one, 2 threads"
+    assert pd.read_csv(table)["machine"].tolist() == [result["machine"]]
+
+
 @pytest.mark.parametrize("steps", [1150, 1350])
 def test_other_training_steps_are_compared_with_the_usual_ones_of_the_same_arm(steps):
     """The usual number is the commonest; a conditional model's, or another size's, is its own."""
@@ -1297,6 +1334,12 @@ def test_what_was_just_measured_replaces_older_rows(tmp_path, evaluate, draw_onl
     pd.read_csv(kept).assign(fid=99.0).to_csv(older, index=False)
     evaluate(run, "--csv", kept, older, "--out", tmp_path / "out")
     assert list(pd.read_csv(tmp_path / "out" / "comparison.csv")["fid"] < 99) == [True]
+
+    # Of a run that was not measured now the last file's row counts, as without any run.
+    other = make_run(tmp_path / "other", noisy(THREES[:10], seed=1), seed=1)
+    evaluate(other, "--csv", kept, older, "--out", tmp_path / "out")
+    shown = pd.read_csv(tmp_path / "out" / "comparison.csv").set_index("seed")["fid"]
+    assert shown[0] == 99 and shown[1] < 99
 
 
 def test_no_features_replace_no_measurement(tmp_path, evaluate):

@@ -245,6 +245,41 @@ def test_a_unet_leaves_torchs_generator_alone():
     assert torch.equal(unet_of("quantum").stem.weight, unet.stem.weight)
 
 
+def test_a_unet_leaves_a_gpus_generator_alone(monkeypatch):
+    """Which torch.manual_seed sets as well, at once or once there is a GPU."""
+    unet = unet_of("quantum")
+    monkeypatch.setattr("torch.cuda.manual_seed_all", None)
+    monkeypatch.setattr("torch.manual_seed", None)
+    assert torch.equal(unet_of("quantum").stem.weight, unet.stem.weight)
+
+
+def test_a_circuit_stays_exact_under_autocast():
+    gate = qd.QuantumGate(8, n_qubits=4, n_layers=2)
+    angles = torch.randn(3, 4, requires_grad=True)
+    expected = gate.expectations(angles)
+    (gradient,) = torch.autograd.grad(expected.sum(), angles)
+    with torch.autocast("cpu", torch.bfloat16):
+        values = gate.expectations(angles)
+    assert torch.equal(values, expected)
+    assert torch.equal(torch.autograd.grad(values.sum(), angles)[0], gradient)
+
+
+def test_a_circuit_that_is_read_in_inference_mode_can_be_trained():
+    gate = qd.QuantumGate(8, n_qubits=4, n_layers=2)
+    qd.compile_circuit.cache_clear()
+    with torch.inference_mode():
+        gate.expectations(torch.randn(3, 4))
+    gate.expectations(torch.randn(3, 4)).sum().backward()
+    assert gate.weights.grad.abs().max() > 0
+
+
+def test_a_gate_is_made_whatever_the_default_device():
+    with torch.device("meta"):
+        qd.record(qd.quantum_circuit, 4, 2, 2)
+        qd.compile_circuit.cache_clear()
+        qd.compile_circuit(qd.quantum_circuit, 4, 2, 2, torch.float32, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("arm", ["classical", "quantum", "se"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_unet_in_half_precision(arm, dtype):

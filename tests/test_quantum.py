@@ -709,8 +709,25 @@ def without_inputs(angles, weights):
         qml.RX(0.3, wires=i)
 
 
+def constants_that_cannot_be_set(angles, weights):
+    """Operations of which PennyLane forgets a part, or fails, when it sets parameters."""
+    unitary = qml.matrix(qml.RX(0.7, 0))
+    qd.encode(angles)
+    qml.ctrl(qml.QubitUnitary(unitary, wires=1), control=0, control_values=[0])
+    qml.adjoint(qml.ctrl(qml.QubitUnitary(unitary, wires=2), control=1, control_values=[0]))
+    qml.evolve(qml.Hermitian(np.array([[1.0, 0.5], [0.5, 2.0]]), 0), 0.3)
+
+
 @pytest.mark.parametrize(
-    "circuit", [detached, wrapped, evolved_by_constants, without_effect_on_three, without_inputs]
+    "circuit",
+    [
+        detached,
+        wrapped,
+        evolved_by_constants,
+        without_effect_on_three,
+        without_inputs,
+        constants_that_cannot_be_set,
+    ],
 )
 def test_detached_and_wrapped_operations_are_exact(circuit):
     inputs = circuit_inputs(3, 3, 1)
@@ -743,6 +760,44 @@ def swapped_parameters(angles, weights):
     qml.prod(qml.RX(weights[0, 2, 0], 3), qml.RZ(weights[0, 3, 0], 2))
     qml.prod(qml.RX(weights[0, 4, 0], 4), qml.RX(0.5, 5))
     qml.prod(qml.RX(weights[0, 5, 0], 7), qml.RX(0.5, 6))
+
+
+def test_what_cannot_be_set_is_refused_beside_a_weight():
+    """A product with a weight and a controlled constant, whose control values would be lost."""
+
+    def circuit(angles, weights):
+        qd.encode(angles)
+        controlled = qml.ctrl(
+            qml.QubitUnitary(qml.matrix(qml.RX(0.7, 0)), wires=1), control=0, control_values=[0]
+        )
+        qml.prod(controlled, qml.RX(weights[0, 0, 0], 0))
+
+    with pytest.raises(qd.UserError, match="Prod: its parameters cannot be set.*--simulator"):
+        qd.circuit_expectations(*circuit_inputs(1, 2, 1), circuit=circuit)
+
+
+def test_channels_of_one_kraus_matrix():
+    def circuit(angles, weights):
+        qd.encode(angles)
+        qml.QubitChannel([qml.matrix(qml.RX(0.7, 0))], wires=0)
+
+    assert_equals_pennylane(circuit, circuit_inputs(2, 2, 1), "default.mixed")
+
+
+def test_one_number_for_each_parameter():
+    def circuit(angles, weights):
+        qd.encode(angles)
+        for i in range(3):
+            qml.RY(weights[0, i], wires=i)
+
+    for simulator in ("exact", "default.qubit"):
+        settings = {"arm": "own", "n_qubits": 3, "n_layers": 1, "simulator": simulator}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(qd.ARMS, "own", qd.Arm("own", circuit, 1))
+            with pytest.raises(qd.UserError, match=r"RY takes one number .*found shape \(1,\)"):
+                qd.circuit_text(qd.Settings(**settings))
+    with pytest.raises(qd.UserError, match=r"index it further, as in layer\[i, 0\]"):
+        qd.QuantumGate(8, circuit, 3, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -820,6 +875,27 @@ def test_check_says_how_to_index_the_input(n_qubits, simulator, monkeypatch):
     monkeypatch.setitem(qd.ARMS, "rows", qd.Arm("indexed by rows", by_rows, 1))
     with pytest.raises(qd.UserError, match=r"angles\[\.\.\., i\]"):
         qd.check_circuit(qd.Settings("rows", n_qubits=n_qubits, simulator=simulator))
+
+
+def test_check_takes_gradients_that_default_mixed_does_not_have(monkeypatch):
+    """Of outcomes that never occur, such as 01 and 10 here, it divides 0 by 0."""
+
+    def copied(angles, weights):
+        qml.RY(angles[..., 0], wires=0)
+        qml.CNOT([0, 1])
+        qml.AmplitudeDamping(0.1, wires=0)
+
+    monkeypatch.setitem(qd.ARMS, "copied", qd.Arm("copied", copied))
+    own = {"arm": "copied", "n_qubits": 3, "n_layers": 1}
+    qd.check_circuit(qd.Settings(**own))
+    with pytest.raises(qd.UserError, match="values or gradients that are no numbers"):
+        qd.check_circuit(qd.Settings(**own, simulator="default.mixed"))
+
+    # A wrong value is still found.
+    exact_means = qd.exact_means
+    monkeypatch.setattr(qd, "exact_means", lambda sites: 1.01 * exact_means(sites))
+    with pytest.raises(qd.UserError, match="one of the two is wrong"):
+        qd.check_circuit(qd.Settings(**own))
 
 
 @pytest.mark.parametrize("simulator", ["exact", "default.qubit", "lightning.qubit"])

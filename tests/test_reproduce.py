@@ -1,8 +1,12 @@
 """The study's script: its commands are understood, and they ask for the runs of the plan."""
 
+import itertools
 import os
 import shlex
+import shutil
+import signal
 import subprocess
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -21,8 +25,33 @@ EVALUATION = {
 }
 
 
-# Of the tables of whole blocks; a run of tissue has eleven.
-ROWS = {"A": 150, "B": 30, "C": 110, "D": 40, "E": 80}
+SEEDS = range(100, 105)
+OTHERS = ["se", "product", "frozen", "published", "cz", "ising", "brickwork", "reupload"]
+
+# What the tables of whole blocks have: arms, rows of classes, sizes, seeds, steps.
+TISSUE = ["adipose", "mean", "all"]
+WHOLE = {
+    "A": (["matched", "quantum", "classical"], range(10), [""], SEEDS, 1250),
+    "B": (["quantum"], range(10), [""], SEEDS[:3], 1150),
+    "C": (["matched", "quantum"], TISSUE, [""], SEEDS, 5000),
+    "D": (["matched", "quantum"], [3, 8], [25, 100], SEEDS, 1250),
+    "E": (OTHERS, [3, 8], [""], SEEDS, 1250),
+}
+
+
+def rows_of(block: str) -> list[str]:
+    """The first columns of a whole block's table."""
+    *axes, steps = WHOLE[block]
+    return [
+        f"{arm}_run,{arm},,mnist,{label},{n_train},{seed},{steps}"
+        for arm, label, n_train, seed in itertools.product(*axes)
+    ]
+
+
+def write_table(folder: Path, block: str, rows: list[str]) -> None:
+    """A comparison.csv of these rows."""
+    header = "run,arm,condition,data,label,n_train,seed,steps"
+    (folder / f"{block}.csv").write_text("\n".join([header, *rows]) + "\n")
 
 
 @pytest.fixture
@@ -43,13 +72,23 @@ def commands(tmp_path):
     )
     for judge in ("judge1", "judge2"):
         (pictures / f"{judge}.csv").write_text("a row\n")
-    for block, n_rows in ROWS.items():
-        (pictures / f"{block}.csv").write_text("a row\n" * (1 + n_rows))
+    for block in WHOLE:
+        write_table(pictures, block, rows_of(block))
+
+    # A finished run of each seed, and one that is not.
+    runs = tmp_path / "runs"
+    for block, seed in itertools.product(WHOLE, SEEDS):
+        for name in ("model.pt", "samples_final.png", "training_progress.gif"):
+            run = runs / block / f"quantum_mnist3_nall_seed{seed}"
+            run.mkdir(parents=True, exist_ok=True)
+            (run / name).write_bytes(b"")
+        (runs / block / f"matched_mnist3_nall_seed{seed}").mkdir()
 
     def call(*blocks: str) -> list[list[str]]:
         log.write_text("")
         environment = os.environ | {
             "PATH": f"{stub.parent}:{os.environ['PATH']}",
+            "RUNS": str(runs),
             "OUT": str(pictures),
             "PICTURES": str(tmp_path),
         }
@@ -58,8 +97,8 @@ def commands(tmp_path):
         done = subprocess.run(command, env=environment, capture_output=True, timeout=60)
         assert done.returncode == 0, done.stderr
         calls = log.read_text().splitlines()
-        is_training = [shlex.split(line)[0] in TRAINING for line in calls]
-        assert done.stdout.count(b"FID") == sum(is_training)
+        is_silent = [shlex.split(line)[0] in EVALUATION for line in calls]
+        assert done.stdout.count(b"FID") == len(calls) - sum(is_silent)
         return [shlex.split(line) for line in calls]
 
     return call
@@ -104,7 +143,8 @@ def test_what_was_measured_is_kept_and_shown(commands):
     for script, *words in commands("A", "C"):
         if script in EVALUATION:
             options = evaluation.parse_options(words, EVALUATION[script])
-            assert len(options.runs) > 0 and options.out is None
+            assert len(options.runs) == 1 and options.out is None
+            assert options.device.type == "cpu"
             measured.append([file.name for file in options.csv])
     assert measured == [["A.csv"]] * 5 + [["C.csv"]] * 5
 
@@ -138,15 +178,22 @@ ALL = {"questions", "control", "circuits", "all", "judge1", "judge2"}
     [("A", set()), ("B", ALL - {"control"}), ("C", ALL), ("D", ALL), ("E", ALL - {"circuits"})],
 )
 def test_a_block_that_is_not_whole_is_not_shown(block, left, commands, tmp_path):
-    n_rows = 15 if block == "E" else ROWS[block] - 1  # one is missing; of E of a seed
-    (tmp_path / "study" / f"{block}.csv").write_text("a row\n" * (1 + n_rows))
+    # One run is missing, of E one of each seed. One with other steps, or a row that is there twice,
+    # does not take its place.
+    rows = rows_of(block)
+    if block == "E":
+        without = [row for row in rows if not row.startswith("cz_run,cz,,mnist,3")]
+    else:
+        without = rows[:-1]
+    other_steps = rows[-1].rpartition(",")[0] + ",7"
+    write_table(tmp_path / "study", block, [*without, without[0], other_steps])
     tables = shown(commands("tables"))
     assert set(tables) == left
     assert all(f"{block}.csv" not in files for files in tables.values())
 
 
 def test_the_studys_judge_is_put_where_the_evaluation_finds_it(commands, tmp_path, monkeypatch):
-    (judge,) = (ROOT / "result_gif" / "results" / "study").glob("classifier_*.pt")
+    judge = ROOT / "result_gif" / "results" / "study" / "classifier_7bde9f4dda9fc13686ebd701.pt"
     (tmp_path / "data" / "MNIST").mkdir(parents=True)
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
     commands("A")
@@ -166,8 +213,59 @@ def test_the_studys_judge_is_put_where_the_evaluation_finds_it(commands, tmp_pat
 
 
 def test_pictures_wait_for_a_whole_block(commands, tmp_path):
-    (tmp_path / "study" / "A.csv").write_text("a row\n" * ROWS["A"])
+    write_table(tmp_path / "study", "A", rows_of("A")[1:])
     assert commands("pictures") == []
+
+
+def test_seeds_whose_folders_are_gone_stop_nothing(commands, tmp_path):
+    for folder in (tmp_path / "runs" / "A").glob("*_seed100"):
+        shutil.rmtree(folder)
+    judged = [words[-1] for words in commands("judges")]
+    assert judged == [str(tmp_path / "study" / f"judge{k}.csv") for k in (1, 2) for _ in range(4)]
+    assert commands("pictures") == []
+    (gates,) = commands("gates")
+    assert sum("_nall_seed" in word for word in gates) == 4  # the unfinished ones are left out
+    shutil.rmtree(tmp_path / "runs")
+    assert commands("gates", "judges") == []
+
+
+def test_the_seed_of_the_pictures_does_not_depend_on_the_others(commands, monkeypatch):
+    frames = {}
+    for seeds in ("100 101", "101 102"):
+        monkeypatch.setenv("SEEDS", seeds)
+        for script, *words in commands("A"):
+            if script in TRAINING:
+                args = TRAINING[script].build_parser().parse_args(words)
+                frames.setdefault(args.seeds[0], set()).add(args.n_frames)
+    assert frames == {100: {30}, 101: {1}, 102: {1}}
+
+
+def test_a_failed_run_is_told_at_the_end(tmp_path):
+    stub = tmp_path / "python"
+    stub.write_text("#!/bin/bash\nexit 2\n")
+    stub.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RUNS": str(tmp_path)}
+    command = ["bash", ROOT / "result_gif" / "reproduce.sh", "B"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.count("a run failed, see above") == 6
+
+
+def test_ctrl_c_stops_the_training(tmp_path):
+    """Processes in the background of a script do not get it."""
+    stub = tmp_path / "python"
+    stub.write_text(f"#!/bin/bash\necho $$ >> {tmp_path}/started\nexec sleep 60\n")
+    stub.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RUNS": str(tmp_path)}
+    command = ["bash", ROOT / "result_gif" / "reproduce.sh", "B"]
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    started = tmp_path / "started"
+    while not started.exists() or len(started.read_text().split()) < 2:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    for pid in started.read_text().split():
+        assert not Path(f"/proc/{pid}").exists()
 
 
 @pytest.mark.parametrize("blocks", [[], ["X"], ["A", "X"]])
@@ -179,13 +277,20 @@ def test_an_unknown_block_is_an_error(blocks):
     assert done.stdout == ""
 
 
-def test_the_circuits_are_shown_when_a_seed_of_all_is_there(commands, tmp_path):
-    (tmp_path / "study" / "E.csv").write_text("a row\n" * (1 + 3 * 16))
-    assert shown(commands("tables"))["circuits"] == ["A.csv", "E.csv"]
+def test_only_whole_seeds_of_the_circuits_are_shown(commands, tmp_path):
+    # Half of one seed and half of another are no seed.
+    halves = {(100, "3"), (101, "8"), (103, "3"), (103, "8")}
+    rows = [row for row in rows_of("E") if (int(row.split(",")[6]), row.split(",")[4]) in halves]
+    write_table(tmp_path / "study", "E", rows)
+    tables = shown(commands("tables"))
+    assert tables["circuits"] == ["A.csv", "E.csv"]
+    kept = (tmp_path / "study" / "circuits" / "E.csv").read_text().splitlines()
+    assert kept[0].startswith("run,arm")
+    assert [row.split(",")[6] for row in kept[1:]] == ["103"] * 16
 
 
 def test_a_run_that_diverged_is_named(commands, tmp_path, monkeypatch):
-    (tmp_path / "study" / "A.csv").write_text("a row\n" * ROWS["A"])
+    write_table(tmp_path / "study", "A", rows_of("A")[1:])
     assert "questions" not in shown(commands("tables"))
-    monkeypatch.setenv("MISSING_A", "1")
+    monkeypatch.setenv("DIVERGED", "matched 0 all 100 1250")
     assert "A.csv" in shown(commands("tables"))["questions"]

@@ -624,12 +624,26 @@ def test_what_load_run_says_of_other_models(run, tmp_path, monkeypatch):
     with pytest.raises(qd.UserError, match="model.pt/config.json: not a run's configuration"):
         qd.load_run(run / "model.pt")
 
+    # The other script's, and one that was killed before its checksum was written.
+    for changed, said in (
+        ({"settings": {"class_names": ["mucus"]}}, "the other training script's; use that one's"),
+        ({"model_sha256": None}, "not finished; the command that began this run"),
+    ):
+        copy = tmp_path / said[:9]
+        shutil.copytree(run, copy)
+        config = json.loads((copy / "config.json").read_text())
+        for key, value in changed.items():
+            config[key] = config[key] | value if isinstance(value, dict) else value
+        (copy / "config.json").write_text(json.dumps(config))
+        with pytest.raises(qd.UserError, match=said):
+            qd.load_run(copy)
+
     # The file is whole: the script is another one.
     monkeypatch.setattr(qd, "WIDTHS", (16, 64))
     with pytest.raises(qd.UserError, match="not a model of this script as it is now"):
         qd.load_run(run)
     (run / "model.pt").unlink()
-    with pytest.raises(qd.UserError, match="not there yet; the command that began this run"):
+    with pytest.raises(qd.UserError, match="not finished; the command that began this run"):
         qd.load_run(run)
 
 
@@ -746,9 +760,48 @@ def test_the_users_matplotlibrc_is_not_read(finished, tmp_path, capsys):
     assert (tmp_path / "copy" / "loss_curve.png").read_bytes() == before
 
 
-def test_git_is_optional(tmp_path, monkeypatch):
+def test_the_commit_is_the_scripts(tmp_path, monkeypatch):
+    script = tmp_path / "script.py"
+    monkeypatch.setattr(qd, "__file__", str(script))
+    assert qd.git_commit() == ""  # no repository
+
+    def git(*words):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init")
+    script.write_text("1")
+    assert qd.git_commit() == ""  # not committed
+    git("add", ".")
+    git("commit", "-m", "a script")
     commit = qd.git_commit()
-    assert re.fullmatch(r"([0-9a-f]{40}(-dirty)?)?", commit)
+    assert re.fullmatch(r"[0-9a-f]{40}", commit)
+
+    # Other files do not matter.
+    (tmp_path / "README.md").write_text("2")
+    git("add", ".")
+    assert qd.git_commit() == commit
+    git("commit", "-m", "a page")
+    assert qd.git_commit() == commit
+    script.write_text("3")
+    assert qd.git_commit() == f"{commit}-dirty"
+
+
+def test_images_drawn_again_elsewhere_are_noted(run, capsys):
+    config = config_of(run)
+    (run / "config.json").write_text(json.dumps(config | {"threads": 99}))
+    (run / "samples_final.png").unlink()
+    qd.main(tiny(run.parent, "--use_quantum", "--lr", "0.05"))
+    assert "NOTICE: made with threads 99 so far" in capsys.readouterr().out
+    assert len(config_of(run)["went_on"]) == 1
+
+
+def test_a_home_folder_that_there_is_not_is_one_line(fails):
+    assert "~no-such-user/runs: " in fails(qd, tiny("~no-such-user/runs", "--use_quantum"))
+
+
+def test_git_is_optional(tmp_path, monkeypatch):
+    assert re.fullmatch(r"([0-9a-f]{40}(-dirty)?)?", qd.git_commit())
 
     # One that may not be executed.
     (tmp_path / "git").write_text("#!/bin/sh\necho wrong\n")
