@@ -35,6 +35,7 @@ CONTRASTS = (128, 64, 32, 16, 8, 4)  # 8-bit levels by which a tile may differ f
 MIN_CONFIDENCE = 0.5  # tests/test_split_grid.py holds the cases that it was chosen on
 LARGEST_LETTER = 0.35  # of a tile's side: what is larger is no title and no tick
 FRAME_TOLERANCE = 24  # 8-bit levels within which a ring around the tiles is of one colour
+LARGEST_LOSS = 0.15  # of a single image's mean deviation, when it is shrunk and enlarged again
 SHOWN = 100  # tiles at most beside the picture
 BOX_COLOUR = "#D55E00"
 
@@ -56,7 +57,7 @@ def split_grid(path: Path, expect: int | None = None) -> Grid:
     A PNG with this project's ``grid`` text chunk is split to the bit. In any other picture (of an
     animation: the last frame) the tiles are found as equal rectangles on a uniform ground and
     brought back to 28x28 pixels. ``expect`` is the number of images if it is known; it decides
-    whether an empty last place of the grid is a white image.
+    whether an empty last place of the grid is a white image, and a fine picture is one image.
 
     Raises UserError for an unreadable or truncated file and for an ambiguous layout.
     """
@@ -148,7 +149,10 @@ def detect_tiles(
         for contrast in CONTRASTS:
             try:
                 boxes, confidence = find_tiles(difference > contrast, expect)
-                candidates.append((without_frames(picture, boxes), confidence))
+                boxes = without_frames(picture, boxes)
+                if len(boxes) == 1 and expect != 1:
+                    check_detail(picture, boxes[0])
+                candidates.append((boxes, confidence))
             except ValueError as error:
                 reason = reason or str(error)  # that of the likeliest ground is told
 
@@ -379,6 +383,24 @@ def without_frames(picture: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     if frame > pixel / 2:
         raise ValueError(f"a frame of {frame} pixels, enlarged pixels are {pixel:.1f} wide")
     return boxes + np.array([frame, frame, -frame, -frame])
+
+
+def check_detail(picture: np.ndarray, box: np.ndarray) -> None:
+    """Raises ValueError for a box with more detail than an image has, as of images that touch.
+
+    Shrunk to an image and enlarged again it is another picture.
+    """
+    left, top, right, bottom = box
+    shown = picture[top:bottom, left:right]
+    image = Image.fromarray(shrink(shown))
+    again = [
+        np.asarray(image.resize(shown.shape[1::-1], how)).astype(float)
+        for how in (Image.Resampling.NEAREST, Image.Resampling.BICUBIC)
+    ]
+    lost = min(np.abs(shown - enlarged).mean() for enlarged in again)
+    spread = np.abs(shown - shown.mean()).mean()
+    if lost > LARGEST_LOSS * spread:
+        raise ValueError("one image, or several that touch; --expect 1 if it is one")
 
 
 def shrink(enlarged: np.ndarray, size: int = IMAGE_SIZE) -> np.ndarray:

@@ -1,9 +1,10 @@
 """What circuits cost, everything side by side in one run. Not a test.
 
-    python tests/benchmark_circuits.py            # cost.csv, about ten minutes
-    python tests/benchmark_circuits.py --peers    # peers.csv instead: other simulators
+    OMP_NUM_THREADS=1 python tests/benchmark_circuits.py     # cost.csv, about ten minutes
+    python tests/benchmark_circuits.py --peers               # peers.csv instead: other simulators
 
-Batch 64, 16 qubits, 3 layers unless said; medians over interleaved repeats.
+Batch 64, 16 qubits, 3 layers unless said; medians over interleaved repeats, but for PennyLane's
+devices, of which one call is timed.
 """
 
 import argparse

@@ -5,7 +5,8 @@
 Reads finished single-class runs of arms whose gate has weights (not ``se``) and trains nothing. Of
 a digit and arm with one seed there is no other seed's gate, and its FID is left empty.
 ``gate_use.csv`` in DIR gets a row a run; rows of other runs that are there stay, as run folders may
-be lost with a machine. ``gate_use.png`` shows all rows. Not a test.
+be lost with a machine, and so do FIDs with a gate that is not given again. ``gate_use.png`` shows
+all rows. Not a test.
 """
 
 import argparse
@@ -80,6 +81,7 @@ def measure(
         "arm": settings.arm,
         "label": settings.classes[0],
         "seed": settings.seed,
+        "steps": settings.steps,
         "n": N_IMAGES,
     }
 
@@ -120,10 +122,12 @@ def draw(rows: pd.DataFrame) -> Figure:
     for arm, own in rows.groupby("arm", sort=True):
         colour = evaluation.colour_of(arm)
 
-        # A line a run, and their mean; of a run without another seed there is no third point.
+        # A line a run, and the mean of those with another seed: the others have no third point.
         ratios = own[[*KINDS]].div(own["fid"], axis=0)
         left.plot(list(KINDS.values()), ratios.T, color=colour, linewidth=0.6, alpha=0.4)
-        left.plot(list(KINDS.values()), ratios.mean(), "o-", color=colour, label=arm)
+        of_all_kinds = ratios.dropna()
+        mean = (ratios if of_all_kinds.empty else of_all_kinds).mean()  # over the same runs
+        left.plot(list(KINDS.values()), mean, "o-", color=colour, label=arm)
 
         for column, line in (("size", "-"), ("spread", ":")):
             values = numbers(own[column])  # (runs, steps)
@@ -157,8 +161,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="of gate_use.csv and .png")
     args = parser.parse_args(argv)
 
-    # Runs of a digit and arm in a ring: each gets the gate of the next seed.
+    # Runs of a digit, arm and training in a ring: each gets the gate of the next seed.
     loaded = {folder: qd.load_run(folder) for folder in sorted(args.runs)}
+    rings = {}
+    for folder, (settings, _model) in loaded.items():
+        if settings.conditional:
+            raise qd.UserError(f"{folder}: a conditional model; expected single classes")
+        kind = (settings.arm, settings.classes, settings.n_train, settings.steps)
+        rings.setdefault(kind, []).append(folder)
+    following = {}
+    for ring in rings.values():
+        following |= dict(zip(ring, [*ring[1:], ring[0]], strict=True))
+
     source = next(iter(loaded.values()))[0].data
     options = ["_", "--data_dir", str(args.data_dir), "--features", "classifier"]
     evaluator = evaluation.Evaluator(
@@ -167,12 +181,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     new = []
     for folder, (settings, _model) in loaded.items():
-        ring = [
-            gate_of
-            for gate_of, (others, _) in loaded.items()
-            if (others.arm, others.classes) == (settings.arm, settings.classes)
-        ]
-        following = ring[(ring.index(folder) + 1) % len(ring)]
         reference = evaluator.real(settings.classes[0]).reference
 
         def frechet(images: Tensor, reference: evaluation.Sample = reference) -> float:
@@ -180,20 +188,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             features = evaluator.sample(images).features
             return evaluation.frechet_distance(features, reference.features)
 
-        other_gate = loaded[following][1].gate if len(ring) > 1 else None
-        row = measure(folder, other_gate, frechet)
+        other = following[folder]
+        row = measure(folder, loaded[other][1].gate if other != folder else None, frechet)
         new.append(row | {"features": str(evaluator.extractor)})
 
-    # Rows of other runs stay.
+    # Rows of other runs stay, and what was measured with another seed's gate.
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "gate_use.csv"
-    rows = pd.DataFrame(new)
+    rows = pd.DataFrame(new).set_index(["run", "steps"])
     if path.exists():
-        known = pd.read_csv(path)
-        rows = pd.concat([known[~known["run"].isin(rows["run"])], rows])
+        rows = rows.combine_first(pd.read_csv(path).set_index(["run", "steps"]))[rows.columns]
+    rows = rows.reset_index()
     rows.to_csv(path, index=False)
     draw(rows).savefig(args.out / "gate_use.png", dpi=200)
 
 
 if __name__ == "__main__":
-    main()
+    with evaluation.exit_codes(qd.UserError):
+        main()

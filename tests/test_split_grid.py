@@ -11,6 +11,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, PngImagePlugin
+from torchvision.utils import make_grid
 
 import debug_img
 from debug_img import split_grid
@@ -199,6 +200,16 @@ def test_the_last_place_is_empty_or_a_white_image(tmp_path):
         split_grid(path)
     for n in (24, 25):
         assert torch.equal(split_grid(path, expect=n).images, tiles[:n])
+
+
+@pytest.mark.parametrize("kind, n", [("digits", 16), ("tissue", 16), ("digits", 64)])
+def test_images_that_touch_are_not_one_image(kind, n, tmp_path):
+    """A square of them, as torchvision's make_grid and imshow draw it, inside a margin."""
+    picture = make_grid(make(kind, n), math.isqrt(n))
+    figure_of(picture[None], size=(6, 6)).save(tmp_path / "figure.png")
+    with pytest.raises(UserError, match="one image, or several that touch; --expect 1"):
+        split_grid(tmp_path / "figure.png")
+    assert len(split_grid(tmp_path / "figure.png", expect=1).images) == 1
 
 
 def beside_a_curve(n):
