@@ -1,5 +1,6 @@
 """What the suites of the training scripts share."""
 
+import os
 import re
 import struct
 import sys
@@ -11,6 +12,10 @@ from matplotlib.figure import Figure
 
 import quantum_diffusion_mnist as mnist
 import quantum_diffusion_pathmnist as pathmnist
+
+# Tiny models are slower with more threads. Scripts that tests start see the variable.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 EMBEDDED = {
     mnist: ["--data", "digits", "--digits", "3"],
