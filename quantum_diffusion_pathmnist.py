@@ -95,9 +95,10 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def explaining(what: str, mend: str = "") -> Iterator[None]:
-    """Whatever fails inside becomes a UserError: what failed, the reason, and what mends it.
+    """Whatever fails inside becomes a UserError: what failed, (the reason), and what mends it.
 
-    Errors of another kind pass as they are: too little memory, a file that may not be read.
+    Too little memory passes as it is, and so does what the disk refuses (permission, no space);
+    a missing file, or one that is no picture or archive, is explained.
     """
     try:
         yield
@@ -157,7 +158,8 @@ class Settings:
     n_frames: int = number(30, 1, 1000, "previews in a run")
     n_samples: int = number(5, 1, 1000, "images of each class per preview")
 
-    # The conditions: what may change when a trained model is sampled again (--weights).
+    # The conditions, in training and sampling alike. A model trained under ideal ones can also be
+    # sampled under others (--weights).
     sample_steps: int = number(SAMPLE_STEPS, 1, 10**5, "network evaluations per image, at most")
     simulator: str = "exact"  # or the name of a PennyLane device
     simulator_options: dict | None = None  # that device's arguments
@@ -204,7 +206,7 @@ class Settings:
 
     @property
     def conditional(self) -> bool:
-        """Whether one model learns several classes, with the class as an input."""
+        """Whether the model is class-conditional: it learns several classes, as an input."""
         return len(self.classes) > 1
 
     @property
@@ -288,7 +290,7 @@ class GaussianDiffusion:
     def __init__(self, timesteps: int, device: torch.device | str = "cpu"):
         self.timesteps = timesteps
         self.alpha_bar = torch.cumprod(1 - cosine_beta_schedule(timesteps), 0)  # (T,) float64
-        self.log_snr = (self.alpha_bar / (1 - self.alpha_bar)).log() / 2  # log(alpha / sigma)
+        self.lambdas = (self.alpha_bar / (1 - self.alpha_bar)).log() / 2  # log(alpha / sigma)
 
         # For images on the device, (T, 1, 1, 1) float32.
         self.alpha = self.alpha_bar.sqrt().float()[:, None, None, None].to(device)
@@ -309,11 +311,11 @@ class GaussianDiffusion:
         steps of asinh(lambda). So they lie densest around lambda = 0, where an image is decided.
         Sampling begins in pure noise, so the first is T - 1 instead. None is visited twice.
         """
-        wanted = torch.linspace(math.asinh(-6), self.log_snr[0].asinh(), steps).sinh()
+        wanted = torch.linspace(math.asinh(-6), self.lambdas[0].asinh(), steps).sinh()
 
-        # The timesteps whose log-SNR is nearest to the wanted one. One after the other, as steps
+        # The timesteps whose lambda is nearest to the wanted one. One after the other, as steps
         # times T distances may not fit into the memory.
-        levels = torch.stack([(self.log_snr - one).abs().argmin() for one in wanted])
+        levels = torch.stack([(self.lambdas - one).abs().argmin() for one in wanted])
         levels[0] = self.timesteps - 1  # pure noise
         return levels.unique().flip(0)
 
@@ -337,7 +339,7 @@ class GaussianDiffusion:
         levels = self.sampling_levels(steps)
         alpha = self.alpha_bar[levels].sqrt().tolist()
         sigma = (1 - self.alpha_bar[levels]).sqrt().tolist()
-        log_snr = self.log_snr[levels].tolist()
+        lambdas = self.lambdas[levels].tolist()
 
         x = x_T
         x0_last = h_last = None  # the first step is of first order
@@ -349,7 +351,7 @@ class GaussianDiffusion:
                 return x0.clamp(-1, 1)
 
             # The second order extrapolates from the last step's x_0 and this one's.
-            h = log_snr[k + 1] - log_snr[k]
+            h = lambdas[k + 1] - lambdas[k]
             d = x0 if x0_last is None else x0 + (x0 - x0_last) * (h / (2 * h_last))
             x0_last = x0
             h_last = h
@@ -368,15 +370,24 @@ class GaussianDiffusion:
 # A circuit is a function of PennyLane operations on the wires 0 .. n-1:
 #   angles   (n,) or (B, n), radians: the gate's input; index it as angles[..., i]
 #   weights  (layers, n, weights per qubit and layer), radians, trained
-# Whatever runs it, <Z_i> of every qubit is measured at its end. An entry in ARMS gives its name and
-# its number of weights; picture, noise, exact simulation and its check follow from the function.
+# Whatever runs it, <Z_i> of every qubit is measured at its end; to measure X instead, end it with a
+# Hadamard on each. An entry in ARMS gives its name and its number of weights. Picture, noise, exact
+# simulation and the check of that, ``check_circuit``, follow from the function:
 #
-# The exact simulation (see the appendix) takes gates and channels on one qubit or two neighbours,
-# whose parameters are an angle, a weight or a constant as it is (not -w, not 2 * x). Its cost grows
-# with a product over the gates between two neighbours, their bond dimension, which may be 256. A
-# CNOT, CZ, CRX, IsingXX, YY or ZZ is a factor of 4 (mostly 2 if it is the last operation on its
-# first qubit), IsingXY and SWAP of 16. So four layers of CNOTs fit: 4 * 4 * 4 * 2 = 128, or
-# 256 with noise behind the last. All else runs on a PennyLane device, --simulator lightning.qubit.
+#     check_circuit(Settings("mine")); print(circuit_text(Settings("mine")))  # without training
+#
+# Angles are the outputs of QuantumGate.project_in, of any size: scale them in QuantumGate.forward.
+# Weights begin uniform in 0 .. 2 pi; one may go unused. Write a new function rather than change one
+# that has runs: their folders hold its operations, and are refused where these differ. The arm
+# matched has two weights per unit and layer, as quantum.
+#
+# The exact simulation (see the appendix) takes gates and channels on one qubit or two neighbours. A
+# parameter is angles[..., i] itself, weights[l, i, k] itself or a constant; -w and 2 * x are
+# refused. Its cost grows with the bond dimension of each pair of neighbours, 256 at most: a product
+# over the gates between the two, 4 for CNOT, CZ, CRX, IsingXX, YY or ZZ (mostly 2 if nothing
+# follows on the lower qubit), 16 for IsingXY and SWAP. So four layers of CNOTs fit: 4 * 4 * 4 * 2 =
+# 128, or 256 with noise behind the last. All else runs on a PennyLane device, --simulator
+# lightning.qubit.
 
 
 def encode(angles: Tensor) -> None:
@@ -393,7 +404,7 @@ def rotate(layer: Tensor, *rotations: type) -> None:
 
 
 def neighbours(layer: Tensor) -> list[list[int]]:
-    """The pairs (0, 1), (1, 2), ... of the chain; layer: (n, k)."""
+    """The pairs (0, 1), (1, 2), ... of the chain of n qubits; layer: (n, k), its weights."""
     return [[i, i + 1] for i in range(len(layer) - 1)]
 
 
@@ -592,134 +603,6 @@ def with_noise(
     return noisy_circuit
 
 
-# Numbers from 0 to these stand for a circuit's angles and weights when it is read: usual ones;
-# negative and large ones, which an absolute value or a limit changes; and many, to see branches.
-USUAL_SIZE = 6
-EXTREME_SIZES = (-1000, 1000)
-MORE_SIZES = range(7, 17)
-
-
-class Recorded(NamedTuple):
-    """An operation, and where each of its parameters comes from."""
-
-    operation: qml.operation.Operator
-    # As Factor's, ("w", 6), or ("computed", its value and derivatives as text); None: a constant.
-    sources: tuple[tuple[str, int | str] | None, ...]
-
-    def __str__(self) -> str:
-        """The text by which circuits are compared, also of a run's ``config.json``.
-
-        For example ``RZ(w0) 0``, ``CNOT 0 1`` or ``PauliRot(w0) 0 1 pauli_word='XX'``.
-        """
-        words = [
-            shown_value(value) if source is None else "".join(map(str, source))
-            for source, value in zip(self.sources, self.operation.parameters, strict=True)
-        ]
-        inside = f"({', '.join(words)})" if words else ""
-        wires = map(str, self.operation.wires)
-        return " ".join([self.operation.name + inside, *wires, *details(self.operation)])
-
-
-def shown_value(parameter: object) -> str:
-    """A constant parameter, a number or a matrix, in the text of its operation."""
-    return str(np.round(qml.math.toarray(parameter), 9).tolist())
-
-
-def with_parameters(
-    operation: qml.operation.Operator, parameters: Sequence
-) -> qml.operation.Operator:
-    """The operation with other parameters."""
-    try:
-        return qml.ops.functions.bind_new_parameters(operation, parameters)
-    except IndexError:  # PennyLane's, of an evolution under 2 X or a sum
-        if operation.name != "Evolution":
-            raise UserError(f"{operation.name}: its parameters cannot be set; {WAY_OUT}") from None
-        return qml.evolve(operation.base, parameters[0])
-
-
-def details(operation: qml.operation.Operator) -> list[str]:
-    """What name, parameters and wires of an operation do not show, such as a Pauli word."""
-    # Products and exponentials: all of it, with 0, 1, ... for the parameters, which are shown. The
-    # one of an evolution is its time, so those of its Hamiltonian follow.
-    if operation.name in ("Prod", "Sum", "SProd", "Exp", "Evolution"):
-        numbers = [float(k) if np.ndim(p) == 0 else p for k, p in enumerate(operation.parameters)]
-        inside = operation.base.parameters if operation.name == "Evolution" else []
-        return [repr(with_parameters(operation, numbers)), *map(shown_value, inside)]
-
-    # Otherwise its hyperparameters, and those of the operation inside an adjoint or a controlled.
-    hyperparameters = operation.hyperparameters
-    shown = {"control_wires", "work_wires", "work_wire_type", "num_wires", "base"}
-    if all(hyperparameters.get("control_values", ())):  # all ones: the default
-        shown.add("control_values")
-    extra = [f"{key}={value!r}" for key, value in hyperparameters.items() if key not in shown]
-    if "base" in hyperparameters:
-        extra += details(hyperparameters["base"])
-    return extra
-
-
-def value_and_derivatives(parameter: Tensor, angles: Tensor, weights: Tensor) -> str:
-    """A computed parameter as text: ``1.4 (w2: 2)`` of 2 w2, where w2 is 0.7."""
-    numbers = torch.view_as_real(parameter) if parameter.is_complex() else parameter
-    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-    gradients = torch.autograd.grad(numbers.sum(), (angles, weights), **options)
-    derivatives = [
-        f"{kind}{k}: {derivative:.6g}"
-        for kind, gradient in zip("xw", gradients, strict=True)
-        for k, derivative in enumerate(gradient.flatten().tolist())
-        if derivative
-    ]
-    values = [f"{value:.6g}" for value in numbers.flatten().tolist()]
-    return f" {' '.join(values)} ({', '.join(derivatives)})"
-
-
-@torch.inference_mode(False)
-@torch.enable_grad()
-def record(
-    circuit: Callable, n_qubits: int, n_layers: int, n_weights: int, size: float = USUAL_SIZE
-) -> list[Recorded]:
-    """Runs a circuit once on random numbers, to see which angle or weight each parameter is.
-
-    Each angle and weight is a random number of its own, its placeholder. For example
-    RZ(layer[3, 0]) is recorded with 0.7312, the placeholder of weight 6, so its source is ("w", 6).
-    A parameter that equals no placeholder is a constant, or was computed from some: it has their
-    gradient, or changes when ``compile_circuit`` records again with placeholders of other sizes.
-
-    size: the placeholders lie between 0 and it. Without gradient ones are "detached".
-    """
-    shape = (n_layers, n_qubits, n_weights)
-    generator = random_stream(0, "placeholders", size)
-    how = {"dtype": torch.float64, "generator": generator, "device": "cpu"}
-    angles = size * torch.rand(n_qubits, **how)
-    weights = size * torch.rand(shape, **how)
-    placeholders = {value: ("x", i) for i, value in enumerate(angles.tolist())}
-    placeholders |= {value: ("w", k) for k, value in enumerate(weights.flatten().tolist())}
-    operations = operations_of(circuit, angles.requires_grad_(), weights.requires_grad_())
-
-    # Which of them each parameter is.
-    recorded = []
-    for operation in operations:
-        if operation.batch_size is not None:
-            shapes = [str(tuple(np.shape(parameter))) for parameter in operation.parameters]
-            found = f"{name_of(circuit)}: {operation.name} takes one number for each parameter"
-            shown = f"found shape {', '.join(shapes)}"
-            raise UserError(f"{found}, {shown}; index it further, as in layer[i, 0]")
-        sources = []
-        for parameter in operation.parameters:
-            value = qml.math.toarray(parameter)
-            source = placeholders.get(value.item()) if value.ndim == 0 else None
-            if source is not None and not isinstance(parameter, Tensor):
-                lost = f"{name_of(circuit)}: {operation.name} takes an angle or weight as a number"
-                raise UserError(f"{lost} without gradient; leave out float() and .item()")
-            has_gradient = isinstance(parameter, Tensor) and parameter.requires_grad
-            if source is not None and not has_gradient:
-                source = (f"detached {source[0]}", source[1])
-            elif source is None and has_gradient:
-                source = ("computed", value_and_derivatives(parameter, angles, weights))
-            sources.append(source)
-        recorded.append(Recorded(operation, tuple(sources)))
-    return recorded
-
-
 def make_qnode(
     circuit: Callable,
     n_qubits: int,
@@ -730,7 +613,7 @@ def make_qnode(
 ) -> qml.QNode:
     """A circuit on a PennyLane device, with <Z_i> of all its qubits.
 
-    shots: joint measurements of all qubits; None: exact means (a hardware device has none).
+    shots: joint measurements of all qubits; None: exact means, which hardware does not have.
     diff_method: None for inference alone, which is faster on some devices. Noise needs a device
     that takes channels: ``default.mixed``. Returns f(angles (B, n), weights (L, n, k)) -> list of n
     tensors (B,).
@@ -768,11 +651,12 @@ def start_at_zero(layer: nn.Module) -> nn.Module:
 class QuantumGate(nn.Module):
     """The gate with a circuit in its middle: Linear(C, n), <Z_i> of the circuit, Linear(n, C).
 
-    The arguments are as in Settings, the circuit is a function as above. With shots the gradient is
-    that of the exact mean (straight-through); on a PennyLane device it is the parameter-shift
-    rule's, measured as well. What else the circuit uses is to stay as it is: the exact simulation
-    reads it when a gate is built, or anything of another size, type or device. Raises UserError for
-    zero shots, too few weights for the circuit, and a circuit that the exact simulation cannot do.
+    channels: C; circuit: a function as above; n_weights, trained: as in Arm; the others as in
+    Settings. With shots the gradient is that of the exact mean (straight-through); on a PennyLane
+    device it is the parameter-shift rule's, measured as well. Do not change a variable outside the
+    circuit that it reads: the exact simulation reads it when a gate is built, and again only for
+    another size, dtype or device. Raises UserError for zero shots, too few weights for the circuit,
+    and a circuit that the exact simulation cannot do.
     """
 
     def __init__(
@@ -835,7 +719,7 @@ class QuantumGate(nn.Module):
         )
 
     def device_expectations(self, angles: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """The same by the PennyLane device, on the CPU."""
+        """<Z_i> (B, n) by the PennyLane device. angles: (B, n) on the CPU."""
         weights = self.weights.to(angles)
         diff_method = "best" if torch.is_grad_enabled() else None
 
@@ -849,7 +733,7 @@ class QuantumGate(nn.Module):
             return torch.cat(rows)
 
         qnode = self.qnode if diff_method else self.inference_qnode
-        # Some devices drop a batch of one; a circuit without inputs has none.
+        # Some devices drop the axis of a batch of one; a circuit without inputs has none: (n,).
         return torch.stack(qnode(angles, weights), -1).expand_as(angles)
 
     def forward(self, features: Tensor, generators: Sequence[torch.Generator] = ()) -> Tensor:
@@ -1319,7 +1203,7 @@ class Muon(torch.optim.Optimizer):
                 nesterov = weight.grad.lerp(average, group["momentum"])
 
                 # A step of orthogonal directions, larger for a matrix with more rows than columns.
-                matrix = nesterov.flatten(1)  # mostly output channels by all other axes
+                matrix = nesterov.flatten(1)  # output channels (going up: input) by all other axes
                 scale = max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5
                 update = orthogonalize(matrix).view(weight.shape)
                 weight.add_(update, alpha=-group["lr"] * scale)
@@ -1437,7 +1321,7 @@ def train(
 
         # Preview and checkpoint.
         done = step + 1
-        if done in previews or done % CHECKPOINT_STEPS == 0:  # the last step has a preview
+        if done in previews or done % CHECKPOINT_STEPS == 0:  # the last step is in previews
             check_finite(settings, model, losses[:done])
             if done in previews:
                 save_preview(folder, settings, average, done)
@@ -1791,6 +1675,15 @@ def draw_pictures(settings: Settings, folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------- run folder
+#
+#     config.json                      what made the run (``run_config``); of what it has made, the
+#                                      model's checksum and the number of images; "went_on": other
+#                                      machines and versions on which it was continued
+#     samples/, loss.csv               previews, losses
+#     checkpoint.pt                    the state of the training every CHECKPOINT_STEPS
+#     model.pt, samples_final.png      the averaged weights; the images for the metrics
+#     loss_curve.png, circuit.png, training_progress.gif      ``draw_pictures``
+#     metrics.json, closest_pairs.png  the evaluation's (cal_fid_ssim.py)
 
 
 def run_config(settings: Settings, data: DataSet, device: torch.device) -> dict:
@@ -1894,12 +1787,12 @@ def device_name(device: torch.device) -> str:
 PICTURES = ("loss_curve.png", "training_progress.gif", "circuit.png", "closest_pairs.png")
 
 # The parts of config.json that, if they differ, make it another run.
-IDENTITY = ("settings", "images", "weights", "circuit")
+IDENTITY_PARTS = ("settings", "images", "weights", "circuit")
 
 
 def run_hash(config: dict) -> str:
     """A hash of what makes a run, kept in its checkpoint and its final images."""
-    identity = {part: config[part] for part in IDENTITY}
+    identity = {part: config[part] for part in IDENTITY_PARTS}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
@@ -1907,9 +1800,9 @@ def read_config(path: Path) -> dict:
     """A run's ``config.json``. Raises UserError when it is none, or an older version's."""
     with reading(path, "a run's configuration of this version"):
         config = json.loads(path.read_text())
-        if not all(isinstance(config.get(part, {}), dict) for part in IDENTITY):
-            raise ValueError(f"expected entries in {', '.join(IDENTITY)}")
-        missing = {*IDENTITY, "model_sha256", "n_eval"} - config.keys()
+        if not all(isinstance(config.get(part, {}), dict) for part in IDENTITY_PARTS):
+            raise ValueError(f"expected entries in {', '.join(IDENTITY_PARTS)}")
+        missing = {*IDENTITY_PARTS, "model_sha256", "n_eval"} - config.keys()
         if missing or "classes" not in config["settings"]:
             raise ValueError(f"no {', '.join(sorted(missing)) or 'settings.classes'}")
         went_on = config.get("went_on", [])
@@ -1929,7 +1822,7 @@ def update_config(folder: Path, **changes: object) -> None:
 def differences(known: dict, asked: dict, skip: Sequence[str] = ()) -> str:
     """In what two configurations differ, for an error; empty: in nothing that makes a run."""
     found = []
-    for part in IDENTITY:
+    for part in IDENTITY_PARTS:
         for key in known[part] | asked[part]:
             before, now = known[part].get(key), asked[part].get(key)
             if key in skip or before == now:
@@ -2009,8 +1902,10 @@ def note_machine(folder: Path, recorded: dict, config: dict) -> None:
 def find_weights(folder: Path, settings: Settings, config: dict) -> dict:
     """Entries of ``config.json`` for a run that samples another run's model (--weights).
 
-    The model is that of the same run under ideal conditions, in ``folder``, sampled in as many
-    steps as usual or as this run. Raises UserError: there is none, or it was trained otherwise.
+    In ``folder`` it looks for the run folder that this run would have under ideal conditions, with
+    the usual number of sampling steps, then with this run's. Returns the checksum of its model.pt
+    ("weights") and its path ("weights_from"). Raises UserError: there is none, or it was trained
+    otherwise.
     """
     trained = [
         replace(settings, **IDEAL, sample_steps=steps).name
@@ -2315,12 +2210,12 @@ def make_run(args: argparse.Namespace, data: DataSet, device: torch.device, run:
     with open_run(folder, config):
         # The model, trained or another run's.
         recorded = read_config(folder / "config.json")
-        is_trained = recorded["model_sha256"] is not None
+        has_model = recorded["model_sha256"] is not None and model_path.exists()
         has_images = (folder / "samples_final.png").exists() and recorded["n_eval"] >= args.n_eval
-        if not is_trained or not model_path.exists() or not has_images:
+        if not has_model or not has_images:
             note_machine(folder, recorded, config)
-        is_trained_here = config["weights"]["weights_sha256"] is None
-        if not is_trained or not model_path.exists():
+        is_trained_here = config["weights"]["weights_sha256"] is None  # not --weights
+        if not has_model:
             if not is_trained_here:
                 state = Path(config["weights_from"]).read_bytes()
             else:
@@ -2328,7 +2223,7 @@ def make_run(args: argparse.Namespace, data: DataSet, device: torch.device, run:
                 state = train(settings, images, folder, run_hash(config), labels).state_dict()
             write_atomic(model_path, state)
             digest = hashlib.sha256(model_path.read_bytes()).hexdigest()
-            if recorded["model_sha256"] not in (None, digest):  # pictures of a model that is gone
+            if recorded["model_sha256"] not in (None, digest):  # pictures of a model that is lost
                 for name in ("samples_final.png", *PICTURES):
                     (folder / name).unlink(missing_ok=True)
             update_config(folder, model_sha256=digest)
@@ -2364,9 +2259,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 # In short: a tensor network whose bonds are never truncated. Time runs along each qubit, and every
 # gate between two neighbours is a bond that joins them.
 #
-# A qubit's density matrix is sum_p v_p P_p / 2 over the Pauli matrices P = I, X, Y, Z: four real
-# numbers v, for |0> (1, 0, 0, 1). On them a gate or channel is a real matrix, 4x4 on one qubit and
-# 16x16 on two, whose entries are trigonometric polynomials of the gate's angle.
+# A qubit's density matrix rho is sum_p v_p P_p / 2 over the Pauli matrices P = I, X, Y, Z: four
+# real numbers, the means v_p = tr(P_p rho), so that v_I = 1 and v_Z = <Z>; of |0> they are
+# (1, 0, 0, 1). n qubits have 4^n, one for each string of Paulis. On them a gate or channel is a
+# real matrix, 4x4 on one qubit and 16x16 on two, whose entries are trigonometric polynomials of the
+# gate's angle.
 #
 # Bonds. A matrix on two neighbours is a sum of r products of matrices on one (its operator-Schmidt
 # decomposition), and the index of the sum is a bond between the two qubits. CNOT, which is
@@ -2381,23 +2278,28 @@ def main(argv: Sequence[str] | None = None) -> None:
 #                     |            |                      |
 #                  I or Z       I or Z                 I or Z
 #
-# <Z_i> reads out Z of qubit i and I of all others. One sweep from the left end and one from the
-# right give the chain on either side of every qubit, with I read out; then
-# <Z_i> = (left of i) (qubit i with Z) (right of i). Gradients are autograd's. Noise is exact too,
-# as channels are matrices like gates.
+# <Z_i> is the number of the string with Z at qubit i and I at all others: to read out I of a qubit
+# is to ignore it. One sweep from the left end and one from the right give the chain on either side
+# of every qubit, with I read out; then <Z_i> = (left of i) (qubit i with Z) (right of i). Gradients
+# are autograd's. Noise is exact too, as channels are matrices like gates.
 #
 # Two halves. What acts on a qubit up to its last input depends on the sample ("before"), all later
 # operations do not ("after"). So a qubit is two tensors, and the second is computed once for all
 # samples. Of quantum_circuit "before" is RY(x)|0>, which has no bond, and "after" all the rest; of
 # reupload_circuit both have bonds.
 #
+# One index. All gates between two qubits give bonds a, b, c in the order of time, which the sweeps
+# carry as one index, the earliest slowest. Each qubit cuts this index at its own last input: early
+# bonds belong to "before", late ones to "after". For bonds of 4, 4 and 2 one may have (4, 8) and
+# its neighbour (16, 2). In quantum_circuit no bond is early, and nothing is cut.
+#
 # Letters: B samples, S shots, q qubits, F trigonometric functions; of a tensor: l and r bonds to
-# the left and right, m and s those that come later; o and i Pauli components after (out) and before
-# (in), j one that is summed over. Index orders:
+# the left and right, m and s those that come later; o and i Pauli components out of and into a
+# matrix, j one in between: of two matrices, or of a qubit's two halves. Index orders:
 #
 #     a factor, of one operation         (F, l, r, o, i); of a group of qubits (q, F, l, r, o, i)
 #     a product of a group's factors     (q, B, o, i, l, r)
-#     a qubit's two tensors              before (B, i, l, r), after (i, m, o, s)
+#     a qubit's two tensors              before (B, j, l, r), after (j, m, o, s)
 
 MAX_BOND_DIMENSION = 256  # between two neighbours: four layers of CNOTs, with noise
 # The seconds are those of 16 qubits, three layers and a batch of 64.
@@ -2411,7 +2313,138 @@ READ_OUT = [0, 3]  # I, for a qubit that is not measured, and Z
 # Factors without bonds, (F, l, r, o, i) = (1, 1, 1, o, i).
 ZERO = np.array([1.0, 0, 0, 1]).reshape(1, 1, 1, 4, 1)  # |0>
 READ_OUT_MATRIX = np.eye(4)[READ_OUT].reshape(1, 1, 1, 2, 4)
-NOTHING = np.eye(2).reshape(1, 1, 1, 2, 2)
+PASS_ON = np.eye(2).reshape(1, 1, 1, 2, 2)  # where I and Z are all that is left
+
+
+# Reading a circuit. It is run on random numbers, one for each angle and weight: placeholders. A
+# parameter that equals one is that angle or weight; one that has a gradient was computed, as 2 * x
+# is; any other is a constant. Numbers that were computed without gradient, and branches that depend
+# on a number, are seen by running it again with placeholders of other sizes, between 0 and these:
+# negative and large ones, which an absolute value or a limit changes, and more, for branches.
+USUAL_SIZE = 6
+EXTREME_SIZES = (-1000, 1000)
+MORE_SIZES = range(7, 17)
+
+
+class Recorded(NamedTuple):
+    """An operation, and where each of its parameters comes from."""
+
+    operation: qml.operation.Operator
+    # ("x", 3): angle 3; ("w", 6): weight 6 of weights.flatten(); ("detached x", 3): without
+    # gradient; ("computed", its value and derivatives as text); None: a constant.
+    sources: tuple[tuple[str, int | str] | None, ...]
+
+    def __str__(self) -> str:
+        """The text by which circuits are compared, also of a run's ``config.json``.
+
+        For example ``RZ(w0) 0``, ``CNOT 0 1`` or ``PauliRot(w0) 0 1 pauli_word='XX'``.
+        """
+        words = [
+            shown_value(value) if source is None else "".join(map(str, source))
+            for source, value in zip(self.sources, self.operation.parameters, strict=True)
+        ]
+        inside = f"({', '.join(words)})" if words else ""
+        wires = map(str, self.operation.wires)
+        return " ".join([self.operation.name + inside, *wires, *details(self.operation)])
+
+
+def shown_value(parameter: object) -> str:
+    """A constant parameter, a number or a matrix, in the text of its operation."""
+    return str(np.round(qml.math.toarray(parameter), 9).tolist())
+
+
+def with_parameters(
+    operation: qml.operation.Operator, parameters: Sequence
+) -> qml.operation.Operator:
+    """The operation with other parameters."""
+    try:
+        return qml.ops.functions.bind_new_parameters(operation, parameters)
+    except IndexError:  # PennyLane's, of an evolution under 2 X or a sum
+        if operation.name != "Evolution":
+            raise UserError(f"{operation.name}: its parameters cannot be set; {WAY_OUT}") from None
+        return qml.evolve(operation.base, parameters[0])
+
+
+def details(operation: qml.operation.Operator) -> list[str]:
+    """What else tells operations of equal name, parameters and wires apart, for ``Recorded``.
+
+    For example ``pauli_word='XX'``.
+    """
+    # Composite operations: all of it, each scalar parameter replaced by its place 0, 1, ..., as the
+    # values are listed already. An evolution's parameter is its time; its Hamiltonian's follow.
+    if operation.name in ("Prod", "Sum", "SProd", "Exp", "Evolution"):
+        numbers = [float(k) if np.ndim(p) == 0 else p for k, p in enumerate(operation.parameters)]
+        inside = operation.base.parameters if operation.name == "Evolution" else []
+        return [repr(with_parameters(operation, numbers)), *map(shown_value, inside)]
+
+    # Otherwise its hyperparameters, and those of the operation inside an adjoint or a controlled.
+    hyperparameters = operation.hyperparameters
+    shown = {"control_wires", "work_wires", "work_wire_type", "num_wires", "base"}
+    if all(hyperparameters.get("control_values", ())):  # all ones: the default
+        shown.add("control_values")
+    extra = [f"{key}={value!r}" for key, value in hyperparameters.items() if key not in shown]
+    if "base" in hyperparameters:
+        extra += details(hyperparameters["base"])
+    return extra
+
+
+def value_and_derivatives(parameter: Tensor, angles: Tensor, weights: Tensor) -> str:
+    """A computed parameter as text: ``1.4 (w2: 2)`` of 2 w2, where w2 is 0.7."""
+    numbers = torch.view_as_real(parameter) if parameter.is_complex() else parameter
+    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    gradients = torch.autograd.grad(numbers.sum(), (angles, weights), **options)
+    derivatives = [
+        f"{kind}{k}: {derivative:.6g}"
+        for kind, gradient in zip("xw", gradients, strict=True)
+        for k, derivative in enumerate(gradient.flatten().tolist())
+        if derivative
+    ]
+    values = [f"{value:.6g}" for value in numbers.flatten().tolist()]
+    return f" {' '.join(values)} ({', '.join(derivatives)})"
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def record(
+    circuit: Callable, n_qubits: int, n_layers: int, n_weights: int, size: float = USUAL_SIZE
+) -> list[Recorded]:
+    """Runs a circuit once on placeholders, to see which angle or weight each parameter is.
+
+    For example RZ(layer[3, 0]) is recorded with 0.7312, the placeholder of weight 6, so its source
+    is ("w", 6). size: the placeholders lie between 0 and it.
+    """
+    shape = (n_layers, n_qubits, n_weights)
+    generator = random_stream(0, "placeholders", size)
+    how = {"dtype": torch.float64, "generator": generator, "device": "cpu"}
+    angles = size * torch.rand(n_qubits, **how)
+    weights = size * torch.rand(shape, **how)
+    placeholders = {value: ("x", i) for i, value in enumerate(angles.tolist())}
+    placeholders |= {value: ("w", k) for k, value in enumerate(weights.flatten().tolist())}
+    operations = operations_of(circuit, angles.requires_grad_(), weights.requires_grad_())
+
+    # Which of them each parameter is.
+    recorded = []
+    for operation in operations:
+        if operation.batch_size is not None:
+            shapes = [str(tuple(np.shape(parameter))) for parameter in operation.parameters]
+            found = f"{name_of(circuit)}: {operation.name} takes one number for each parameter"
+            shown = f"found shape {', '.join(shapes)}"
+            raise UserError(f"{found}, {shown}; index it further, as in layer[i, 0]")
+        sources = []
+        for parameter in operation.parameters:
+            value = qml.math.toarray(parameter)
+            source = placeholders.get(value.item()) if value.ndim == 0 else None
+            if source is not None and not isinstance(parameter, Tensor):
+                lost = f"{name_of(circuit)}: {operation.name} takes an angle or weight as a number"
+                raise UserError(f"{lost} without gradient; leave out float() and .item()")
+            has_gradient = isinstance(parameter, Tensor) and parameter.requires_grad
+            if source is not None and not has_gradient:
+                source = (f"detached {source[0]}", source[1])
+            elif source is None and has_gradient:
+                source = ("computed", value_and_derivatives(parameter, angles, weights))
+            sources.append(source)
+        recorded.append(Recorded(operation, tuple(sources)))
+    return recorded
 
 
 class Factor(NamedTuple):
@@ -2536,8 +2569,9 @@ def cut(coefficients: np.ndarray, is_last: tuple[bool, bool]) -> tuple[np.ndarra
     tensor = coefficients.reshape(-1, 4, 4, 4, 4)  # (F, low o, high o, low i, high i)
 
     # Of a last operation the rows X and Y are never read. Without them the rank r falls, CNOT's
-    # from 4 to 2. Where the gate is the last on both its qubits, the high one's rows go only after
-    # the SVD: r is then that of the layer's other gates, and all are computed in one batch.
+    # from 4 to 2. Where the gate is the last on both its qubits, as at the end of a chain, the high
+    # one's rows go after the SVD: a smaller r than that of the layer's other gates would keep the
+    # last qubit out of their Group.
     if low_is_last:
         tensor = tensor[:, READ_OUT]
     elif high_is_last:
@@ -2576,9 +2610,9 @@ def factors_of_qubits(recorded: Sequence[Recorded], n_qubits: int) -> list[list[
             found = f"{operation.name} on qubits {wires[0]} and {wires[1]}"
             raise UserError(f"{found}: the exact simulation knows neighbours only; {WAY_OUT}")
 
-        # One operation of each kind is fitted and cut, then found again by this key: its name, and
-        # its matrix at some values of the variable parameters. Each has a value of its own, as
-        # products may differ in the order of their parameters alone.
+        # Each kind of operation is fitted and cut once. Operations of one name may differ, as in a
+        # Pauli word or a constant, so the key holds the matrix at some values of the variable
+        # parameters. These are not equal, so that f(a, b) and f(b, a) have different keys.
         variable = tuple(source is not None for source in sources)
         is_last = tuple(last[wire] == k for wire in wires)
         values = [
@@ -2608,7 +2642,7 @@ def factors_of_qubits(recorded: Sequence[Recorded], n_qubits: int) -> list[list[
     # At the end I and Z are read out, to which ``cut`` has cut a gate already.
     for own in factors:
         is_cut = own and own[-1].coefficients.shape[3] == len(READ_OUT)  # o
-        own.append(Factor(NOTHING if is_cut else READ_OUT_MATRIX))
+        own.append(Factor(PASS_ON if is_cut else READ_OUT_MATRIX))
     return factors
 
 
@@ -2637,7 +2671,7 @@ def split_at_last_input(factors: Sequence[Factor]) -> tuple[list[Factor], list[F
     Of an inner qubit of quantum_circuit "before" is |0> and RY(x), one factor; "after" has one for
     each weight, into which the CNOTs' parts are multiplied.
     """
-    inputs = [k for k, f in enumerate(factors) if any(kind[-1] == "x" for kind, _ in f.sources)]
+    inputs = [k for k, f in enumerate(factors) if any(kind.endswith("x") for kind, _ in f.sources)]
     split = max(inputs, default=-1) + 1
     before = fuse_constants([Factor(ZERO), *factors[:split]])
     after = fuse_constants(factors[split:])
@@ -2686,21 +2720,11 @@ def stack_factors(
     return stacked
 
 
-@cache
-@torch.inference_mode(False)  # else what it makes could not be used in training
-def compile_circuit(
-    circuit: Callable,
-    n_qubits: int,
-    n_layers: int,
-    n_weights: int,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> list[Group]:
-    """Reads a circuit for the exact simulation: its qubits in groups, with all constants.
+def read_circuit(circuit: Callable, n_qubits: int, n_layers: int, n_weights: int) -> list[Recorded]:
+    """A circuit's operations, which must be the same whatever its angles and weights are.
 
-    Raises UserError, with the way out, for what the exact simulation cannot do.
+    Raises UserError where they are not, and for a computed parameter.
     """
-    # Recorded again, with the same values and with others, the operations must be the same.
     sizes = (n_qubits, n_layers, n_weights)
     recorded = record(circuit, *sizes)
     texts = list(map(str, recorded))
@@ -2715,6 +2739,25 @@ def compile_circuit(
                 must_be = "an angle or a weight, or a constant, not computed"
                 way_out = f"and which operations there are must not depend on them; {WAY_OUT}"
                 raise UserError(f"{found} {must_be}, {way_out}")
+
+    return recorded
+
+
+@cache
+@torch.inference_mode(False)  # else what it makes could not be used in training
+def compile_circuit(
+    circuit: Callable,
+    n_qubits: int,
+    n_layers: int,
+    n_weights: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> list[Group]:
+    """Reads a circuit for the exact simulation: its qubits in groups, with all constants.
+
+    Raises UserError, with the way out, for what the exact simulation cannot do.
+    """
+    recorded = read_circuit(circuit, n_qubits, n_layers, n_weights)
 
     # The factors, and how large the bonds are together.
     with explaining(f"{name_of(circuit)} cannot be read", f"; {WAY_OUT}"):
@@ -2735,12 +2778,12 @@ def compile_circuit(
             for factor in (*before, *after)
         ]
         members.setdefault((len(before), *shapes), []).append(qubit)
-    chain = []
+    groups = []
     for qubits in members.values():
         befores, afters = zip(*(halves[qubit] for qubit in qubits), strict=True)
         stacked = [stack_factors(half, dtype, device) for half in (befores, afters)]
-        chain.append(Group(qubits, *stacked))
-    return chain
+        groups.append(Group(qubits, *stacked))
+    return groups
 
 
 def factor_matrices(factor: Factor, features: dict[str, Tensor]) -> Tensor:
@@ -2779,22 +2822,22 @@ def multiply_factors(factors: Sequence[Factor], features: dict[str, Tensor]) -> 
 
 
 def site_tensors(
-    chain: Sequence[Group], angles: Tensor, weights: Tensor
+    groups: Sequence[Group], angles: Tensor, weights: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
     """For each qubit its two tensors, before and after its last input.
 
-    Before: (B, i, l, r), the state of every sample; i is the component between the halves, the
-    output of this half and the input of the next. After: (i, m, o, s), the same for all samples; o
-    is I or Z as read out. Early bonds are l and r, late ones m and s, to the left and the right.
+    Before: (B, j, l, r), the state of every sample, j the component between the halves. After:
+    (j, m, o, s), the same for all samples; o is I or Z as read out. Early bonds are l and r, late
+    ones m and s, to the left and the right.
     """
     features = {"x": harmonics(angles.T), "w": harmonics(weights.flatten())[:, None]}
     features |= {f"detached {kind}": values.detach() for kind, values in features.items()}
     sites = [None] * angles.shape[1]
-    for group in chain:
-        before = multiply_factors(group.before, features).squeeze(3)  # (q, B, i, l, r)
+    for group in groups:
+        before = multiply_factors(group.before, features).squeeze(3)  # (q, B, j, l, r)
         before = before.expand(-1, len(angles), -1, -1, -1)
-        after = multiply_factors(group.after, features).squeeze(1)  # (q, o, i, m, s)
-        after = after.permute(0, 2, 3, 1, 4).contiguous()  # (q, i, m, o, s)
+        after = multiply_factors(group.after, features).squeeze(1)  # (q, o, j, m, s)
+        after = after.permute(0, 2, 3, 1, 4).contiguous()  # (q, j, m, o, s)
         pairs = zip(before.unbind(0), after.unbind(0), strict=True)
         for qubit, pair in zip(group.qubits, pairs, strict=True):
             sites[qubit] = pair
@@ -2811,15 +2854,11 @@ def step_right(left: Tensor, site: tuple[Tensor, Tensor]) -> tuple[Tensor, Tenso
 
     left: (B, bonds to the left). Returns two tensors (B, bonds to the right).
 
-    All gates between two qubits give bonds a, b, c in the order of time, which the chain carries as
-    one index, the earliest slowest. Each qubit cuts this index at its own last input: early bonds
-    belong to "before", late ones to "after". For bonds of 4, 4 and 2 one may have (4, 8) and its
-    neighbour (16, 2). So a step begins with unflatten(1, (early, -1)) and ends with a flatten. In
-    quantum_circuit no bond is early, and nothing is cut.
+    The joined bonds are cut into early and late ones, and joined again: see "One index" above.
     """
     before, after = site
     left = left.unflatten(1, (before.shape[2], -1))  # (B, l, m): early bonds l, late ones m
-    state = torch.einsum("blm,bilr->brim", left, before).flatten(2)  # (B, r, i m)
+    state = torch.einsum("blm,bjlr->brjm", left, before).flatten(2)  # (B, r, j m)
     state = state @ after.flatten(2).flatten(0, 1)  # (B, r, o s): early bonds r, late ones s
     read_i, read_z = state.chunk(2, dim=2)
     return read_i.flatten(1), read_z.flatten(1)
@@ -2833,9 +2872,9 @@ def chains_beyond(sites: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     beyond = [right]
     for before, after in reversed(sites[1:]):
         right = right.unflatten(1, (before.shape[3], -1))  # (B, r, s): early bonds r, late ones s
-        read_i = after[:, :, 0].flatten(0, 1)  # (i m, s)
-        state = (right @ read_i.mT).unflatten(2, (before.shape[1], -1))  # (B, r, i, m)
-        right = torch.einsum("bilr,brim->blm", before, state).flatten(1)
+        read_i = after[:, :, 0].flatten(0, 1)  # (j m, s)
+        state = (right @ read_i.mT).unflatten(2, (before.shape[1], -1))  # (B, r, j, m)
+        right = torch.einsum("bjlr,brjm->blm", before, state).flatten(1)
         beyond.append(right)
     return beyond[::-1]
 
@@ -2864,7 +2903,7 @@ def sample_outcomes(sites: Sequence[tuple[Tensor, Tensor]], uniform: Tensor) -> 
     for i, (site, right) in enumerate(zip(sites, chains_beyond(sites), strict=True)):
         # Both halves as one matrix for all shots of a sample, from the joined left bonds l m to the
         # readout o and the joined right bonds r s.
-        matrix = torch.einsum("bilr,imos->blmors", *site)
+        matrix = torch.einsum("bjlr,jmos->blmors", *site)
         matrix = matrix.flatten(3).flatten(1, 2)  # (B, l m, o r s)
 
         # <Z_i> given the outcomes so far; the outcome; the chain with its projector, divided by the
@@ -2897,13 +2936,13 @@ def circuit_expectations(
         raise UserError(f"{found}: expected (B, n) and (L, n, k)")
     n_layers, n_qubits, n_weights = weights.shape
     how = (angles.dtype, angles.device)
-    chain = compile_circuit(circuit, n_qubits, n_layers, n_weights, *how)
+    groups = compile_circuit(circuit, n_qubits, n_layers, n_weights, *how)
     if shots is not None and len(generators) != len(angles):
         found = f"{len(generators)} generators for the shots of {len(angles)} samples"
         raise UserError(f"{found}: expected one for each")
 
     with torch.autocast(angles.device.type, enabled=False):  # half precision is too coarse
-        sites = site_tensors(chain, angles, weights)
+        sites = site_tensors(groups, angles, weights)
         means = exact_means(sites)
         if shots is None:
             return means
