@@ -202,8 +202,8 @@ def read_run(folder: Path, dataset: DataSet) -> Run:
     if len(classes) > 1:
         names = [dataset.module.CLASS_NAMES[label] for label in classes]
         is_of_all = tuple(classes) == dataset.module.ALL_CLASSES
-        of_classes = "conditional" if is_of_all else "-".join(["conditional", *names])
-        condition = f"{of_classes}_{condition}".strip("_")
+        name = "conditional" if is_of_all else "-".join(["conditional", *names])
+        condition = f"{name}_{condition}".strip("_")
     return Run(
         folder=folder,
         condition=condition,
@@ -278,7 +278,7 @@ def content_hash(*tensors: Tensor) -> str:
 
 @contextlib.contextmanager
 def optional(path: Path) -> Iterator[None]:
-    """Makes a file that is not worth stopping for: when that fails, a note says so."""
+    """Around the making of a file that is not worth stopping for: a failure becomes a note."""
     try:
         yield
     except (UserError, OSError) as error:
@@ -707,26 +707,29 @@ def search_copies(
 ) -> tuple[dict[str, float], dict[str, float], ClosestPairs]:
     """How near generated and held-out images are to training images, all (N, C, H, W) uint8.
 
-    The metrics of the generated images, then those of the held-out ones, their floor. A near copy
-    is as near to a training image as 1 % of the held-out images are. distance_ratio is NaN where at
-    least half of these are copies.
+    Returns the metrics of the generated images, then those of the held-out ones, their floor:
+    ssim_nearest, the mean SSIM with the nearest training image; distance_ratio, the median distance
+    to it over the held-out images' median (NaN where at least half of these are copies);
+    near_copies, the share that is as near as the nearest 1 % of the held-out images.
     """
     distance, nearest = nearest_images(images, training, copy_features)
-    usual_distance, usual_nearest = nearest_images(unseen, training, copy_features)
-    threshold = float(np.percentile(usual_distance, 1))
-    usual = np.median(usual_distance)
+    unseen_distance, unseen_nearest = nearest_images(unseen, training, copy_features)
+    threshold = float(np.percentile(unseen_distance, 1))
+    unseen_median = np.median(unseen_distance)
 
     def statistics(some: Tensor, index: np.ndarray, to_nearest: np.ndarray) -> dict[str, float]:
         return {
             "ssim_nearest": ssim(some, training[index]),
-            "distance_ratio": float(np.median(to_nearest) / usual) if usual > 0 else math.nan,
+            "distance_ratio": float(np.median(to_nearest) / unseen_median)
+            if unseen_median > 0
+            else math.nan,
             "near_copies": float((to_nearest <= threshold).mean()),
         }
 
     closest = np.argsort(distance, kind="stable")[:CLOSEST_PAIRS]
     return (
         statistics(images, nearest, distance),
-        statistics(unseen, usual_nearest, usual_distance),
+        statistics(unseen, unseen_nearest, unseen_distance),
         ClosestPairs(images[closest], training[nearest[closest]], distance[closest], threshold),
     )
 
@@ -740,8 +743,10 @@ def search_copies(
 #      "n_generated": 1000, "n_real": 6131,
 #      "metrics": {"fid": 2.9, "fid_ratio": 1.7, ...},  # METRICS and "kid_standard_error"
 #      "floor": {"n": 1000, "draws": 5, "from": "test split", "fid": 1.7, "fid_ratio": 1, ...},
-#      "n_training": 6131, "n_held_out": 1010, "near_copy_threshold": 0.09, "note": ""}
+#      "n_training": 6131, "n_held_out": 1010, "near_copy_threshold": 0.09, "note": "",
+#      "machine": "cpu, AMD EPYC, AVX512, 1 thread"}
 #
+# A conditional run has a list of these: its classes, "mean", and "all" without a search for copies.
 # NaN is what could not be measured; in the file, as JSON has no NaN, null.
 class Sample(NamedTuple):
     """Images with their features."""
@@ -764,8 +769,16 @@ class Real(NamedTuple):
 class Evaluator:
     """Measures runs of one data source; what runs share (real images, floors) is kept.
 
-    ``which`` says with the real images of which classes something is compared, ``shown`` which
-    classes it shows. They differ with --reference all.
+    The real images of the classes ``which`` are what images of the classes ``shown`` are compared
+    with, and the floor is of ``shown``:
+
+        row                                      which     shown
+        class 3                                  3         3
+        class 3, --reference all                 "all"     3
+        all classes of a model of 3 and 8        (3, 8)    (3, 8)
+
+    options: features, reference, n_real, data_dir, seed, device and inception_weights of
+    ``parse_options``.
     """
 
     def __init__(self, dataset: DataSet, source: str, options: argparse.Namespace) -> None:
@@ -854,10 +867,10 @@ class Evaluator:
         return Real(*samples)
 
     def draws_held_out(self, which: Classes, shown: Classes, n: int) -> bool:
-        """Whether the floor is drawn from the held-out images: there are n, as were generated.
+        """Whether the floor's images are held-out ones; else they are set aside from the reference.
 
-        Or as many as there are, where one class is compared with all: then no training images can
-        be set aside.
+        They are held-out ones where there are n, as many as were generated. Where there are fewer
+        the reference stands in, if it shows the same classes; otherwise the floor has fewer images.
         """
         return which != shown or n <= len(self.real(shown).held_out.images)
 
@@ -866,19 +879,18 @@ class Evaluator:
     ) -> Iterator[tuple[Sample, Sample]]:
         """Real images, as if they were generated, and those that they are compared with.
 
-        n of them are drawn from the held-out images, several times. If these are fewer, they are
-        drawn from the reference: at most half of it, compared with the rest. But see
-        ``draws_held_out``.
+        n of them are drawn from the held-out images, several times, or from the reference (see
+        ``draws_held_out``): at most half of it, compared with the rest.
         """
         reference = self.real(which).reference
         held_out = self.real(shown).held_out
-        enough = self.draws_held_out(which, shown, n)
-        pool = held_out if enough else reference
-        size = min(n, len(held_out.images) if enough else len(reference.images) // 2)
-        is_one = size > ONE_DRAW_ABOVE or size == len(pool.images)
-        for draw in range(1 if is_one else FLOOR_DRAWS):
+        from_held_out = self.draws_held_out(which, shown, n)
+        pool = held_out if from_held_out else reference
+        size = min(n, len(held_out.images) if from_held_out else len(reference.images) // 2)
+        one_draw_is_enough = size > ONE_DRAW_ABOVE or size == len(pool.images)
+        for draw in range(1 if one_draw_is_enough else FLOOR_DRAWS):
             order = torch.randperm(len(pool.images), generator=self.stream("floor", draw))
-            if enough:
+            if from_held_out:
                 yield held_out.take(order[:size]), reference
             else:
                 yield reference.take(order[:size]), reference.take(order[size:])
@@ -900,7 +912,11 @@ class Evaluator:
     def measure_images(
         self, generated: Split, which: Classes, shown: Classes, unseen: Split
     ) -> dict[str, Any]:
-        """Generated images beside real ones; unseen: held-out images of the same classes."""
+        """Compares generated images with the reference, and measures their floor.
+
+        unseen: all held-out images of these classes, for the classifier (the floor has --n_real at
+        most). Returns n_generated, n_real, metrics, floor. Raises UserError where too few are real.
+        """
         n = len(generated.images)
         reference = self.real(which).reference
         held_out = self.real(shown).held_out
@@ -973,7 +989,9 @@ class Evaluator:
 
         if run.conditional:
             mean = mean_of(list(measured.values()))
-            for part in ("metrics", "floor"):  # the KIDs of the classes are independent
+            # The KIDs of the classes are independent, but with --reference all: they share it, and
+            # this error is too small.
+            for part in ("metrics", "floor"):
                 errors = [of_class[part]["kid_standard_error"] for of_class in measured.values()]
                 mean[part]["kid_standard_error"] = math.hypot(*errors) / len(errors)
 
@@ -1036,6 +1054,7 @@ class Evaluator:
             "label": label,
             "condition": run.condition,
             "settings": run.settings,
+            # Of the row "all" it is all classes of the run; see scale_of.
             "reference": "all" if label == "all" else self.options.reference,
             "features": str(self.extractor or "none"),
             "preprocessing": self.extractor and self.extractor.preprocessing,
@@ -1109,7 +1128,7 @@ def comparison_csv(results: list[dict[str, Any]]) -> str:
 def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
     """``comparison.csv``, one row per result: all tables and figures are made of this.
 
-    ``n_train`` is infinite for a whole class. Four columns are added, for example
+    ``n_train`` is infinite for a whole class. Columns are added, for example
 
         arm       condition            steps   conditional   other_budget   variant
         matched                        1250    False                        matched
@@ -1117,9 +1136,9 @@ def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
         quantum                        1150    False         "1150 steps"   quantum 1150 steps
         quantum   conditional_shots10  1250    True                         quantum conditional_...
 
-    ``variant`` is what tables and figures tell apart, an ordered category that ends with FLOOR.
-    ``judge`` is the kind of features and, if there are several, the reference. Raises ValueError
-    for another table, and UserError for two runs that nothing here tells apart.
+    ``variant`` is what tables and figures tell apart, an ordered category that ends with FLOOR;
+    ``scale`` see ``scale_of``. Raises ValueError for another table, and UserError for two runs that
+    nothing here tells apart.
     """
     # Nothing but an empty cell is missing; of these columns it is an empty text.
     texts = dict.fromkeys(["run", "arm", "condition", "label", "note", "machine"], "")
@@ -1128,20 +1147,10 @@ def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
     check_columns(frame)
     frame = frame.fillna(texts | {"n_train": np.inf})
 
-    # A table of an earlier version lacks the youngest columns.
-    keys = [*METRICS, "kid_standard_error"]
-    expected = [name for key in keys for name in (key, f"floor_{key}")]
-    expected.append("floor_n_real")
-    frame = frame.reindex(columns=frame.columns.union(expected, sort=False))
-    set_aside = frame["floor_n"].where(frame["floor_from"] == SET_ASIDE, 0)
-    rest = frame["n_real"] - set_aside
-    frame["floor_n_real"] = frame["floor_n_real"].fillna(rest).astype(int)
-    if "machine" not in frame:
-        frame["machine"] = ""
-
+    frame = with_all_columns(frame)
     frame["conditional"] = frame["condition"].str.startswith("conditional")
     frame["other_budget"] = other_budget(frame)
-    frame["judge"] = judge(frame)
+    frame["scale"] = scale_of(frame)
 
     # Variants in the order of ARMS, then arms that it does not know; also in tables and figures.
     arms = [*ARMS, *sorted(set(frame["arm"]) - set(ARMS))]
@@ -1160,6 +1169,24 @@ def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
     return frame
 
 
+def with_all_columns(frame: pd.DataFrame) -> pd.DataFrame:
+    """A table of an earlier version with the columns that it lacks.
+
+    Metrics are NaN, the machine is "", and the floor's number of real images is that of the row
+    less those that were set aside.
+    """
+    keys = [*METRICS, "kid_standard_error"]
+    expected = [name for key in keys for name in (key, f"floor_{key}")]
+    expected.append("floor_n_real")
+    frame = frame.reindex(columns=frame.columns.union(expected, sort=False))
+    set_aside = frame["floor_n"].where(frame["floor_from"] == SET_ASIDE, 0)
+    rest = frame["n_real"] - set_aside
+    frame["floor_n_real"] = frame["floor_n_real"].fillna(rest).astype(int)
+    if "machine" not in frame:
+        frame["machine"] = ""
+    return frame
+
+
 def check_columns(frame: pd.DataFrame) -> None:
     """Raises ValueError for a table that lacks columns, cells or rows, or has text for numbers."""
     texts = ["run", "arm", "data", "label", "features", "reference"]
@@ -1167,7 +1194,7 @@ def check_columns(frame: pd.DataFrame) -> None:
     missing = {*texts, *numbers, "condition", "n_train", "note", "floor_from"} - {*frame.columns}
     if missing:
         raise ValueError(f"no column {', '.join(sorted(missing))}")
-    if len(of_classes(frame)) == 0:
+    if len(single_classes(frame)) == 0:
         raise ValueError("no rows of single classes")
     empty = [name for name in [*texts, *numbers] if frame[name].isna().any()]
     if empty:
@@ -1175,45 +1202,48 @@ def check_columns(frame: pd.DataFrame) -> None:
     measured = [*METRICS, "kid_standard_error", "n_real"]
     numbers += [*BUDGET, "n_train", "n_training", *measured, *(f"floor_{key}" for key in measured)]
     for name in frame.columns.intersection(numbers):
-        pd.to_numeric(frame[name])
+        pd.to_numeric(frame[name])  # raises ValueError for text
 
 
 def other_budget(frame: pd.DataFrame) -> pd.Series:
-    """In what a row's budget is another than usual, for example "1150 steps"; "": in nothing.
+    """What a variant's name says of its budget, for example "1150 steps"; "": the usual one.
 
-    An arm may be trained with several numbers of steps, or of qubits. Another number than is usual
-    for a class and size (most rows have it; of a tie the largest) makes a variant of its own. The
-    sampling steps are a condition already.
+    A column of BUDGET is named where (1) the row's arm has several values of it for this data, size
+    and condition, over all classes and seeds, and (2) the row's value is not the usual one: the
+    commonest of all arms (of a tie the largest) for this data, size, class and kind of model. By
+    class, as training by epochs gives each its own number of steps. ``condition`` has the sampling
+    steps.
     """
-    kind = frame["condition"].str.extract("^(conditional[^_]*)", expand=False).fillna("single")
+    kind_of_model = frame["condition"].str.extract("^(conditional[^_]*)", expand=False)
+    kind_of_model = kind_of_model.fillna("single")
     found = pd.Series("", index=frame.index)
     for name in BUDGET:
         if name == "sample_steps" or name not in frame:  # a table of an earlier version
             continue
-        # Whether the arm has several, over all classes; what is usual, in each class: by epochs
-        # each has its own number of steps.
-        numbers = frame.groupby(["data", "n_train", "arm", "condition"])[name].transform("nunique")
-        alike = frame.groupby(["data", "n_train", "label", kind])[name]
+        values_of_arm = frame.groupby(["data", "n_train", "arm", "condition"])[name]
+        alike = frame.groupby(["data", "n_train", "label", kind_of_model])[name]
         usual = alike.transform(lambda values: values.mode().max())
-        is_other = (numbers > 1) & (frame[name] != usual) & frame[name].notna()
+        has_several = values_of_arm.transform("nunique") > 1
+        is_other = has_several & (frame[name] != usual) & frame[name].notna()
         found += (" " + frame[name].map("{:.10g} ".format) + name).where(is_other, "")
     return found.str.strip()
 
 
-def judge(frame: pd.DataFrame) -> pd.Series:
-    """The kind of features and, if there are several, the reference: each has a scale of its own.
+def scale_of(frame: pd.DataFrame) -> pd.Series:
+    """What rows must share to be averaged, for example "inception, reference all".
 
+    The kind of features and, if there are several references, the reference.
     The reference of a conditional run's row "all" is always all; it goes with the run's classes.
     """
     features = frame["features"].str.split(":").str[0]
     name = frame["run"].str.split(": ").str[0]  # of the run
-    of_the_run = of_classes(frame).groupby(name)["reference"].first()
+    of_the_run = single_classes(frame).groupby(name)["reference"].first()
     own = frame["reference"].where(frame["label"] != "all", name.map(of_the_run).fillna("class"))
     several = own.groupby([frame["data"], features]).transform("nunique") > 1
     return features + (", reference " + own).where(several, "")
 
 
-def of_classes(frame: pd.DataFrame) -> pd.DataFrame:
+def single_classes(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows of single classes, without the "mean" and "all" of conditional runs."""
     return frame[~frame["label"].isin(["mean", "all"])]
 
@@ -1221,25 +1251,26 @@ def of_classes(frame: pd.DataFrame) -> pd.DataFrame:
 def pairs_of_runs(frame: pd.DataFrame, baseline: str, is_strict: bool = True) -> pd.DataFrame:
     """One row per run that has a base among the runs of the arm ``baseline``.
 
-    The base is of the same class, training-set size and seed, and differs in one thing:
+    The base is of the same class, training-set size and seed, with the first of these taken away
+    that applies:
 
         run                      its base         which differs in
+        matched 1150 steps       matched          the budget: never in another arm
+        quantum shots10_steps2   matched steps2   the arm, with the circuit's condition
         quantum                  matched          the arm, where that is one of BASELINES
-        quantum shots10_steps2   matched steps2   the arm, and the circuit's condition
         matched shots10_steps2   matched steps2   the circuit's condition
         matched steps2           matched          the sampling steps
         matched conditional      matched          one model for all classes instead of each
-        matched 1150 steps       matched          the budget: never in another arm
 
     is_strict: the base was judged by the same features, and has as many images, generated and
     real. The columns of the base end with "_base".
     """
     told = frame[["arm", "condition", "other_budget"]].to_dict("records")
-    runs = frame.assign(wanted=[base_condition(run, baseline) for run in told])
-    runs = runs.dropna(subset="wanted")
+    runs = frame.assign(condition_of_base=[base_condition(run, baseline) for run in told])
+    runs = runs.dropna(subset="condition_of_base")
     bases = frame[(frame["arm"] == baseline) & (frame["other_budget"] == "")]
-    bases = bases.assign(wanted=bases["condition"])
-    same = ["data", "n_train", "label", "seed", "wanted"]
+    bases = bases.assign(condition_of_base=bases["condition"])
+    same = ["data", "n_train", "label", "seed", "condition_of_base"]
     if is_strict:
         same += ["features", "reference", "n_generated", "n_real"]
     return runs.merge(bases, on=same, suffixes=("", "_base"))
@@ -1332,7 +1363,13 @@ def over_seeds(means: pd.DataFrame) -> pd.DataFrame:
 
 
 def paired_differences(pairs: pd.DataFrame) -> pd.DataFrame:
-    """``over_seeds`` of comparable pairs, what each row is made of, and whether 0 is outside."""
+    """``over_seeds`` of comparable pairs, what each row is made of, and whether 0 is outside.
+
+    For example, beside the columns of ``over_seeds``:
+
+        variant_base   classes   pairs   low      high    leaves_zero_out
+        matched        2         10      -0.013   0.214   False
+    """
     series = ["variant", "n_train"]  # with one baseline each has the same base in all pairs
     groups = pairs.groupby(series, observed=True)
     made_of = groups.agg(variant_base=("variant_base", "first"), classes=("label", "nunique"))
@@ -1345,10 +1382,10 @@ def paired_differences(pairs: pd.DataFrame) -> pd.DataFrame:
 
 
 # ------------------------------------------------ relative differences of FID and their tests
-COMPARISON = ["baseline", "data", "judge", "n_train", "variant", "variant_base"]
+COMPARISON = ["baseline", "data", "scale", "n_train", "variant", "variant_base"]
 DECIDING_UNITS = 5  # seeds, or independent pairs: with fewer the verdict is "too few"
 SIGNIFICANCE = 0.05  # of the tests of relative differences
-MARGIN = 4.0  # per cent of FID: a mean difference within it is none
+MARGIN = 4.0  # per cent of FID: of the tests of equivalence
 
 
 def relative_differences(frame: pd.DataFrame) -> pd.DataFrame:
@@ -1356,7 +1393,7 @@ def relative_differences(frame: pd.DataFrame) -> pd.DataFrame:
 
     100 (a - b) / ((a + b) / 2). matched - classical is left out: classical - matched is there.
     """
-    classes = of_classes(frame)
+    classes = single_classes(frame)
     present = {*BASELINES, *classes["arm"]}  # the others have no pairs
     baselines = [arm for arm in ALL_BASELINES if arm in present]
     parts = [pairs_of_runs(classes, arm).assign(baseline=arm) for arm in baselines]
@@ -1535,7 +1572,10 @@ def each_once(values: pd.Series) -> str:
 
 
 def difference_table(differences: pd.DataFrame) -> str:
-    """One row per difference; a star where the interval leaves zero out."""
+    """One row per difference; a star where the interval leaves zero out.
+
+    The last column says that only from DECIDING_UNITS seeds on.
+    """
     rows = []
     for item in differences.itertuples():
         metric = METRICS[item.metric]
@@ -1623,19 +1663,19 @@ def comparison_text(frame: pd.DataFrame, margin: float = MARGIN, family: int = 0
 
 
 def kinds_of_parts(frame: pd.DataFrame) -> list[str]:
-    """The columns that split a table: "data" if there are several, "judge" if one source has."""
+    """The columns that split a table: "data" if it has several, "scale" if a source has several."""
     columns = []
     if frame["data"].nunique() > 1:
         columns.append("data")
-    if frame.groupby("data")["judge"].nunique().max() > 1:
-        columns.append("judge")
+    if frame.groupby("data")["scale"].nunique().max() > 1:
+        columns.append("scale")
     return columns
 
 
 def by_source(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The rows of each data source and kind of judge: their numbers do not belong into one mean.
+    """A table in parts that may share a mean: of one data source and scale.
 
-    By the ending of their figures' names: "" where there is one, else for example "_mnist".
+    By the ending of the part's figures' names: "" where there is one, else for example "_mnist".
     """
     several = kinds_of_parts(frame)
     parts = {}
@@ -1647,8 +1687,8 @@ def by_source(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def source_paragraphs(frame: pd.DataFrame) -> list[str]:
-    """The report on the runs of one data source and judge: means, and paired differences."""
-    classes = of_classes(frame)
+    """The report on the runs of one data source and scale: means, and paired differences."""
+    classes = single_classes(frame)
     together = frame[frame["label"] == "all"]
     runs = comparable_runs(classes)
     features = ", ".join(sorted(set(frame["features"])))
@@ -1780,7 +1820,7 @@ def draw_panels(frame: pd.DataFrame, against_size: bool) -> Figure:
     a line for each variant. Below, when there are runs of FIGURE_BASELINE, the paired differences.
     """
     # What is drawn: every variant's means and, where there are pairs, their differences.
-    frame = of_classes(frame)
+    frame = single_classes(frame)
     runs = comparable_runs(frame)
     if len(runs) == 0:
         raise UserError("no class is there for all arms and seeds of a size")
@@ -1965,7 +2005,7 @@ def overview_cells(
 
     # The table has one row for each class of each run, in the runs' order.
     by_class = [(run, label) for run in runs for label in run.images]
-    shown = of_classes(frame).assign(by_class=by_class).sort_values("seed", kind="stable")
+    shown = single_classes(frame).assign(by_class=by_class).sort_values("seed", kind="stable")
     shown = shown.drop_duplicates(["n_train", "variant", "label"])
 
     cells = {}
@@ -2191,20 +2231,21 @@ def evaluate_fully(evaluator: Evaluator, runs: Sequence[Run], options: argparse.
         draw(run.folder / "closest_pairs.png", draw_closest_pairs, pairs)
 
     # Printed before anything that may fail.
-    csv = comparison_csv(results)
-    frame = read_comparison(io.StringIO(csv))  # of these runs alone
+    measured = comparison_csv(results)
+    frame = read_comparison(io.StringIO(measured))  # of these runs alone
     say(result_table(frame))
 
-    # Added to the table of earlier evaluations, and shown with the other ones.
+    # Added to the table of earlier evaluations, and shown with the other ones. What was just
+    # measured is the last, and so replaces others.
     if options.csv:
         kept = options.csv[0]
         kept.parent.mkdir(parents=True, exist_ok=True)
         with locked(kept):
-            csv = joined([*read_tables([kept] if kept.exists() else []), csv])
-            read_comparison(io.StringIO(csv))  # what cannot be in one table is an error
-            write_atomic(kept, csv)
-    if options.out is not None:  # what was just measured is the last, and so replaces others
-        write_tables([*read_tables(options.csv), comparison_csv(results)], options)
+            merged = joined([*read_tables([kept] if kept.exists() else []), measured])
+            read_comparison(io.StringIO(merged))  # what cannot be in one table is an error
+            write_atomic(kept, merged)
+    if options.out is not None:
+        write_tables([*read_tables(options.csv), measured], options)
         draw(options.out / "overview.png", draw_overview, runs, frame, evaluator)
 
 
@@ -2233,7 +2274,8 @@ def joined(texts: Sequence[str]) -> str:
     """The text of one comparison.csv with the rows of several, to the letter.
 
     Of rows of one run with equal settings, reference and number of training images the last stays,
-    by whatever features it was judged, but for none. Folders of one name may hold several runs.
+    even if its features are of another kind; but one of --features none replaces no other. The
+    folder's name alone does not tell a run.
     """
     parts = [pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False) for text in texts]
     rows = pd.concat(parts, ignore_index=True)
@@ -2257,10 +2299,10 @@ def write_tables(texts: Sequence[str], options: argparse.Namespace) -> None:
     write_atomic(out / "comparison.csv", csv)
     write_atomic(out / "comparison.md", comparison_text(frame, options.margin, options.family))
 
-    # Figures of what there is, with several sources or judges one of each; none of others stays.
+    # Figures of what there is, with several sources or scales one of each; none of others stays.
     sources = "|".join([*MNIST.held_out_split, "pathmnist", "tissue"])
-    judges = "(classifier|inception|scattering|none)(-reference-(class|all))?"
-    ours = re.compile(rf"(comparison|scaling)(_({sources}))?(_{judges})?\.png|forest\.png")
+    scales = "(classifier|inception|scattering|none)(-reference-(class|all))?"
+    ours = re.compile(rf"(comparison|scaling)(_({sources}))?(_{scales})?\.png|forest\.png")
     for path in out.iterdir():
         if ours.fullmatch(path.name):
             path.unlink()
@@ -2268,7 +2310,9 @@ def write_tables(texts: Sequence[str], options: argparse.Namespace) -> None:
         draw(out / f"comparison{ending}.png", draw_panels, part, against_size=False)
         if part["n_train"].nunique() > 1:
             draw(out / f"scaling{ending}.png", draw_panels, part, against_size=True)
-    comparisons = fid_comparisons(frame, options.margin)
+    comparisons = fid_comparisons(
+        frame, options.margin
+    )  # means and intervals, without p: no family
     if len(comparisons) > 0:
         draw(out / "forest.png", draw_forest, comparisons, options.margin)
     say(f"written to {out}")

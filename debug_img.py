@@ -57,7 +57,8 @@ def split_grid(path: Path, expect: int | None = None) -> Grid:
     A PNG with this project's ``grid`` text chunk is split to the bit. In any other picture (of an
     animation: the last frame) the tiles are found as equal rectangles on a uniform ground and
     brought back to 28x28 pixels. ``expect`` is the number of images if it is known; it decides
-    whether an empty last place of the grid is a white image, and a fine picture is one image.
+    whether an empty last place of the grid is a white image, and lets a single rectangle of finer
+    detail than an image pass as one.
 
     Raises UserError for an unreadable or truncated file and for an ambiguous layout.
     """
@@ -138,8 +139,9 @@ def detect_tiles(
 ) -> tuple[np.ndarray, tuple[int, int, int], float]:
     """Find equal rectangles on a uniform ground: boxes (n, 4) in reading order, ground, confidence.
 
-    Every contrast in CONTRASTS turns the picture (height, width, 3) into a mask. Among the masks
-    that are a lattice of tiles the one with most tiles wins, of equals the most confident.
+    For each of the ``likely_grounds`` every contrast in CONTRASTS turns the picture (height, width,
+    3) into a mask. Of the first ground that has masks with a lattice of tiles, the mask with most
+    tiles wins, of equals the most confident.
     Raises UserError, which names ``path``, when none is.
     """
     reason = ""
@@ -365,9 +367,9 @@ def without_frames(picture: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     def share_of(ring: np.ndarray, colour: np.ndarray) -> float:
         return (np.abs(ring - colour).max(axis=1) <= FRAME_TOLERANCE).mean()
 
-    # Ring 0 is the outermost. A frame ends where a ring no longer has the colour of the ring
-    # before. An image's own plain border never does that before its content begins, so it is kept.
-    # Stop at the first ring of mixed colours: the image's content.
+    # Ring 0 is the outermost. Where under half of a ring has the colour of the ring before, all
+    # before it is frame. A digit's plain border is none, as its content comes into less than half
+    # of a ring. The search ends at the first ring of mixed colours.
     frame = 0
     colour = None  # of the ring before
     for depth in range(int(3 * pixel)):  # a frame thicker than half a pixel is refused below

@@ -8,7 +8,7 @@ comparison needs.
     python quantum_diffusion_mnist.py --arm classical matched quantum --digits 3 8 --n_train 25 100
 
 Where the circuit sits: the U-Net's bottleneck h, with C = 128 channels of 7x7 pixels, becomes
-h * (1 + g(mean(h))), channel by channel.
+h * (1 + g(mean(h))), channel by channel; n are the qubits, v is what the U-Net predicts.
 
     image, time -> encoder -> h ---------------------------------------> * -> decoder -> v
                               |                                          |
@@ -19,7 +19,7 @@ h * (1 + g(mean(h))), channel by channel.
 
 The paper calls this gate "quantum attention". It is no attention: it is squeeze-and-excitation
 (Hu et al. 2018, arXiv 1709.01507) with a circuit in its middle. The last Linear starts at zero, so
-all arms of the comparison start as the same function.
+all models start as the same function.
 
 What the paper describes, and where it is here:
 
@@ -32,7 +32,7 @@ What the paper describes, and where it is here:
 
 To try a circuit of your own, write a function like quantum_circuit and an entry in ARMS.
 quantum_diffusion_pathmnist.py is the same for colour images of tissue: both are complete, so a
-circuit goes into the one that you run. README.md lists what differs from the authors' code and why.
+circuit goes into the one that you run. README.md lists what differs from the paper and why.
 The file reads from top to bottom: settings, diffusion, circuits and gates, U-Net, files, data,
 training, sampling, pictures, run folder, command line, and as an appendix the exact simulation of
 the circuits, with how a circuit is read.
@@ -386,7 +386,7 @@ class GaussianDiffusion:
 # ---------------------------------------------------------------------------- circuits, arms
 #
 # A circuit is a function of PennyLane operations on the wires 0 .. n-1:
-#   angles   (n,) or (B, n), radians: the gate's input; index it as angles[..., i]
+#   angles   (n,) or (B, n), radians: the circuit's input; index it as angles[..., i]
 #   weights  (layers, n, weights per qubit and layer), radians, trained
 # Whatever runs it, <Z_i> of every qubit is measured at its end; to measure X instead, end it with a
 # Hadamard on each. An entry in ARMS gives its name and its number of weights. Picture, noise, exact
@@ -394,18 +394,19 @@ class GaussianDiffusion:
 #
 #     check_circuit(Settings("mine")); print(circuit_text(Settings("mine")))  # without training
 #
-# Angles are the outputs of QuantumGate.project_in, of any size: scale them in QuantumGate.forward.
-# Weights begin uniform in 0 .. 2 pi; one may go unused. Write a new function rather than change one
-# that has runs: their folders hold its operations, and are refused where these differ. The arm
-# matched has two weights per unit and layer, as quantum.
+# Angles are the outputs of QuantumGate.project_in, of any magnitude: scale them in its forward.
+# Weights begin uniform in 0 .. 2 pi; a weight may go unused. Write a new function rather than
+# change one that has runs: their folders hold its operations, and are refused where these differ.
+# The control matched keeps quantum's two weights per unit and layer.
 #
-# The exact simulation (see the appendix) takes gates and channels on one qubit or two neighbours. A
-# parameter is angles[..., i] itself, weights[l, i, k] itself or a constant; -w and 2 * x are
-# refused. Its cost grows with the bond dimension of each pair of neighbours, 256 at most: a product
-# over the gates between the two, 4 for CNOT, CZ, CRX, IsingXX, YY or ZZ (mostly 2 if nothing
-# follows on the lower qubit), 16 for IsingXY and SWAP. So four layers of CNOTs fit: 4 * 4 * 4 * 2 =
-# 128, or 256 with noise behind the last. All else runs on a PennyLane device, --simulator
-# lightning.qubit.
+# The exact simulation (see the appendix) takes quantum gates and channels on one qubit or two
+# neighbours. What varies is angles[..., i] or weights[l, i, k] itself (-w and 2 * x are refused),
+# and enters as cos and sin of it or of its half, as in rotations and controlled rotations. Its cost
+# grows with the bond dimension of each pair of neighbours, 256 at most: a product over the gates
+# between the two, 4 for CNOT, CZ, CRX, IsingXX, YY or ZZ (2 for a CNOT(i, i + 1) that is the last
+# on qubit i), 16 for IsingXY and SWAP. So four layers of CNOTs fit: 4 * 4 * 4 * 2 = 128, or 256
+# with noise behind the last. Most else runs on a PennyLane device, --simulator lightning.qubit;
+# channels need default.mixed.
 
 
 def encode(angles: Tensor) -> None:
@@ -585,7 +586,7 @@ def name_of(circuit: Callable) -> str:
     return getattr(circuit, "__name__", "the circuit")
 
 
-@cache  # the same function for the same noise, by which the compiled circuit is found again
+@cache  # one function for a circuit and noise, by which the compiled circuit is found again
 def with_noise(
     circuit: Callable, gate_noise: tuple[float, float] = (0.0, 0.0), readout_noise: float = 0.0
 ) -> Callable:
@@ -593,7 +594,7 @@ def with_noise(
 
     gate_noise: probabilities of a ``DepolarizingChannel`` on the qubit of every one-qubit gate, on
     both of every two-qubit gate. readout_noise: of a ``BitFlip`` on every qubit at the end. Raises
-    UserError for a gate on three qubits.
+    UserError for gate noise behind a gate on more than two qubits.
     """
     if not any(gate_noise) and not readout_noise:
         return circuit
@@ -634,7 +635,7 @@ def make_qnode(
     shots: joint measurements of all qubits; None: exact means, which hardware does not have.
     diff_method: None for inference alone, which is faster on some devices. Noise needs a device
     that takes channels: ``default.mixed``. Returns f(angles (B, n), weights (L, n, k)) -> list of n
-    tensors (B,).
+    tensors (B,), or () of one sample or a circuit without inputs.
     """
     device = qml.device(simulator, wires=n_qubits, **(options or {}))
     how = {"diff_method": diff_method}
@@ -670,11 +671,11 @@ class QuantumGate(nn.Module):
     """The gate with a circuit in its middle: Linear(C, n), <Z_i> of the circuit, Linear(n, C).
 
     channels: C; circuit: a function as above; n_weights, trained: as in Arm; the others as in
-    Settings. With shots the gradient is that of the exact mean (straight-through); on a PennyLane
-    device it is the parameter-shift rule's, measured as well. Do not change a variable outside the
-    circuit that it reads: the exact simulation reads it when a gate is built, and again only for
-    another size, dtype or device. Raises UserError for zero shots, too few weights for the circuit,
-    and a circuit that the exact simulation cannot do.
+    Settings. With shots the gradient is that of the exact mean (straight-through), on a PennyLane
+    device that of measured parameter shifts. A variable that the circuit reads from outside must
+    stay as it is: the exact simulation reads it when any gate is built, and for another size, dtype
+    or device. Raises UserError for zero shots, too few weights for the circuit, and a circuit that
+    the exact simulation cannot do.
     """
 
     def __init__(
@@ -2253,17 +2254,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 # A qubit's density matrix rho is sum_p v_p P_p / 2 over the Pauli matrices P = I, X, Y, Z: four
 # real numbers, the means v_p = tr(P_p rho), so that v_I = 1 and v_Z = <Z>; of |0> they are
 # (1, 0, 0, 1). n qubits have 4^n, one for each string of Paulis. On them a gate or channel is a
-# real matrix, 4x4 on one qubit and 16x16 on two, whose entries are trigonometric polynomials of the
-# gate's angle.
+# real matrix, 4x4 on one qubit and 16x16 on two, of a gate with angles trigonometric polynomials in
+# these.
 #
-# Bonds. A matrix on two neighbours is a sum of r products of matrices on one (its operator-Schmidt
-# decomposition), and the index of the sum is a bond between the two qubits. CNOT, which is
-# kron(|0><0|, 1) + kron(|1><1|, X), has two terms, and since a density matrix is multiplied from
-# both sides, r is 2 * 2. It is 2 where CNOT is the last operation on its control, of which only I
-# and Z are read then.
+# Bonds. A gate on two neighbours is, at any angle, a sum of r products of matrices on one (as in
+# the operator-Schmidt decomposition), and the index of the sum is a bond between the two qubits.
+# CNOT, which is kron(|0><0|, I) + kron(|1><1|, X), has two terms, and since a density matrix is
+# multiplied from both sides, r is 2 * 2. It is 2 where CNOT(i, i + 1) is the last operation on
+# qubit i, of which only I and Z are read then.
 #
 # The bonds of several gates are one bond, of dimension 4 * 4 * 2 = 32 for three layers of CNOTs. So
-# a circuit on a chain is exactly a product of small tensors, one a qubit; nothing is truncated:
+# a circuit on a chain is exactly a product of tensors:
 #
 #        left ---- qubit 0 ---- qubit 1 ---- ... ---- qubit n-1 ---- right
 #                     |            |                      |
@@ -2274,21 +2275,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 # of every qubit, with I read out; then <Z_i> = (left of i) (qubit i with Z) (right of i). Gradients
 # are autograd's. Noise is exact too, as channels are matrices like gates.
 #
-# Two halves. What acts on a qubit up to its last input depends on the sample ("before"), all later
-# operations do not ("after"). So a qubit is two tensors, and the second is computed once for all
-# samples. Of quantum_circuit "before" is RY(x)|0>, which has no bond, and "after" all the rest; of
-# reupload_circuit both have bonds.
+# Two halves. A qubit is two tensors. "Before" is |0> and what acts on the qubit through its last
+# input; only it differs by sample. "After" is the rest, computed once for all samples. Of
+# quantum_circuit "before" is RY(x)|0>, which has no bond; of reupload_circuit both have bonds.
 #
 # One index. All gates between two qubits give bonds a, b, c in the order of time, which the sweeps
-# carry as one index, the earliest slowest. Each qubit cuts this index at its own last input: early
-# bonds belong to "before", late ones to "after". For bonds of 4, 4 and 2 one may have (4, 8) and
-# its neighbour (16, 2). In quantum_circuit no bond is early, and nothing is cut.
+# carry as one index, the earliest slowest. Each qubit splits it at its own last input into early
+# bonds, of "before", and late ones, of "after": 4, 4 and 2 may be 4 early, 8 late for one and 16, 2
+# for its neighbour. In quantum_circuit all are late.
 #
 # Letters: B samples, S shots, q qubits, F trigonometric functions; of a tensor: l and r bonds to
 # the left and right, m and s those that come later; o and i Pauli components out of and into a
 # matrix, j one in between: of two matrices, or of a qubit's two halves. Index orders:
 #
 #     a factor, of one operation         (F, l, r, o, i); of a group of qubits (q, F, l, r, o, i)
+#     its matrices for all samples       (q, B, l, r, o, i)
 #     a product of a group's factors     (q, B, o, i, l, r)
 #     a qubit's two tensors              before (B, j, l, r), after (j, m, o, s)
 
@@ -2299,7 +2300,7 @@ WAY_OUT = "use --simulator lightning.qubit (2 to 7 s a step; with noise default.
 # P_p of one qubit, (4, 2, 2), and P_p x P_q of two, (16, 4, 4).
 PAULI = np.array([[[1, 0], [0, 1]], [[0, 1], [1, 0]], [[0, -1j], [1j, 0]], [[1, 0], [0, -1]]])
 PAULIS = {1: PAULI, 2: np.einsum("pab,qcd->pqacbd", PAULI, PAULI).reshape(16, 4, 4)}
-READ_OUT = [0, 3]  # I, for a qubit that is not measured, and Z
+READ_OUT = [0, 3]  # I, for a qubit that is ignored, and Z
 
 # Factors without bonds, (F, l, r, o, i) = (1, 1, 1, o, i).
 ZERO = np.array([1.0, 0, 0, 1]).reshape(1, 1, 1, 4, 1)  # |0>
@@ -2307,11 +2308,11 @@ READ_OUT_MATRIX = np.eye(4)[READ_OUT].reshape(1, 1, 1, 2, 4)
 PASS_ON = np.eye(2).reshape(1, 1, 1, 2, 2)  # where I and Z are all that is left
 
 
-# Reading a circuit. It is run on random numbers, one for each angle and weight: placeholders. A
-# parameter that equals one is that angle or weight; one that has a gradient was computed, as 2 * x
-# is; any other is a constant. Numbers that were computed without gradient, and branches that depend
-# on a number, are seen by running it again with placeholders of other sizes, between 0 and these:
-# negative and large ones, which an absolute value or a limit changes, and more, for branches.
+# Reading a circuit. It is run on placeholders, a random number for each angle and weight. A
+# parameter equal to a placeholder is that angle or weight; any other with a gradient was computed,
+# as 2 * x is; the rest are constants. It is run again with placeholders between 0 and other sizes,
+# where most numbers that were computed without gradient show, and most branches: negative and large
+# ones, which an absolute value or a limit changes, and more, for branches.
 USUAL_SIZE = 6
 EXTREME_SIZES = (-1000, 1000)
 MORE_SIZES = range(7, 17)
@@ -2350,7 +2351,7 @@ def with_parameters(
     """The operation with other parameters."""
     try:
         return qml.ops.functions.bind_new_parameters(operation, parameters)
-    except IndexError:  # PennyLane's, of an evolution under 2 X or a sum
+    except IndexError:  # PennyLane's, as of evolve(2 X, t) and of sums
         if operation.name != "Evolution":
             raise UserError(f"{operation.name}: its parameters cannot be set; {WAY_OUT}") from None
         return qml.evolve(operation.base, parameters[0])
@@ -2361,8 +2362,8 @@ def details(operation: qml.operation.Operator) -> list[str]:
 
     For example ``pauli_word='XX'``.
     """
-    # Composite operations: all of it, each scalar parameter replaced by its place 0, 1, ..., as the
-    # values are listed already. An evolution's parameter is its time; its Hamiltonian's follow.
+    # Composite operations: their text, with 0, 1, ... for scalar parameters, as the values are
+    # listed already. An evolution's parameter is its time; its Hamiltonian's follow.
     if operation.name in ("Prod", "Sum", "SProd", "Exp", "Evolution"):
         numbers = [float(k) if np.ndim(p) == 0 else p for k, p in enumerate(operation.parameters)]
         inside = operation.base.parameters if operation.name == "Evolution" else []
@@ -2559,10 +2560,10 @@ def cut(coefficients: np.ndarray, is_last: tuple[bool, bool]) -> tuple[np.ndarra
     low_is_last, high_is_last = is_last
     tensor = coefficients.reshape(-1, 4, 4, 4, 4)  # (F, low o, high o, low i, high i)
 
-    # Of a last operation the rows X and Y are never read. Without them the rank r falls, CNOT's
-    # from 4 to 2. Where the gate is the last on both its qubits, as at the end of a chain, the high
-    # one's rows go after the SVD: a smaller r than that of the layer's other gates would keep the
-    # last qubit out of their Group.
+    # Of a last operation the rows X and Y are never read. Without them the rank may fall, of a CNOT
+    # that is the last on its control from 4 to 2. Where the gate is the last on both its qubits, as
+    # at the end of a chain, the high one's rows go after the SVD: a smaller rank than that of the
+    # layer's other gates would keep the last qubit out of their Group.
     if low_is_last:
         tensor = tensor[:, READ_OUT]
     elif high_is_last:
@@ -2657,10 +2658,10 @@ def fuse_constants(factors: Sequence[Factor]) -> list[Factor]:
 
 
 def split_at_last_input(factors: Sequence[Factor]) -> tuple[list[Factor], list[Factor]]:
-    """A qubit's factors before and after its last input, of which the first begin with |0>.
+    """A qubit's factors: |0> and all through its last input; those behind it.
 
-    Of an inner qubit of quantum_circuit "before" is |0> and RY(x), one factor; "after" has one for
-    each weight, into which the CNOTs' parts are multiplied.
+    Of quantum_circuit "before" is |0> and RY(x), one factor; "after" has one for each weight, into
+    which the CNOTs' parts are multiplied.
     """
     inputs = [k for k, f in enumerate(factors) if any(kind.endswith("x") for kind, _ in f.sources)]
     split = max(inputs, default=-1) + 1
@@ -2678,9 +2679,10 @@ def split_at_last_input(factors: Sequence[Factor]) -> tuple[list[Factor], list[F
 def pad_ends(halves: list[tuple[list[Factor], list[Factor]]]) -> None:
     """Pads the outer bonds of the two end qubits with zeros to the size of the inner ones.
 
-    It only saves time, a fifth: where their factors are as many, the ends then have the shapes of
-    the inner qubits and are computed in one batch with them. Index 0 of a padded bond is the old
-    factor, all others are zero; as the chain begins and ends with (1, 0, 0, ...), nothing changes.
+    It only saves time, a fifth: where their factors are as many, the ends then mostly have the
+    shapes of the inner qubits and are computed in one batch with them. Index 0 of a padded bond is
+    the old factor, all others are zero; as the chain begins and ends with (1, 0, 0, ...), nothing
+    changes.
     """
     if len(halves) < 3:
         return
@@ -2735,7 +2737,7 @@ def read_circuit(circuit: Callable, n_qubits: int, n_layers: int, n_weights: int
 
 
 @cache
-@torch.inference_mode(False)  # else what it makes could not be used in training
+@torch.inference_mode(False)  # inference tensors would fail in training
 def compile_circuit(
     circuit: Callable,
     n_qubits: int,
@@ -2815,7 +2817,7 @@ def multiply_factors(factors: Sequence[Factor], features: dict[str, Tensor]) -> 
 def site_tensors(
     groups: Sequence[Group], angles: Tensor, weights: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
-    """For each qubit its two tensors, before and after its last input.
+    """For each qubit its two tensors, through its last input and behind it.
 
     Before: (B, j, l, r), the state of every sample, j the component between the halves. After:
     (j, m, o, s), the same for all samples; o is I or Z as read out. Early bonds are l and r, late
@@ -2841,7 +2843,7 @@ def end_of_chain(bond_dimension: int, like: Tensor) -> Tensor:
 
 
 def step_right(left: Tensor, site: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The chain up to a qubit, from that before it; this qubit is read out as I, and as Z.
+    """The chain with one more qubit, this one read out as I, and as Z.
 
     left: (B, bonds to the left). Returns two tensors (B, bonds to the right).
 
@@ -2915,7 +2917,7 @@ def circuit_expectations(
     shots: int | None = None,
     generators: Sequence[torch.Generator] = (),
 ) -> Tensor:
-    """A circuit simulated exactly: <Z_i> of every qubit, the mean over all errors.
+    """A circuit simulated exactly, its noise included: <Z_i> of every qubit.
 
     angles: (B, n), radians; weights: (L, n, k), radians. With ``shots`` the values are means of so
     many joint measurements of all qubits, drawn by a generator for each sample; the gradient is
@@ -3010,9 +3012,10 @@ def check_circuit(settings: Settings) -> None:
         else:
             found = simulate(angles, weights).flatten()
 
-    # Of a state with probabilities of exactly zero default.mixed has gradients that are no numbers.
     if not found.isfinite().all():
         raise UserError(f"{what} has values or gradients that are no numbers")
+
+    # Where probabilities are exactly zero the reference by default.mixed has gradients of NaN.
     reference = reference[: len(found)]
     error = (found - reference)[reference.isfinite()].abs().max()
     if not error < (1e-5 if shots is None else 6 / math.sqrt(shots)):  # some have single precision

@@ -403,7 +403,7 @@ def report_of(runs):
 
 def differences_of(runs, baseline="matched"):
     """``difference_rows`` of the report's section on this baseline alone, which is quicker."""
-    classes = evaluation.of_classes(frame_of(runs))
+    classes = evaluation.single_classes(frame_of(runs))
     pairs = evaluation.pairs_of_runs(classes, baseline)
     paragraphs = evaluation.difference_paragraphs(pairs)
     title = f"# Paired differences against {baseline}"
@@ -898,7 +898,7 @@ def test_scales_of_different_kinds_are_not_averaged():
     rows = [fake("quantum", 3, 9, 1.0, condition="conditional") | {"run": "both: 3"}]
     rows.append(rows[0] | {"run": "both: all", "label": "all", "reference": "all"})
     frame = frame_of(rows + others)
-    together = frame[frame["label"] == "all"]["judge"]
+    together = frame[frame["label"] == "all"]["scale"]
     assert together.tolist() == ["none, reference class"]
 
 
