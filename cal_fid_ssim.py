@@ -139,7 +139,7 @@ class Run(NamedTuple):
     condition: str  # for example "conditional-3-8_shots1000"; "": a single class's model, ideal
     settings: dict[str, Any]  # config.json's
     trained_on: dict[str, Any]  # config.json's description of the training images
-    machine: str  # for example "cpu, AMD EPYC, AVX512, 1 thread"
+    machine: str  # for example "cpu, AMD EPYC, AVX512, 1 thread, torch 2.14.1"
     images: dict[int, Tensor]  # the final ones by class, each (n, C, 28, 28) uint8
 
     @property
@@ -149,15 +149,17 @@ class Run(NamedTuple):
 
 
 def machine_of(config: dict[str, Any]) -> str:
-    """Where a run was made, for example "cpu, AMD EPYC, AVX512, 1 thread"; "": it does not say.
+    """Where a run was made, for example "cpu, AMD EPYC, AVX512, 1 thread, torch 2.14.1".
 
-    Where it went on elsewhere, all places in their order.
+    Where it went on elsewhere, all places in their order. "": it does not say.
     """
     places = []
     for place in (config, *config.get("went_on", [])):
         threads = place.get("threads", "")
         words = f"{threads} thread{'' if threads == 1 else 's'}"
-        places.append(f"{place['device']}, {words}" if place.get("device") else "")
+        torch_version = place.get("versions", {}).get("torch", "")
+        place_words = [place.get("device"), words, f"torch {torch_version}"]
+        places.append(", ".join(place_words) if place.get("device") else "")
     return "; ".join(dict.fromkeys(place for place in places if place))
 
 
@@ -744,7 +746,7 @@ def search_copies(
 #      "metrics": {"fid": 2.9, "fid_ratio": 1.7, ...},  # METRICS and "kid_standard_error"
 #      "floor": {"n": 1000, "draws": 5, "from": "test split", "fid": 1.7, "fid_ratio": 1, ...},
 #      "n_training": 6131, "n_held_out": 1010, "near_copy_threshold": 0.09, "note": "",
-#      "machine": "cpu, AMD EPYC, AVX512, 1 thread"}
+#      "machine": "cpu, AMD EPYC, AVX512, 1 thread, torch 2.14.1"}
 #
 # A conditional run has a list of these: its classes, "mean", and "all" without a search for copies.
 # NaN is what could not be measured; in the file, as JSON has no NaN, null.

@@ -35,6 +35,7 @@ CONTRASTS = (128, 64, 32, 16, 8, 4)  # 8-bit levels by which a tile may differ f
 MIN_CONFIDENCE = 0.5  # tests/test_split_grid.py holds the cases that it was chosen on
 LARGEST_LETTER = 0.35  # of a tile's side: what is larger is no title and no tick
 FRAME_TOLERANCE = 24  # 8-bit levels within which a ring around the tiles is of one colour
+FLAT = 20  # 8-bit levels: a mean deviation below it may be a compression's noise
 LARGEST_LOSS = 0.15  # of a single image's mean deviation, when it is shrunk and enlarged again
 SHOWN = 100  # tiles at most beside the picture
 BOX_COLOUR = "#D55E00"
@@ -401,7 +402,7 @@ def check_detail(picture: np.ndarray, box: np.ndarray) -> None:
     ]
     lost = min(np.abs(shown - enlarged).mean() for enlarged in again)
     spread = np.abs(shown - shown.mean()).mean()
-    if lost > LARGEST_LOSS * spread:
+    if lost > LARGEST_LOSS * max(spread, FLAT):
         raise ValueError("one image, or several that touch; --expect 1 if it is one")
 
 

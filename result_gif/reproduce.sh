@@ -19,7 +19,7 @@ CLASSES=${CLASSES:-0 1 2 3 4 5 6 7 8 9}
 TWO_CLASSES=${TWO_CLASSES:-3 8}
 SEEDS=${SEEDS:-100 101 102 103 104}
 CONTROL_SEEDS=${CONTROL_SEEDS:-100 101 102}
-PICTURE_SEED=${PICTURE_SEED:-100}    # the one with all previews, for the GIFs
+PICTURE_SEED=${PICTURE_SEED:-100}    # that of them with all previews, for the GIFs
 STEPS=${STEPS:-1250}
 CONTROL_STEPS=${CONTROL_STEPS:-1150}
 TISSUE_STEPS=${TISSUE_STEPS:-5000}
@@ -33,6 +33,9 @@ failed=0
 # All by one thread, as a judge that is trained here depends on their number.
 export OMP_NUM_THREADS=1
 
+# Ctrl-C does not reach processes in the background of a script.
+trap 'kill $(jobs -p) 2> /dev/null; wait; exit 130' INT TERM
+
 # train SCRIPT FOLDER FLAGS...: the grid of runs that the flags ask for, by two processes.
 train() {
     local script=$1 folder=$2 process
@@ -43,23 +46,20 @@ train() {
             --data_dir "$DATA_DIR" --save_dir "$RUNS/$folder" "$@" $MORE &
         processes+=($!)
     done
-
-    # Ctrl-C does not reach processes in the background of a script.
-    trap 'kill "${processes[@]}" 2> /dev/null; wait; exit 130' INT TERM
     for process in "${processes[@]}"; do
         if ! wait "$process"; then
             echo "a run failed, see above" >&2
             failed=1
         fi
     done
-    trap - INT TERM
 }
 
-# folders_of PATTERNS...: the finished run folders, a line each.
+# folders_of PATTERNS...: the finished run folders, a line each. One that was stopped while it drew its
+# images has n_eval 0.
 folders_of() {
-    local model
-    for model in "${@/%//model.pt}"; do
-        if [ -f "$model" ] && [ -f "${model%/*}/samples_final.png" ]; then echo "${model%/*}"; fi
+    local config
+    for config in "${@/%//config.json}"; do
+        if [ -f "$config" ] && grep -q '"n_eval": [1-9]' "$config"; then echo "${config%/*}"; fi
     done
 }
 
@@ -154,8 +154,8 @@ block_pictures() {
     local finished
     is_whole A || return 0
     mapfile -t finished < <(folders_of "$RUNS"/A/{classical,quantum}_*_seed"$PICTURE_SEED")
-    if [ "${#finished[@]}" -eq 0 ]; then
-        echo "seed $PICTURE_SEED of block A: no finished runs here" >&2
+    if [ "${#finished[@]}" -ne $((2 * $(wc -w <<< "$CLASSES"))) ]; then
+        echo "seed $PICTURE_SEED of block A: not all runs are here" >&2
         return 0
     fi
     python cal_fid_ssim.py "${finished[@]}" --data_dir "$DATA_DIR" --out "$RUNS/pictures" > /dev/null
@@ -197,10 +197,12 @@ planned_runs() {
     esac
 }
 
-# measured_runs BLOCK: those in its table, of tissue the rows of all classes together.
+# measured_runs BLOCK: those in its table; a run of tissue by its row of all classes.
 measured_runs() {
     if [ -f "$OUT/$1.csv" ]; then
-        awk -F, 'NR > 1 { print $2, $5, ($6 == "" ? "all" : $6), $7, $8 }' "$OUT/$1.csv"
+        awk -F, 'NR > 1 && ($3 !~ /^conditional/ || $5 == "all") {
+            print $2, $5, ($6 == "" ? "all" : $6), $7, $8
+        }' "$OUT/$1.csv"
     fi
 }
 
@@ -209,21 +211,37 @@ missing_runs() {
     comm -23 <(planned_runs "$1" | sort -u) <({ measured_runs "$1"; echo "$DIVERGED"; } | sort -u)
 }
 
-# is_whole BLOCK: whether nothing is missing. Says so if not.
+# is_as_planned BLOCK: whether its table has no other runs, as of seeds that SEEDS does not name: a
+# part of a block is not compared either.
+is_as_planned() {
+    local planned others
+    planned=$(planned_runs "$1" | sort -u)
+    others=$(comm -13 <(echo "$planned") <(measured_runs "$1" | sort -u))
+    [ -n "$planned" ] && [ -z "$others" ]
+}
+
+# is_whole BLOCK: whether nothing is missing, and nothing else there. Says so if not.
 is_whole() {
     local missing
     missing=$(missing_runs "$1" | wc -l)
-    if [ "$missing" -ne 0 ]; then echo "block $1 is not whole: $missing runs are missing" >&2; fi
-    [ "$missing" -eq 0 ]
+    if [ "$missing" -ne 0 ]; then
+        echo "block $1 is not whole: $missing runs are missing" >&2
+        return 1
+    fi
+    if ! is_as_planned "$1"; then
+        echo "block $1: its table has other runs than are asked for" >&2
+        return 1
+    fi
 }
 
 # whole_seeds: block E's table without seeds of which a run is missing; prints its name, if any is left.
 whole_seeds() {
     local seed missing
     local kept=()
-    missing=$(missing_runs E)
+    is_as_planned E || return 0
+    missing=$(missing_runs E | awk '{ print $4 }')
     for seed in $SEEDS; do
-        if ! awk '{ print $4 }' <<< "$missing" | grep -qx "$seed"; then kept+=("$seed"); fi
+        if ! grep -x "$seed" <<< "$missing" > /dev/null; then kept+=("$seed"); fi
     done
     if [ "${#kept[@]}" -eq 0 ]; then return 0; fi
     mkdir -p "$OUT/circuits"

@@ -27,6 +27,8 @@ import quantum_diffusion_mnist as qd
 N_IMAGES = 200  # of each run and kind of gate
 N_WATCHED = 64  # images whose gate values are recorded
 
+TOLD_BY = ["run", "steps"]  # a row
+
 # Kinds of gate at sampling, by the column with their FID.
 KINDS = {"fid": "its own", "fid_off": "switched off", "fid_other": "another seed's"}
 
@@ -107,6 +109,19 @@ def measure(
     return row
 
 
+def joined(known: pd.DataFrame | None, new: pd.DataFrame) -> pd.DataFrame:
+    """The rows of an earlier table and new ones, which replace those of the same run.
+
+    An FID with another seed's gate stays where it was not measured now, if the features are equal.
+    """
+    if known is None:
+        return new
+    both = new.merge(known, on=[*TOLD_BY, "features"], how="left", suffixes=("", "_known"))
+    new = new.assign(fid_other=new["fid_other"].fillna(both["fid_other_known"]))
+    is_replaced = known.set_index(TOLD_BY).index.isin(new.set_index(TOLD_BY).index)
+    return pd.concat([known[~is_replaced], new], ignore_index=True)
+
+
 def numbers(cells: pd.Series) -> np.ndarray:
     """Cells of numbers with spaces between as an array (cells, numbers)."""
     return np.array([[float(word) for word in cell.split()] for cell in cells])
@@ -173,6 +188,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     for ring in rings.values():
         following |= dict(zip(ring, [*ring[1:], ring[0]], strict=True))
 
+    # Read before anything is measured.
+    path = args.out / "gate_use.csv"
+    known = None
+    if path.exists():
+        with qd.reading(path, "a table of this version"):
+            known = pd.read_csv(path)
+            known[TOLD_BY]
+
     source = next(iter(loaded.values()))[0].data
     options = ["_", "--data_dir", str(args.data_dir), "--features", "classifier"]
     evaluator = evaluation.Evaluator(
@@ -192,13 +215,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         row = measure(folder, loaded[other][1].gate if other != folder else None, frechet)
         new.append(row | {"features": str(evaluator.extractor)})
 
-    # Rows of other runs stay, and what was measured with another seed's gate.
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "gate_use.csv"
-    rows = pd.DataFrame(new).set_index(["run", "steps"])
-    if path.exists():
-        rows = rows.combine_first(pd.read_csv(path).set_index(["run", "steps"]))[rows.columns]
-    rows = rows.reset_index()
+    rows = joined(known, pd.DataFrame(new))
     rows.to_csv(path, index=False)
     draw(rows).savefig(args.out / "gate_use.png", dpi=200)
 

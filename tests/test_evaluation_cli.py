@@ -936,12 +936,12 @@ def test_where_a_run_was_made_is_in_its_row(tmp_path, evaluate):
     assert result["machine"] == ""  # it does not say
 
     config = json.loads((run / "config.json").read_text())
-    place = {"device": "cpu, one", "threads": 1}
+    place = {"device": "cpu, one", "threads": 1, "versions": {"torch": "2.1"}}
     config |= place | {"went_on": [place, place | {"threads": 2}]}
     (run / "config.json").write_text(json.dumps(config))
     table = tmp_path / "table.csv"
     (result,) = evaluate(run, "--features", "none", "--csv", table)
-    assert result["machine"] == "cpu, one, 1 thread; cpu, one, 2 threads"
+    assert result["machine"] == "cpu, one, 1 thread, torch 2.1; cpu, one, 2 threads, torch 2.1"
     assert pd.read_csv(table)["machine"].tolist() == [result["machine"]]
 
 

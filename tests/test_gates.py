@@ -3,6 +3,8 @@
 import math
 from functools import partial
 
+import gate_use
+import pandas as pd
 import pennylane as qml
 import pytest
 import torch
@@ -273,7 +275,7 @@ def test_a_circuit_that_is_read_in_inference_mode_can_be_trained():
     assert gate.weights.grad.abs().max() > 0
 
 
-def test_a_gate_is_made_whatever_the_default_device():
+def test_a_circuit_is_read_whatever_the_default_device():
     with torch.device("meta"):
         qd.record(qd.quantum_circuit, 4, 2, 2)
         qd.compile_circuit.cache_clear()
@@ -326,3 +328,30 @@ def test_a_quantum_gate_with_shots_in_half_precision():
 def test_a_single_sample_without_its_axis_is_an_error(call):
     with pytest.raises(qd.UserError, match=r"expected \(B, "):
         call()
+
+
+# ------------------------------------------------------------------------- what models do with it
+
+
+def test_fids_with_another_gate_stay():
+    known = pd.DataFrame({
+        "run": ["a", "a", "b", "c"],
+        "steps": [9, 8, 9, 9],
+        "features": ["x", "x", "x", "y"],
+        "fid": [1.0, 2.0, 3.0, 4.0],
+        "fid_other": [1.5, 2.5, 3.5, 4.5],
+    })  # fmt: skip
+    new = pd.DataFrame({
+        "run": ["c", "a", "d"],
+        "steps": [9, 9, 9],
+        "features": ["x", "x", "x"],
+        "fid": [5.0, 6.0, 7.0],
+        "fid_other": [math.nan, math.nan, 7.5],
+    })  # fmt: skip
+    rows = gate_use.joined(known, new).set_index(["run", "steps"])
+    assert rows["fid"].to_dict() == {
+        ("a", 8): 2.0, ("b", 9): 3.0, ("c", 9): 5.0, ("a", 9): 6.0, ("d", 9): 7.0,
+    }  # fmt: skip
+    assert rows["fid_other"].dropna().to_dict() == {
+        ("a", 8): 2.5, ("b", 9): 3.5, ("a", 9): 1.5, ("d", 9): 7.5,
+    }  # fmt: skip

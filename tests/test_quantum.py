@@ -762,15 +762,20 @@ def swapped_parameters(angles, weights):
     qml.prod(qml.RX(weights[0, 5, 0], 7), qml.RX(0.5, 6))
 
 
-def test_what_cannot_be_set_is_refused_beside_a_weight():
-    """A product with a weight and a controlled constant, whose control values would be lost."""
+@pytest.mark.parametrize("values", [[0], [1, 0]])
+def test_what_cannot_be_set_is_refused_beside_a_weight(values):
+    """A product with a weight and a controlled constant, whose control values would be lost.
+
+    Behind one that is right as it is, too, which would look the same.
+    """
+    unitary = qml.matrix(qml.RX(0.7, 0))
 
     def circuit(angles, weights):
         qd.encode(angles)
-        controlled = qml.ctrl(
-            qml.QubitUnitary(qml.matrix(qml.RX(0.7, 0)), wires=1), control=0, control_values=[0]
-        )
-        qml.prod(controlled, qml.RX(weights[0, 0, 0], 0))
+        for k, value in enumerate(values):
+            gate = qml.ctrl(qml.QubitUnitary(unitary, wires=1), control=0, control_values=[value])
+            qml.prod(gate, qml.RX(weights[0, k, 0], 0))
+        qd.rotate(weights[0], qml.RZ, qml.RY)
 
     with pytest.raises(qd.UserError, match="Prod: its parameters cannot be set.*--simulator"):
         qd.circuit_expectations(*circuit_inputs(1, 2, 1), circuit=circuit)
@@ -784,20 +789,17 @@ def test_channels_of_one_kraus_matrix():
     assert_equals_pennylane(circuit, circuit_inputs(2, 2, 1), "default.mixed")
 
 
-def test_one_number_for_each_parameter():
+@pytest.mark.parametrize("place, shape", [((0, 1), r"\(2,\)"), ((0,), "dimensions")])
+@pytest.mark.parametrize("simulator", ["exact", "default.qubit"])
+def test_one_number_for_each_parameter(place, shape, simulator, monkeypatch):
     def circuit(angles, weights):
         qd.encode(angles)
-        for i in range(3):
-            qml.RY(weights[0, i], wires=i)
+        qml.RY(weights[place], wires=1)
 
-    for simulator in ("exact", "default.qubit"):
-        settings = {"arm": "own", "n_qubits": 3, "n_layers": 1, "simulator": simulator}
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(qd.ARMS, "own", qd.Arm("own", circuit, 1))
-            with pytest.raises(qd.UserError, match=r"RY takes one number .*found shape \(1,\)"):
-                qd.circuit_text(qd.Settings(**settings))
-    with pytest.raises(qd.UserError, match=r"index it further, as in layer\[i, 0\]"):
-        qd.QuantumGate(8, circuit, 3, 1, 1)
+    monkeypatch.setitem(qd.ARMS, "own", qd.Arm("own", circuit, 2))
+    settings = {"arm": "own", "n_qubits": 3, "n_layers": 1, "simulator": simulator}
+    with pytest.raises(qd.UserError, match=rf"circuit: RY .*{shape}.*such as layer\[i, 0\]"):
+        qd.circuit_text(qd.Settings(**settings))
 
 
 @pytest.mark.parametrize(
@@ -891,11 +893,18 @@ def test_check_takes_gradients_that_default_mixed_does_not_have(monkeypatch):
     with pytest.raises(qd.UserError, match="values or gradients that are no numbers"):
         qd.check_circuit(qd.Settings(**own, simulator="default.mixed"))
 
-    # A wrong value is still found.
+    # A wrong value is still found, and a wrong gradient.
     exact_means = qd.exact_means
-    monkeypatch.setattr(qd, "exact_means", lambda sites: 1.01 * exact_means(sites))
-    with pytest.raises(qd.UserError, match="one of the two is wrong"):
-        qd.check_circuit(qd.Settings(**own))
+
+    def wrong_gradients(sites):
+        means = exact_means(sites)
+        return 1.01 * means - 0.01 * means.detach()
+
+    for wrong in (lambda sites: 1.01 * exact_means(sites), wrong_gradients):
+        with monkeypatch.context() as patch:
+            patch.setattr(qd, "exact_means", wrong)
+            with pytest.raises(qd.UserError, match="one of the two is wrong"):
+                qd.check_circuit(qd.Settings(**own))
 
 
 @pytest.mark.parametrize("simulator", ["exact", "default.qubit", "lightning.qubit"])

@@ -1,6 +1,7 @@
 """The study's script: its commands are understood, and they ask for the runs of the plan."""
 
 import itertools
+import json
 import os
 import shlex
 import shutil
@@ -42,8 +43,9 @@ WHOLE = {
 def rows_of(block: str) -> list[str]:
     """The first columns of a whole block's table."""
     *axes, steps = WHOLE[block]
+    condition = "conditional" if block == "C" else ""
     return [
-        f"{arm}_run,{arm},,mnist,{label},{n_train},{seed},{steps}"
+        f"{arm}_run,{arm},{condition},mnist,{label},{n_train},{seed},{steps}"
         for arm, label, n_train, seed in itertools.product(*axes)
     ]
 
@@ -75,14 +77,14 @@ def commands(tmp_path):
     for block in WHOLE:
         write_table(pictures, block, rows_of(block))
 
-    # A finished run of each seed, and one that is not.
+    # A finished run of each seed, and one that was stopped while it drew its images.
     runs = tmp_path / "runs"
     for block, seed in itertools.product(WHOLE, SEEDS):
-        for name in ("model.pt", "samples_final.png", "training_progress.gif"):
-            run = runs / block / f"quantum_mnist3_nall_seed{seed}"
-            run.mkdir(parents=True, exist_ok=True)
-            (run / name).write_bytes(b"")
-        (runs / block / f"matched_mnist3_nall_seed{seed}").mkdir()
+        for arm, n_eval in (("quantum", 1000), ("matched", 0)):
+            run = runs / block / f"{arm}_mnist3_nall_seed{seed}"
+            run.mkdir(parents=True)
+            (run / "config.json").write_text(json.dumps({"n_eval": n_eval}, indent=2))
+            (run / "samples_final.png").write_bytes(b"")
 
     def call(*blocks: str) -> list[list[str]]:
         log.write_text("")
@@ -144,7 +146,7 @@ def test_what_was_measured_is_kept_and_shown(commands):
         if script in EVALUATION:
             options = evaluation.parse_options(words, EVALUATION[script])
             assert len(options.runs) == 1 and options.out is None
-            assert options.device.type == "cpu"
+            assert words[words.index("--device") + 1] == "cpu"
             measured.append([file.name for file in options.csv])
     assert measured == [["A.csv"]] * 5 + [["C.csv"]] * 5
 
@@ -157,6 +159,15 @@ def test_what_was_measured_is_kept_and_shown(commands):
         "judge1": ["judge1.csv"],
         "judge2": ["judge2.csv"],
     }
+
+
+def test_a_part_of_a_block_is_not_compared(commands, tmp_path, monkeypatch):
+    """Of three seeds that are there, one alone is asked for: it would be a look at a third."""
+    write_table(tmp_path / "study", "A", rows_of("A")[: len(rows_of("A")) // 5 * 3])
+    monkeypatch.setenv("SEEDS", "102")
+    assert commands("tables", "pictures") == []
+    monkeypatch.setenv("SEEDS", " ")
+    assert commands("tables", "pictures") == []
 
 
 def test_the_answers_do_not_depend_on_which_other_blocks_are_there(commands, tmp_path):
@@ -178,15 +189,19 @@ ALL = {"questions", "control", "circuits", "all", "judge1", "judge2"}
     [("A", set()), ("B", ALL - {"control"}), ("C", ALL), ("D", ALL), ("E", ALL - {"circuits"})],
 )
 def test_a_block_that_is_not_whole_is_not_shown(block, left, commands, tmp_path):
-    # One run is missing, of E one of each seed. One with other steps, or a row that is there twice,
-    # does not take its place.
+    # One run is missing, of E one of each seed. A row that is there twice does not take its place.
     rows = rows_of(block)
+    without = rows[:-1]
     if block == "E":
         without = [row for row in rows if not row.startswith("cz_run,cz,,mnist,3")]
-    else:
-        without = rows[:-1]
+    write_table(tmp_path / "study", block, [*without, without[0]])
+    tables = shown(commands("tables"))
+    assert set(tables) == left
+    assert all(f"{block}.csv" not in files for files in tables.values())
+
+    # All are there, and one more with other steps.
     other_steps = rows[-1].rpartition(",")[0] + ",7"
-    write_table(tmp_path / "study", block, [*without, without[0], other_steps])
+    write_table(tmp_path / "study", block, [*rows, other_steps])
     tables = shown(commands("tables"))
     assert set(tables) == left
     assert all(f"{block}.csv" not in files for files in tables.values())
@@ -216,6 +231,31 @@ def test_pictures_wait_for_a_whole_block(commands, tmp_path):
     write_table(tmp_path / "study", "A", rows_of("A")[1:])
     assert commands("pictures") == []
 
+    # And for all its run folders.
+    write_table(tmp_path / "study", "A", rows_of("A"))
+    assert commands("pictures") == []
+
+
+def test_pictures_are_copied_under_the_pages_names(commands, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLASSES", "3 8")
+    rows = [row for row in rows_of("A") if row.split(",")[4] in "38"]
+    write_table(tmp_path / "study", "A", rows)
+    runs = tmp_path / "runs"
+    (runs / "pictures").mkdir()
+    (runs / "pictures" / "overview.png").write_text("overview")
+    for arm, label in itertools.product(("classical", "quantum"), "38"):
+        run = runs / "A" / f"{arm}_mnist{label}_nall_seed100"
+        run.mkdir(exist_ok=True)
+        (run / "config.json").write_text('{\n  "n_eval": 1000\n}')
+        (run / "training_progress.gif").write_text(arm + label)
+    (call,) = commands("pictures")
+    assert [word.split("/")[-1] for word in call[1:5]] == [
+        "classical_mnist3_nall_seed100", "classical_mnist8_nall_seed100",
+        "quantum_mnist3_nall_seed100", "quantum_mnist8_nall_seed100",
+    ]  # fmt: skip
+    assert (tmp_path / "overview.png").read_text() == "overview"
+    assert (tmp_path / "quantum_mnist8_training_progress.gif").read_text() == "quantum8"
+
 
 def test_seeds_whose_folders_are_gone_stop_nothing(commands, tmp_path):
     for folder in (tmp_path / "runs" / "A").glob("*_seed100"):
@@ -224,6 +264,7 @@ def test_seeds_whose_folders_are_gone_stop_nothing(commands, tmp_path):
     assert judged == [str(tmp_path / "study" / f"judge{k}.csv") for k in (1, 2) for _ in range(4)]
     assert commands("pictures") == []
     (gates,) = commands("gates")
+    assert not any("matched" in word for word in gates)
     assert sum("_nall_seed" in word for word in gates) == 4  # the unfinished ones are left out
     shutil.rmtree(tmp_path / "runs")
     assert commands("gates", "judges") == []

@@ -212,6 +212,12 @@ def test_images_that_touch_are_not_one_image(kind, n, tmp_path):
     assert len(split_grid(tmp_path / "figure.png", expect=1).images) == 1
 
 
+def test_a_flat_image_is_one_image_after_compression(tmp_path):
+    flat = (200 + 5 * torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))).byte()
+    figure_of(flat, size=(3, 3)).save(tmp_path / "figure.jpg", quality=60)
+    assert len(split_grid(tmp_path / "figure.jpg").images) == 1
+
+
 def beside_a_curve(n):
     """n digits in a row, and a curve."""
     picture = row(make("digits", n), FIVE)
