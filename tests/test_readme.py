@@ -121,6 +121,14 @@ def test_costs_are_those_of_the_benchmark():
             expected = f"{float(measured[what]):.2f}"
         assert row["step / classical"] == expected, row
 
+    # In the text: milliseconds, and on how many threads.
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    assert f"{float(measured['training step classical']):.0f} ms on one thread of" in text
+    assert f"{float(measured['training step quantum / classical']):.2f} times as long as" in text
+    assert f"takes {float(measured['circuit quantum, exact']):.1f} ms exactly" in text
+    with (ROOT / "result_gif/results/cost.csv").open() as file:
+        assert ", 1 threads, " in file.read()
+
 
 # ------------------------------------------------------------------------ what README promises
 
