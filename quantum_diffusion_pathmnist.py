@@ -95,7 +95,7 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def explaining(what: str, mend: str = "") -> Iterator[None]:
-    """Whatever fails inside becomes a UserError: what failed, (the reason), and what mends it.
+    """Whatever fails inside becomes a UserError: what failed, why (in brackets), what mends it.
 
     Too little memory passes as it is, and so does what the disk refuses (permission, no space);
     a missing file, or one that is no picture or archive, is explained.

@@ -301,7 +301,9 @@ def test_ctrl_c_stops_the_training(tmp_path):
     command = ["bash", ROOT / "result_gif" / "reproduce.sh", "B"]
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     started = tmp_path / "started"
-    while not started.exists() or len(started.read_text().split()) < 2:
+    for _ in range(500):
+        if started.exists() and len(started.read_text().split()) == 2:
+            break
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) == 130
