@@ -266,6 +266,13 @@ block_tables() {
     is_whole A || return 0
     local questions=("$OUT/A.csv")
     local all=("$OUT/A.csv")
+    local control=("$OUT/A.csv")
+
+    # Runs of A that had to be made again, so that those of B have pairs. In our study: see plan.md.
+    if [ -f "$OUT/repeated.csv" ]; then
+        all+=("$OUT/repeated.csv")
+        control+=("$OUT/repeated.csv")
+    fi
     for block in B C D; do
         if is_whole "$block"; then
             all+=("$OUT/$block.csv")
@@ -274,7 +281,7 @@ block_tables() {
     done
 
     show questions 6 "${questions[@]}"
-    if is_whole B 2> /dev/null; then show control 0 "$OUT/A.csv" "$OUT/B.csv"; fi
+    if is_whole B 2> /dev/null; then show control 0 "${control[@]}" "$OUT/B.csv"; fi
     is_whole E || true  # says how much of it is left out
     circuits=$(whole_seeds)
     if [ -n "$circuits" ]; then

@@ -161,6 +161,15 @@ def test_what_was_measured_is_kept_and_shown(commands):
     }
 
 
+def test_repeated_runs_are_in_the_control_and_in_no_answer(commands, tmp_path):
+    write_table(tmp_path / "study", "repeated", [])
+    tables = shown(commands("tables"))
+    assert tables["questions"] == ["A.csv", "C.csv", "D.csv"]
+    assert tables["control"] == ["A.csv", "repeated.csv", "B.csv"]
+    assert tables["circuits"] == ["A.csv", "E.csv"]
+    assert tables["all"] == ["A.csv", "repeated.csv", "B.csv", "C.csv", "D.csv", "E.csv"]
+
+
 def test_a_part_of_a_block_is_not_compared(commands, tmp_path, monkeypatch):
     """Of three seeds that are there, one alone is asked for: it would be a look at a third."""
     write_table(tmp_path / "study", "A", rows_of("A")[: len(rows_of("A")) // 5 * 3])
