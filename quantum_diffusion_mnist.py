@@ -977,7 +977,7 @@ def write_atomic(path: Path, data: bytes | str | dict) -> None:
         buffer = io.BytesIO()
         torch.save(data, buffer)
         data = buffer.getvalue()
-    aside = path.parent / f".{path.name}.{os.getpid()}.part"
+    aside = path.parent / f".{path.name}.{os.urandom(8).hex()}.part"
     try:
         aside.write_bytes(data.encode() if isinstance(data, str) else data)
         os.replace(aside, path)

@@ -1,6 +1,7 @@
 """Reading, downloading and selecting images of MNIST and of the embedded digits."""
 
 import gzip
+import os
 import socket
 
 import pytest
@@ -29,6 +30,18 @@ def test_published_files_are_read_packed(mnist_dir):
     _, unpacked, same_labels = mnist.load_images("mnist", mnist_dir)
     assert torch.equal(unpacked, images)
     assert torch.equal(same_labels, labels)
+
+
+def test_two_machines_write_aside_under_different_names(tmp_path, monkeypatch):
+    """They share a disk, and may have equal process numbers."""
+    asides = []
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    monkeypatch.setattr(os, "replace", lambda source, target: asides.append(source))
+    for _ in range(2):
+        mnist.write_atomic(tmp_path / "model.pt", b"weights")
+    first, second = asides
+    assert first != second
+    assert all(path.parent == tmp_path and path.match(".model.pt.*.part") for path in asides)
 
 
 def test_published_files_where_nothing_can_be_written_are_named(mnist_dir, monkeypatch):
