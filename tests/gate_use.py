@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -30,10 +31,29 @@ N_WATCHED = 64  # images whose gate values are recorded
 TOLD_BY = ["run", "steps"]  # a row
 
 # Kinds of gate at sampling, by the column with their FID.
-KINDS = {"fid": "its own", "fid_off": "switched off", "fid_other": "another seed's"}
+KINDS = {
+    "fid": "its own",
+    "fid_off": "switched off",
+    "fid_mean": "mean of\nimages",
+    "fid_other": "another\nseed's",
+}
 
 
-def sampled(settings: qd.Settings, model: qd.UNet, n: int = N_IMAGES) -> Tensor:
+class MeanGate(torch.nn.Module):
+    """A gate that looks at no image: given values (steps, C), one row after another."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.values = values
+        self.calls = 0
+
+    def forward(self, x: Tensor, generators: object = None) -> Tensor:
+        g = self.values[self.calls % len(self.values)]
+        self.calls += 1
+        return g.expand(len(x), -1)
+
+
+def sampled(settings: qd.Settings, model: qd.UNet, n: int) -> Tensor:
     """The first n images of a run, (n, 1, 28, 28) uint8, in batches of 50."""
     parts = []
     for first in range(0, n, 50):
@@ -87,17 +107,24 @@ def measure(
         "n": N_IMAGES,
     }
 
+    # The gate's values, and their mean over images (steps, C).
+    values, means = watched(settings, model)
+    by_channel = values.mean(dim=1)
+
     # The FID with each kind of gate, from the same noise.
-    kinds = {"fid": gate, "fid_off": None, "fid_other": other_gate}
+    kinds = {"fid": gate, "fid_off": None, "fid_mean": MeanGate(by_channel)}
+    kinds["fid_other"] = other_gate
     for column, kind in kinds.items():
         model.gate = kind
         is_there = column != "fid_other" or kind is not None
-        row[column] = frechet(sampled(settings, model)) if is_there else np.nan
+        row[column] = frechet(sampled(settings, model, N_IMAGES)) if is_there else np.nan
     model.gate = gate
 
-    # The gate's values at every timestep: size of their mean over images, and their spread.
-    values, means = watched(settings, model)
-    row["size"] = " ".join(f"{x:.4f}" for x in values.mean(dim=1).abs().mean(dim=1))
+    # At every timestep: mean and standard deviation of these means over the channels, their size,
+    # and the spread over images.
+    row["mean"] = " ".join(f"{x:.4f}" for x in by_channel.mean(dim=1))
+    row["over_channels"] = " ".join(f"{x:.4f}" for x in by_channel.std(dim=1))
+    row["size"] = " ".join(f"{x:.4f}" for x in by_channel.abs().mean(dim=1))
     row["spread"] = " ".join(f"{x:.4f}" for x in values.std(dim=1).mean(dim=1))
 
     # How much each unit varies, trained and with the circuit as it was at the start.
@@ -130,23 +157,33 @@ def numbers(cells: pd.Series) -> np.ndarray:
 def draw(rows: pd.DataFrame) -> Figure:
     """Three panels: FID with each kind of gate; the gate over the timesteps; its circuit's qubits.
 
+    The gate is shown as the factor 1 + g of the U-Net's features.
+
     FIDs are shown over that with the run's own gate, so that no two arms' are beside each other.
     """
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    for arm, own in rows.groupby("arm", sort=True):
+    arms = sorted(set(rows["arm"]))
+    for arm, own in rows.groupby("arm"):
         colour = evaluation.colour_of(arm)
 
-        # A line a run, and the mean of those with another seed: the others have no third point.
+        # A dot a run, and the mean of a kind: not all runs have all kinds.
         ratios = own[[*KINDS]].div(own["fid"], axis=0)
-        left.plot(list(KINDS.values()), ratios.T, color=colour, linewidth=0.6, alpha=0.4)
-        of_all_kinds = ratios.dropna()
-        mean = (ratios if of_all_kinds.empty else of_all_kinds).mean()  # over the same runs
-        left.plot(list(KINDS.values()), mean, "o-", color=colour, label=arm)
+        shift = 0.1 * arms.index(arm)
+        for place, column in enumerate(KINDS):
+            left.plot([place + shift] * len(own), ratios[column], ".", color=colour, alpha=0.3)
+        left.plot(np.arange(len(KINDS)) + shift, ratios.mean(), "_", color=colour, markersize=14)
+        left.plot([], [], "o", color=colour, label=arm)
 
-        for column, line in (("size", "-"), ("spread", ":")):
-            values = numbers(own[column])  # (runs, steps)
-            middle.plot(values.mean(axis=0), line, color=colour)
+        # A table of an earlier version lacks the means of some runs.
+        known = own.dropna(subset=["mean", "over_channels"])
+        if len(known) > 0:
+            factor = 1 + numbers(known["mean"]).mean(axis=0)  # (steps,)
+            band = numbers(known["over_channels"]).mean(axis=0)
+            middle.plot(factor, color=colour)
+            steps = range(len(factor))
+            middle.fill_between(steps, factor - band, factor + band, color=colour, alpha=0.2)
+        middle.plot(numbers(own["spread"]).mean(axis=0), ":", color=colour)
         if qd.ARMS[arm].circuit is not None:
             for column, style in (("units_start", "o:"), ("units", "o-")):
                 values = numbers(own[column])  # (runs, qubits)
@@ -155,13 +192,15 @@ def draw(rows: pd.DataFrame) -> Figure:
     left.set(
         ylabel=f"FID of {N_IMAGES} images / own gate's", yscale="log", xlabel="gate at sampling"
     )
+    left.set_xticks(range(len(KINDS)), KINDS.values())
     left.tick_params(labelsize=7)
-    left.yaxis.set_minor_formatter("{x:.2g}")
-    left.yaxis.set_major_formatter("{x:.2g}")
+    left.yaxis.set_major_locator(LogLocator(base=2))
+    left.yaxis.set_minor_locator(NullLocator())
+    left.yaxis.set_major_formatter("{x:g}")
     left.legend(frameon=False, fontsize=8)
-    middle.set(xlabel="network evaluation, from noise to image", ylabel="g, mean over channels")
-    middle.set_title("line: size of the mean over images; dots: spread", fontsize=8)
-    right.set(xlabel="qubit", ylabel="spread of ⟨Z⟩ over images and time", yscale="log")
+    middle.set(xlabel="network evaluation, from noise to image", ylabel="factor 1 + g")
+    middle.set_title("line, band: mean, SD of the channels; dots: SD of images", fontsize=8)
+    right.set(xlabel="qubit", ylabel="spread of ⟨Z⟩", yscale="log")
     right.set_title("line: trained; dots: circuit as at the start", fontsize=8)
     return figure
 

@@ -9,7 +9,7 @@ import pennylane as qml
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import circuit_inputs, leave_zero
+from conftest import circuit_inputs, leave_zero, only, tiny
 
 import quantum_diffusion_mnist as qd
 
@@ -355,3 +355,35 @@ def test_fids_with_another_gate_stay():
     assert rows["fid_other"].dropna().to_dict() == {
         ("a", 8): 2.5, ("b", 9): 3.5, ("a", 9): 1.5, ("d", 9): 7.5,
     }  # fmt: skip
+
+
+def test_kinds_of_gate_at_sampling(tmp_path, monkeypatch):
+    """A run sampled with its gate, with the gate's mean over images at each step, and without."""
+    qd.main(tiny(tmp_path, "--use_quantum", "--lr", "0.3", "--n_frames", "1"))
+    folder = only(tmp_path)
+    monkeypatch.setattr(gate_use, "N_IMAGES", 4)
+    monkeypatch.setattr(gate_use, "N_WATCHED", 4)
+    drawn = []
+    row = gate_use.measure(folder, None, lambda images: drawn.append(images) or len(drawn))
+    assert [row[kind] for kind in ("fid", "fid_off", "fid_mean")] == [1, 2, 3]
+    assert math.isnan(row["fid_other"])
+
+    settings, model = qd.load_run(folder)
+    sample = partial(qd.sample_images, settings, model, "image", range(4), settings.sample_steps)
+    values = []
+    hook = model.gate.register_forward_hook(lambda gate, inputs, g: values.append(g))
+    assert torch.equal(sample(), drawn[0])
+    hook.remove()
+    means = torch.stack(values).mean(dim=1)  # (steps, C)
+    coming = iter(means)
+    hook = model.gate.register_forward_hook(lambda gate, inputs, g: next(coming).expand_as(g))
+    assert torch.equal(sample(), drawn[2])
+    hook.remove()
+    assert next(coming, None) is None
+    model.gate = None
+    assert torch.equal(sample(), drawn[1])
+    assert not torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+    assert row["mean"] == " ".join(f"{x:.4f}" for x in means.mean(dim=1))
+    assert row["over_channels"] == " ".join(f"{x:.4f}" for x in means.std(dim=1))
