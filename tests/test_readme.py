@@ -7,6 +7,7 @@ import benchmark_circuits as benchmark
 import pandas as pd
 import pytest
 from conftest import only, tiny
+from scipy import stats
 
 import quantum_diffusion_mnist as qd
 import quantum_diffusion_pathmnist as pathmnist
@@ -85,7 +86,156 @@ def test_counted_runs_are_those_measured():
             made = pd.read_csv(file)["run"].str.partition(": ")[0].nunique()
         assert int(row["made"]) == made, row
         total += made
-    assert f"({total} runs made)" in README.read_text(encoding="utf-8")
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    assert f"({total} runs made of 310)" in text
+
+
+# ---------------------------------------------------- the study, recomputed from its measurements
+# The differences of the page: arm and steps of a run and of its base.
+ANSWERS = {
+    "quantum − matched": (("quantum", 1250), ("matched", 1250)),
+    "classical − matched": (("classical", 1250), ("matched", 1250)),
+    "quantum − classical": (("quantum", 1250), ("classical", 1250)),
+}
+CONTROL = {"quantum 1150 steps − quantum": (("quantum", 1150), ("quantum", 1250))}
+
+# The rows of the table of all measures, and the columns of the CSVs.
+MEASURES = {
+    "FID / real": "fid_ratio",
+    "KID": "kid",
+    "precision": "precision",
+    "recall": "recall",
+    "label accuracy": "label_accuracy",
+    "SSIM diversity": "ssim_diversity",
+    "distance ratio": "distance_ratio",
+    "near-copies": "near_copies",
+}
+
+
+def measured(*names: str) -> pd.DataFrame:
+    """The rows of some of the study's tables."""
+    return pd.concat(pd.read_csv(RESULT_FILES / "study" / f"{name}.csv") for name in names)
+
+
+def pairs_of(rows: pd.DataFrame, difference: str) -> pd.DataFrame:
+    """The pairs of a difference, both runs judged by the same classifier."""
+    both = []
+    for arm, steps in (ANSWERS | CONTROL)[difference]:
+        is_it = (rows["arm"] == arm) & (rows["steps"] == steps)
+        both.append(rows[is_it].set_index(["label", "seed", "features"]))
+    return both[0].merge(both[1], left_index=True, right_index=True, suffixes=("", "_base"))
+
+
+def percent(pairs: pd.DataFrame) -> pd.Series:
+    """The relative differences of FID."""
+    return 200 * (pairs["fid"] - pairs["fid_base"]) / (pairs["fid"] + pairs["fid_base"])
+
+
+def standard_error(values: pd.Series) -> float:
+    return values.std() / len(values) ** 0.5
+
+
+def assert_interval(cell: str, values: pd.Series, level: float = 0.95) -> None:
+    """The cell is Student's interval of the mean, "[-1.00, +1.00]"."""
+    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * standard_error(values)
+    low, high = cell.strip("[]").split(", ")
+    assert_rounded(low, values.mean() - half)
+    assert_rounded(high, values.mean() + half)
+
+
+def p_different(values: pd.Series) -> float:
+    """Two-sided: of a mean other than 0."""
+    return 2 * stats.t.sf(abs(values.mean()) / standard_error(values), len(values) - 1)
+
+
+def p_equivalent(values: pd.Series) -> float:
+    """Of a mean within 4 %: the test against the nearer end of the margin."""
+    return stats.t.sf((4 - abs(values.mean())) / standard_error(values), len(values) - 1)
+
+
+def holm(p: dict[str, float], tests: int) -> dict[str, float]:
+    """Adjusted p; tests that are planned and not made have p = 1."""
+    adjusted = {}
+    least = 0.0
+    for rank, name in enumerate(sorted(p, key=p.get)):
+        least = max(least, min(1.0, (tests - rank) * p[name]))
+        adjusted[name] = least
+    return adjusted
+
+
+@pytest.mark.parametrize("name, tables, shown, n, tests", [("answers", ["A"], ANSWERS, 50, 6)])
+def test_the_studys_tests_are_recomputed(name, tables, shown, n, tests):
+    rows = measured(*tables)
+    together = ANSWERS | shown  # what Holm's adjustment is over
+    units = {difference: percent(pairs_of(rows, difference)) for difference in together}
+    different = holm({key: p_different(values) for key, values in units.items()}, tests)
+    equivalent = holm({key: p_equivalent(values) for key, values in units.items()}, tests)
+
+    page = table(RESULTS, name)
+    assert [row["difference"] for row in page] == [*shown]
+    for row in page:
+        values = units[row["difference"]]
+        assert len(values) == int(row["n"]) == n
+        assert_rounded(row["mean, %"], values.mean())
+        assert_rounded(row["SD"], values.std())
+        assert_interval(row["95 % interval"], values)
+        assert_interval(row["90 % interval"], values, 0.90)
+
+        p = different[row["difference"]], equivalent[row["difference"]]
+        assert (row["p, different"], row["p, equivalent"]) == (f"{p[0]:.2g}", f"{p[1]:.2g}")
+        words = {
+            (True, True): "different but within the margin",
+            (True, False): "different",
+            (False, True): "equivalent",
+            (False, False): "undecided",
+        }
+        assert row["verdict"] == words[p[0] < 0.05, p[1] < 0.05]
+
+
+def test_the_studys_measures_are_means():
+    """Over ten digits and five seeds; intervals over the seeds' means, as in comparison.md."""
+    rows = measured("A")
+    page = table(RESULTS, "measures")
+    assert [row["measure"] for row in page] == [*MEASURES]
+    for row in page:
+        column = MEASURES[row["measure"]]
+        for arm in ("matched", "quantum", "classical"):
+            assert_rounded(row[arm], rows.loc[rows["arm"] == arm, column].mean())
+        assert_rounded(row["real"], rows[f"floor_{column}"].mean())
+        for difference in ANSWERS:
+            pairs = pairs_of(rows, difference)
+            by_seed = (pairs[column] - pairs[f"{column}_base"]).groupby("seed").mean()
+            mean, interval = row[difference].split(" ", 1)
+            assert_rounded(mean, by_seed.mean())
+            assert_interval(interval, by_seed)
+
+
+def test_the_judges_tables_are_recomputed():
+    page = table(RESULTS, "judges")
+    for row, name in zip(page, ("A", "judge1", "judge2"), strict=True):
+        for difference in ANSWERS:
+            values = percent(pairs_of(measured(name), difference))
+            assert len(values) == int(row["n"])
+            mean, interval = row[difference].split(" ", 1)
+            assert_rounded(mean, values.mean())
+            assert_interval(interval, values)
+
+
+def test_the_gates_table_is_that_of_the_measurements():
+    rows = measured("gate_use")
+    kinds = {"switched off": "fid_off", "mean of images": "fid_mean", "another seed's": "fid_other"}
+    page = table(RESULTS, "gates")
+    assert [row["arm"] for row in page] == ["quantum", "matched"]
+    for row in page:
+        own = rows[rows["arm"] == row["arm"]]
+        for words, column in kinds.items():
+            ratios = (own[column] / own["fid"]).dropna()
+            mean, n = row[f"FID {words} / own"].strip(")").split(" (n = ")
+            assert len(ratios) == int(n)
+            assert_rounded(mean, ratios.mean())
+        means = own["mean"].dropna().str.split(expand=True).astype(float)
+        assert_rounded(row["1 + g at the first evaluation"], 1 + means.iloc[:, 0].mean())
+        assert_rounded(row["1 + g at the last"], 1 + means.iloc[:, -1].mean())
 
 
 def test_ablations_are_means_over_digits_and_seeds():
