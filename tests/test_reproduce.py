@@ -308,7 +308,12 @@ def test_ctrl_c_stops_the_training(tmp_path):
     stub.chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RUNS": str(tmp_path)}
     command = ["bash", ROOT / "result_gif" / "reproduce.sh", "B"]
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+
+    def listen() -> None:
+        """Tests that run in the background of a shell have the signal ignored."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=listen)
     started = tmp_path / "started"
     for _ in range(500):
         if started.exists() and len(started.read_text().split()) == 2:
