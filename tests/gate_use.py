@@ -1,4 +1,4 @@
-"""What trained models do with their gate: FID without it and with another seed's, values, qubits.
+"""What trained models do with their gate: FID without it and with others, its values, its qubits.
 
     python tests/gate_use.py runs/quantum_mnist3_nall_seed0 runs/quantum_mnist3_nall_seed1 --out DIR
 

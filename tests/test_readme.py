@@ -163,7 +163,10 @@ def holm(p: dict[str, float], tests: int) -> dict[str, float]:
     return adjusted
 
 
-@pytest.mark.parametrize("name, tables, shown, n, tests", [("answers", ["A"], ANSWERS, 50, 6)])
+@pytest.mark.parametrize(
+    "name, tables, shown, n, tests",
+    [("answers", ["A"], ANSWERS, 50, 6), ("control", ["A", "repeated", "B"], CONTROL, 30, 4)],
+)
 def test_the_studys_tests_are_recomputed(name, tables, shown, n, tests):
     rows = measured(*tables)
     together = ANSWERS | shown  # what Holm's adjustment is over
