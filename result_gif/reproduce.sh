@@ -147,9 +147,15 @@ block_judges() {
     done
 }
 
-# The overview and the GIFs, of one seed of block A, while its run folders exist. It compares two
-# arms, so A must be whole; those tables stay in the run folders' place.
+# The digits' overview and GIFs, of one seed of block A, and the tissues' overview, of the first seed of
+# block C that is here; while the run folders exist. They compare arms, so the block must be whole;
+# the tables that come with them stay in the run folders' place.
 block_pictures() {
+    pictures_of_digits
+    picture_of_tissue
+}
+
+pictures_of_digits() {
     local run name
     local finished
     is_whole A || return 0
@@ -164,6 +170,22 @@ block_pictures() {
         name=$(basename "$run")
         cp "$run/training_progress.gif" "$PICTURES/${name%%_n*}_training_progress.gif"
     done
+}
+
+picture_of_tissue() {
+    local seed
+    local finished
+    is_whole C || return 0
+    for seed in $SEEDS; do
+        mapfile -t finished < <(folders_of "$RUNS"/C/*_seed"$seed")
+        if [ "${#finished[@]}" -eq 2 ]; then
+            python cal_fid_ssim_medmnist.py "${finished[@]}" --data_dir "$DATA_DIR" \
+                --out "$RUNS/pictures/tissue" > /dev/null
+            cp "$RUNS/pictures/tissue/overview.png" "$PICTURES/tissue.png"
+            return 0
+        fi
+    done
+    echo "block C: no seed has both runs here" >&2
 }
 
 # What block A's models do with their gate.

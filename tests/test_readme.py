@@ -40,41 +40,47 @@ def assert_rounded(cell: str, value: float) -> None:
     assert abs(float(cell) - value) <= 0.5001 * 10.0**-decimals, (cell, value)
 
 
-def by_class(study: str) -> pd.DataFrame:
-    """What a study's conditional models measured, a row for each model and class."""
-    rows = pd.read_csv(RESULT_FILES / study / "comparison.csv")
-    rows["class"] = rows["run"].str.partition(": ")[2]
-    return rows[~rows["class"].isin(["mean", "all"])]
-
-
-def single_digits() -> pd.DataFrame:
-    """What the single models without a gate of the study's first seed measured."""
-    rows = pd.read_csv(RESULT_FILES / "study" / "A.csv", dtype={"label": str})
-    rows["class"] = rows["label"]
-    return rows[rows["seed"] == 100]
-
-
-@pytest.mark.parametrize("study", ["pathmnist", "mnist_conditional"])
-def test_tables_are_the_csvs(study):
-    conditional = by_class(study)
+def test_the_table_of_tissues_is_the_csv():
+    conditional = pd.read_csv(RESULT_FILES / "pathmnist" / "comparison.csv")
+    conditional["class"] = conditional["run"].str.partition(": ")[2]
+    conditional = conditional[~conditional["class"].isin(["mean", "all"])]
     classes = sorted(set(conditional["class"]))
-    shown = table(RESULTS, study)
+    shown = table(RESULTS, "pathmnist")
     assert len(shown) == len(classes) + 1
     for row in shown:
-        name = row.pop("class" if "class" in row else "digit")
-        names = classes if name == "mean" else [name]
+        name = row.pop("class")
+        rows = conditional[conditional["class"].isin(classes if name == "mean" else [name])]
         for heading, cell in row.items():
-            # A heading is a metric, and an arm of one kind of models, or real images.
+            # A heading is a metric, and an arm or real images.
             metric, _, of = heading.partition(", ")
-            kind, _, arm = of.rpartition(" ")
-            rows = single_digits() if kind == "single" else conditional
-            rows = rows[rows["class"].isin(names)]
             column = COLUMNS[metric]
             if of == "real":
-                column = "floor_" + column
+                assert_rounded(cell, rows[f"floor_{column}"].mean())
             else:
-                rows = rows[rows["arm"] == arm]
-            assert_rounded(cell, rows[column].mean())
+                assert_rounded(cell, rows.loc[rows["arm"] == of, column].mean())
+
+
+def test_the_words_on_one_model_for_ten_digits_are_the_csvs():
+    single = measured("A").query("arm == 'classical' and seed == 100")["label_accuracy"]
+    rows = pd.read_csv(RESULT_FILES / "mnist_conditional" / "comparison.csv")
+    rows = rows[~rows["label"].isin(["mean", "all"])]
+    classical, quantum = (
+        rows.loc[rows["arm"] == arm, "label_accuracy"] for arm in ("classical", "quantum")
+    )
+    real = rows["floor_label_accuracy"]
+    assert len(single) == len(classical) == len(quantum) == 10
+
+    text = words_of(RESULTS)
+    words = (
+        r"([\d.]+) % \(`classical`\) and ([\d.]+) % \(`quantum`\) are read as their digit, .* "
+        r"seed 100\) ([\d.]+) %, of real images ([\d.]+) %"
+    )
+    shown = re.search(words, text).groups()
+    for cell, column in zip(shown, (classical, quantum, single, real), strict=True):
+        assert_rounded(cell, 100 * column.mean())
+    text = words_of(README)
+    assert f"{shown[2]} % of the images are read as their digit, of one" in text
+    assert f"(5,000 steps) {shown[0]} %, both without a gate" in text
 
 
 def test_counted_runs_are_those_measured():

@@ -266,6 +266,24 @@ def test_pictures_are_copied_under_the_pages_names(commands, tmp_path, monkeypat
     assert (tmp_path / "quantum_mnist8_training_progress.gif").read_text() == "quantum8"
 
 
+def test_the_picture_of_tissue_is_of_the_first_seed_that_is_here(commands, tmp_path):
+    runs = tmp_path / "runs"
+    (runs / "pictures" / "tissue").mkdir(parents=True)
+    (runs / "pictures" / "tissue" / "overview.png").write_text("nine tissues")
+    for seed in (101, 102):
+        run = runs / "C" / f"matched_mnist3_nall_seed{seed}"
+        (run / "config.json").write_text('{\n  "n_eval": 200\n}')
+    (call,) = commands("pictures")
+    assert call[0] == "cal_fid_ssim_medmnist.py"
+    assert [word.split("/")[-1] for word in call[1:3]] == [
+        "matched_mnist3_nall_seed101", "quantum_mnist3_nall_seed101",
+    ]  # fmt: skip
+    assert (tmp_path / "tissue.png").read_text() == "nine tissues"
+
+    write_table(tmp_path / "study", "C", rows_of("C")[:-1])
+    assert commands("pictures") == []
+
+
 def test_seeds_whose_folders_are_gone_stop_nothing(commands, tmp_path):
     for folder in (tmp_path / "runs" / "A").glob("*_seed100"):
         shutil.rmtree(folder)
