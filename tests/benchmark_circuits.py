@@ -341,8 +341,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     text = "time other simulators, if installed (tensorcircuit-ng, jax, deepquantum), instead"
     parser.add_argument("--peers", action="store_true", help=text)
-    text = "where the files go (default: result_gif/results)"
-    parser.add_argument("--out", type=Path, default=Path("result_gif/results"), help=text)
+    text = "where the files go (default: runs/cost)"
+    parser.add_argument("--out", type=Path, default=Path("runs/cost"), help=text)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.peers:

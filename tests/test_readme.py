@@ -345,9 +345,10 @@ def test_costs_are_those_of_the_benchmark():
 # ------------------------------------------------------------------------ what README promises
 
 
-def python_blocks():
-    """The Python of README, block by block."""
-    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+def python_of(page: Path) -> str:
+    """The page's block of Python."""
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    return block
 
 
 def test_weights_of_the_arms_are_counted():
@@ -373,7 +374,7 @@ def test_the_steps_of_the_benchmark_run(monkeypatch):
 
 def test_the_circuit_of_the_page_runs_exactly(monkeypatch):
     names = dict(vars(qd))
-    exec(python_blocks()[0], names)
+    exec(python_of(README), names)
     entry = re.search(r"`\"xy\": (Arm\(.*?\)),`", README.read_text(encoding="utf-8"))[1]
     monkeypatch.setitem(qd.ARMS, "xy", eval(entry, names))
     qd.check_circuit(qd.Settings("xy"))  # against PennyLane
@@ -387,7 +388,7 @@ def test_the_notebook_of_the_page_runs(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
 
     names = {}
-    exec(python_blocks()[1], names)
+    exec(python_of(RESULTS), names)
     assert len(capsys.readouterr().out.splitlines()) == len(
         qd.GaussianDiffusion(60).sampling_levels(50)
     )

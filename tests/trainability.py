@@ -114,8 +114,8 @@ def draw_lines(axes: Axes, rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    text = "where the files go (default: result_gif/results)"
-    parser.add_argument("--out", type=Path, default=Path("result_gif/results"), help=text)
+    text = "where the files go (default: runs/trainability)"
+    parser.add_argument("--out", type=Path, default=Path("runs/trainability"), help=text)
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
 
