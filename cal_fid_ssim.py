@@ -1823,9 +1823,12 @@ def draw_panels(frame: pd.DataFrame, against_size: bool) -> Figure:
     """
     # What is drawn: every variant's means and, where there are pairs, their differences.
     frame = single_classes(frame)
+    if against_size:  # a line joins means over the same classes
+        frame = shared_classes(frame, within=["data"], series=["n_train"])
     runs = comparable_runs(frame)
     if len(runs) == 0:
-        raise UserError("no class is there for all arms and seeds of a size")
+        sizes = "all sizes" if against_size else "a size"
+        raise UserError(f"no class is there for all arms and seeds of {sizes}")
     means = class_means(with_floors(runs))
     pairs = comparable_pairs(pairs_of_runs(frame, FIGURE_BASELINE))
     differences = class_means(minus_base(pairs))

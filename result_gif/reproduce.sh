@@ -71,7 +71,7 @@ measure() {
     shift 3
 
     # The evaluation finds the study's judges there; no other kind of machine trains them to the bit.
-    if [ -d "$DATA_DIR/MNIST" ]; then
+    if [ -d "$DATA_DIR/MNIST" ] || [ -f "$DATA_DIR/pathmnist.npz" ]; then
         mkdir -p "$DATA_DIR/evaluation"
         for judge in $JUDGES; do
             [ -e "$DATA_DIR/evaluation/${judge##*/}" ] || cp "$judge" "$DATA_DIR/evaluation"

@@ -616,6 +616,17 @@ def test_panels_show_means_and_below_them_paired_differences(against_size, place
     assert high - low == pytest.approx(2 * stats.t.ppf(0.975, 2) * stats.sem([1, 4, 9]))
 
 
+def test_a_line_over_sizes_joins_the_same_classes():
+    """Digit 8 is there with all images alone."""
+    runs = [fake("matched", 3, 0, 10, n_train=25), fake("matched", 3, 0, 4)]
+    runs.append(fake("matched", 8, 0, 100))
+    (axes,) = evaluation.draw_panels(frame_of(runs), against_size=True).axes
+    assert axes.containers[0].lines[0].get_ydata() == pytest.approx([10, 4])
+
+    with pytest.raises(mnist.UserError, match="all arms and seeds of all sizes"):
+        evaluation.draw_panels(frame_of(runs[::2]), against_size=True)
+
+
 def test_arms_of_the_users_own_have_their_place_and_look(monkeypatch):
     """More arms than colours: each looks different from all others."""
     arms = {**mnist.ARMS, **{f"own{k}": "the user's" for k in range(3)}}
