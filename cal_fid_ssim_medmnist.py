@@ -43,9 +43,11 @@ class Scattering(nn.Module):
 
     def __init__(self, images: Tensor):
         super().__init__()
-        self.register_buffer("waves", morlet_wavelets(*images.shape[2:]))  # (wave, H, W)
+        # The features' checksum must not depend on the machine, where last bits of exp and cos may
+        # differ: so the waves are left out of it, and the rest is in float32.
+        waves = morlet_wavelets(*images.shape[2:])  # (wave, H, W)
+        self.register_buffer("waves", waves, persistent=False)
 
-        # In float32, so that the features' checksum does not depend on the machine.
         batches = [self.statistics(to_unit(part)) for part in images.split(BATCH)]
         statistics = torch.cat(batches)  # (N, 186)
         self.register_buffer("mean", statistics.mean(dim=0).float())
