@@ -236,6 +236,15 @@ def test_the_studys_judge_is_put_where_the_evaluation_finds_it(commands, tmp_pat
     assert name in (judge.parent / "A.csv").read_text()
 
 
+def test_the_judge_of_tissue_is_put_there_too(commands, tmp_path, monkeypatch):
+    judge = ROOT / "result_gif" / "results" / "study" / "classifier_928845410175c51471edb3d3.pt"
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "pathmnist.npz").write_bytes(b"")
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
+    commands("C")
+    assert (tmp_path / "data" / "evaluation" / judge.name).read_bytes() == judge.read_bytes()
+
+
 def test_pictures_wait_for_a_whole_block(commands, tmp_path):
     write_table(tmp_path / "study", "A", rows_of("A")[1:])
     assert commands("pictures") == []
