@@ -19,7 +19,8 @@ CLASSES=${CLASSES:-0 1 2 3 4 5 6 7 8 9}
 TWO_CLASSES=${TWO_CLASSES:-3 8}
 SEEDS=${SEEDS:-100 101 102 103 104}
 CONTROL_SEEDS=${CONTROL_SEEDS:-100 101 102}
-PICTURE_SEED=${PICTURE_SEED:-100}    # that of them with all previews, for the GIFs
+PICTURE_SEED=${PICTURE_SEED:-100}    # that of the digits with all previews, for the GIFs
+TISSUE_PICTURE_SEED=${TISSUE_PICTURE_SEED:-104}  # and that of tissue
 STEPS=${STEPS:-1250}
 CONTROL_STEPS=${CONTROL_STEPS:-1150}
 TISSUE_STEPS=${TISSUE_STEPS:-5000}
@@ -95,13 +96,16 @@ digits() {
     measure cal_fid_ssim.py "$folder" "$seed" --csv "$OUT/$folder.csv"
 }
 
-# Block A: does the circuit help, does a gate? One seed has all previews, for the GIFs.
+# frames_of SEED SHOWN: one preview, of the seed whose GIFs are shown thirty. Previews have noise of their own.
+frames_of() {
+    if [ "$1" = "$2" ]; then echo 30; else echo 1; fi
+}
+
+# Block A: does the circuit help, does a gate?
 block_A() {
     for seed in $SEEDS; do
-        frames=1
-        if [ "$seed" = "$PICTURE_SEED" ]; then frames=30; fi
         digits A "$seed" --digits $CLASSES --arm matched quantum classical --steps "$STEPS" \
-            --n_frames "$frames"
+            --n_frames "$(frames_of "$seed" "$PICTURE_SEED")"
     done
 }
 
@@ -116,7 +120,8 @@ block_B() {
 block_C() {
     for seed in $SEEDS; do
         train quantum_diffusion_pathmnist.py C --data "$TISSUE" --seeds "$seed" \
-            --arm matched quantum --n_eval "$N_EVAL_TISSUE" --n_frames 1 --steps "$TISSUE_STEPS"
+            --arm matched quantum --n_eval "$N_EVAL_TISSUE" --steps "$TISSUE_STEPS" \
+            --n_frames "$(frames_of "$seed" "$TISSUE_PICTURE_SEED")"
         measure cal_fid_ssim_medmnist.py C "$seed" --csv "$OUT/C.csv"
     done
 }
@@ -147,45 +152,32 @@ block_judges() {
     done
 }
 
-# The digits' overview and GIFs, of one seed of block A, and the tissues' overview, of the first seed of
-# block C that is here; while the run folders exist. They compare arms, so the block must be whole;
-# the tables that come with them stay in the run folders' place.
+# The overviews and GIFs, of one seed of block A and one of block C, while their run folders exist. They
+# compare arms, so the block must be whole; the tables that come with them stay in the run folders' place.
 block_pictures() {
-    pictures_of_digits
-    picture_of_tissue
+    pictures_of cal_fid_ssim.py A "$PICTURE_SEED" overview.png classical quantum
+    pictures_of cal_fid_ssim_medmnist.py C "$TISSUE_PICTURE_SEED" tissue.png matched quantum
 }
 
-pictures_of_digits() {
-    local run name
+# pictures_of SCRIPT BLOCK SEED NAME ARM ARM: NAME is that of the overview.
+pictures_of() {
+    local script=$1 block=$2 seed=$3 name=$4 first=$5 second=$6
+    local planned run
     local finished
-    is_whole A || return 0
-    mapfile -t finished < <(folders_of "$RUNS"/A/{classical,quantum}_*_seed"$PICTURE_SEED")
-    if [ "${#finished[@]}" -ne $((2 * $(wc -w <<< "$CLASSES"))) ]; then
-        echo "seed $PICTURE_SEED of block A: not all runs are here" >&2
+    is_whole "$block" || return 0
+    planned=$(planned_runs "$block" | awk -v arms=" $first $second " -v seed="$seed" \
+        '$4 == seed && index(arms, " " $1 " ")' | wc -l)
+    mapfile -t finished < <(folders_of "$RUNS/$block"/{"$first","$second"}_*_seed"$seed")
+    if [ "${#finished[@]}" -eq 0 ] || [ "${#finished[@]}" -ne "$planned" ]; then
+        echo "seed $seed of block $block: not all runs are here" >&2
         return 0
     fi
-    python cal_fid_ssim.py "${finished[@]}" --data_dir "$DATA_DIR" --out "$RUNS/pictures" > /dev/null
-    cp "$RUNS/pictures/overview.png" "$PICTURES"
+    python "$script" "${finished[@]}" --data_dir "$DATA_DIR" --out "$RUNS/pictures/$block" > /dev/null
+    cp "$RUNS/pictures/$block/overview.png" "$PICTURES/$name"
     for run in "${finished[@]}"; do
         name=$(basename "$run")
         cp "$run/training_progress.gif" "$PICTURES/${name%%_n*}_training_progress.gif"
     done
-}
-
-picture_of_tissue() {
-    local seed
-    local finished
-    is_whole C || return 0
-    for seed in $SEEDS; do
-        mapfile -t finished < <(folders_of "$RUNS"/C/*_seed"$seed")
-        if [ "${#finished[@]}" -eq 2 ]; then
-            python cal_fid_ssim_medmnist.py "${finished[@]}" --data_dir "$DATA_DIR" \
-                --out "$RUNS/pictures/tissue" > /dev/null
-            cp "$RUNS/pictures/tissue/overview.png" "$PICTURES/tissue.png"
-            return 0
-        fi
-    done
-    echo "block C: no seed has both runs here" >&2
 }
 
 # What block A's models do with their gate.

@@ -259,8 +259,8 @@ def test_pictures_are_copied_under_the_pages_names(commands, tmp_path, monkeypat
     rows = [row for row in rows_of("A") if row.split(",")[4] in "38"]
     write_table(tmp_path / "study", "A", rows)
     runs = tmp_path / "runs"
-    (runs / "pictures").mkdir()
-    (runs / "pictures" / "overview.png").write_text("overview")
+    (runs / "pictures" / "A").mkdir(parents=True)
+    (runs / "pictures" / "A" / "overview.png").write_text("overview")
     for arm, label in itertools.product(("classical", "quantum"), "38"):
         run = runs / "A" / f"{arm}_mnist{label}_nall_seed100"
         run.mkdir(exist_ok=True)
@@ -275,19 +275,23 @@ def test_pictures_are_copied_under_the_pages_names(commands, tmp_path, monkeypat
     assert (tmp_path / "quantum_mnist8_training_progress.gif").read_text() == "quantum8"
 
 
-def test_the_picture_of_tissue_is_of_the_first_seed_that_is_here(commands, tmp_path):
+def test_pictures_of_tissue_are_of_a_seed_of_their_own(commands, tmp_path):
     runs = tmp_path / "runs"
-    (runs / "pictures" / "tissue").mkdir(parents=True)
-    (runs / "pictures" / "tissue" / "overview.png").write_text("nine tissues")
-    for seed in (101, 102):
-        run = runs / "C" / f"matched_mnist3_nall_seed{seed}"
+    (runs / "pictures" / "C").mkdir(parents=True)
+    (runs / "pictures" / "C" / "overview.png").write_text("nine tissues")
+    assert commands("pictures") == []  # one of its runs is not finished
+
+    for arm in ("matched", "quantum"):
+        run = runs / "C" / f"{arm}_mnist3_nall_seed104"
         (run / "config.json").write_text('{\n  "n_eval": 200\n}')
+        (run / "training_progress.gif").write_text(arm)
     (call,) = commands("pictures")
     assert call[0] == "cal_fid_ssim_medmnist.py"
     assert [word.split("/")[-1] for word in call[1:3]] == [
-        "matched_mnist3_nall_seed101", "quantum_mnist3_nall_seed101",
+        "matched_mnist3_nall_seed104", "quantum_mnist3_nall_seed104",
     ]  # fmt: skip
     assert (tmp_path / "tissue.png").read_text() == "nine tissues"
+    assert (tmp_path / "matched_mnist3_training_progress.gif").read_text() == "matched"
 
     write_table(tmp_path / "study", "C", rows_of("C")[:-1])
     assert commands("pictures") == []
@@ -306,15 +310,18 @@ def test_seeds_whose_folders_are_gone_stop_nothing(commands, tmp_path):
     assert commands("gates", "judges") == []
 
 
-def test_the_seed_of_the_pictures_does_not_depend_on_the_others(commands, monkeypatch):
+@pytest.mark.parametrize("block, shown", [("A", 100), ("C", 104)])
+def test_the_seed_of_the_pictures_does_not_depend_on_the_others(
+    block, shown, commands, monkeypatch
+):
     frames = {}
-    for seeds in ("100 101", "101 102"):
+    for seeds in ("100 101", "101 104"):
         monkeypatch.setenv("SEEDS", seeds)
-        for script, *words in commands("A"):
+        for script, *words in commands(block):
             if script in TRAINING:
                 args = TRAINING[script].build_parser().parse_args(words)
                 frames.setdefault(args.seeds[0], set()).add(args.n_frames)
-    assert frames == {100: {30}, 101: {1}, 102: {1}}
+    assert frames == {100: {1}, 101: {1}, 104: {1}} | {shown: {30}}
 
 
 def test_a_failed_run_is_told_at_the_end(tmp_path):
