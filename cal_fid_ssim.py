@@ -179,10 +179,17 @@ def read_run(folder: Path, dataset: DataSet) -> Run:
             raise ValueError(f"no {', '.join(sorted(missing)) or 'condition'}")
         if not isinstance(settings["arm"], str) or not settings["arm"]:
             raise ValueError("arm: expected a name")
-        for name in ("n_train", "seed", *BUDGET):
+        for name in BUDGET:
             value = settings[name]
-            if not isinstance(value, int | float) and not (name == "n_train" and value is None):
+            if not isinstance(value, int | float) or not math.isfinite(value):
                 raise ValueError(f"{name} {value!r}: expected a number")
+        for name in ("n_train", "seed"):
+            value = settings[name]
+            if not isinstance(value, int) and not (name == "n_train" and value is None):
+                raise ValueError(f"{name} {value!r}: expected a whole number")
+        if not isinstance(config["condition"], str):
+            raise ValueError(f"condition {config['condition']!r}: expected a text")
+        machine = machine_of(config)
         classes = settings["classes"]
         known = range(len(dataset.module.CLASS_NAMES))
         if not isinstance(classes, list) or not classes or not set(classes) <= set(known):
@@ -211,7 +218,7 @@ def read_run(folder: Path, dataset: DataSet) -> Run:
         condition=condition,
         settings=settings,
         trained_on=config["images"],
-        machine=machine_of(config),
+        machine=machine,
         images=dict(zip(classes, images.chunk(len(classes)), strict=True)),
     )
 
@@ -505,8 +512,9 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
     A and B are the covariances (divided by n - 1). Let A = X.T X and B = Y.T Y: the eigenvalues of
     A B are those of (X Y.T)(X Y.T).T, the squared singular values of X Y.T, and the trace of the
-    root is their sum. This works for covariances of any rank; scipy's sqrtm does not. Both sets
-    have 2 or more images. Raises UserError for features that are not finite.
+    root is their sum. This works for covariances of any rank; scipy's sqrtm does not. What is only
+    the sum's rounding, as of equal sets, is made 0. Both sets have 2 or more images. Raises
+    UserError for features that are not finite.
     """
     means = []
     factors = []  # X (min(n, d), d) and Y (min(m, d), d)
@@ -523,7 +531,8 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     between_means = ((means[0] - means[1]) ** 2).sum()
     traces = (x**2).sum() + (y**2).sum()
     cross = linalg.svdvals(x @ y.T).sum()
-    return float(between_means + traces - 2 * cross)
+    distance = float(between_means + traces - 2 * cross)
+    return distance if distance > 1e-13 * traces else 0.0
 
 
 def frechet_infinity(features: np.ndarray, reference: np.ndarray, seed: int) -> float:
@@ -1026,14 +1035,19 @@ class Evaluator:
         """
         n_train, seed = run.settings["n_train"], run.settings["seed"]
         select_images = self.dataset.module.select_images
-        by_class = {label: select_images(*self.train, label, n_train, seed) for label in run.images}
+        others = f"{run.folder}: trained on other images than are in {self.options.data_dir}"
+        by_class = {}
+        for label in run.images:
+            try:
+                by_class[label] = select_images(*self.train, label, n_train, seed)
+            except UserError as error:  # fewer images of the class than it was trained on
+                raise UserError(f"{others} ({error})") from None
 
         # The training script's checksum, of the pixels alone.
         together = torch.cat(list(by_class.values()))
         digest = hashlib.sha256(together.contiguous().numpy()).hexdigest()
         if digest != run.trained_on.get("sha256"):
-            found = f"trained on other images than are in {self.options.data_dir}"
-            raise UserError(f"{run.folder}: {found}")
+            raise UserError(others)
         return by_class
 
     def row(self, run: Run, label: int | str, measured: dict[str, Any]) -> dict[str, Any]:
@@ -1148,6 +1162,7 @@ def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
     frame = pd.read_csv(file, dtype=kinds, keep_default_na=False, na_values="")
     check_columns(frame)
     frame = frame.fillna(texts | {"n_train": np.inf})
+    frame["label"] = whole_labels(frame["label"])
 
     frame = with_all_columns(frame)
     frame["conditional"] = frame["condition"].str.startswith("conditional")
@@ -1167,8 +1182,15 @@ def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
     for _, rows in frame[frame.duplicated(one_run, keep=False)].groupby(one_run, observed=True):
         first, second = rows["run"].iloc[:2]
         alike = f"{rows['variant'].iloc[0]} of one class, size, seed and budget"
+        if first == second:
+            raise UserError(f"{first} is there twice, as {alike}; remove a row")
         raise UserError(f"{first} and {second} are both {alike}; evaluate each by itself")
     return frame
+
+
+def whole_labels(labels: pd.Series) -> pd.Series:
+    """Labels as texts: "3" where another program made "3.0" of it."""
+    return labels.str.removesuffix(".0")
 
 
 def with_all_columns(frame: pd.DataFrame) -> pd.DataFrame:
@@ -1321,16 +1343,26 @@ def comparable_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
 def with_floors(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs, and below them their floors as rows of the variant FLOOR.
 
-    All have one seed, so that ``class_means`` takes the mean of a class's floors as well.
+    In the place of the seed is which floor of its class and size it is: the same for runs of all
+    seeds, so that ``class_means`` takes their mean as well; another where runs have other numbers
+    of images or, in rows of all classes, models have other classes.
     """
+    kind = runs["n_generated"].map("{:09d}".format) + classes_of(runs)
+    code = kind.rank(method="dense")
     floors = runs.assign(
         variant=pd.Categorical([FLOOR] * len(runs), dtype=runs["variant"].dtype),
-        seed=0,
+        seed=code.groupby([runs["n_train"], runs["label"]]).rank(method="dense").astype(int),
         n_generated=runs["floor_n"],
         n_real=runs["floor_n_real"],
         **{key: runs[f"floor_{key}"] for key in METRICS},
     )
     return pd.concat([runs, floors])
+
+
+def classes_of(rows: pd.DataFrame) -> pd.Series:
+    """The classes that rows are about: a label, or for "all" those of a model of some, "3-8"."""
+    of_model = rows["condition"].str.extract("^conditional-([^_]*)", expand=False)
+    return of_model.where(rows["label"] == "all").fillna(rows["label"])
 
 
 def minus_base(pairs: pd.DataFrame) -> pd.DataFrame:
@@ -1379,7 +1411,8 @@ def paired_differences(pairs: pd.DataFrame) -> pd.DataFrame:
     differences["pairs"] = differences["seeds"] * differences["classes"]
     differences["low"] = differences["mean"] - differences["half"]
     differences["high"] = differences["mean"] + differences["half"]
-    differences["leaves_zero_out"] = differences["mean"].abs() > differences["half"]
+    # A sum of differences that is 0 may round to 1e-17.
+    differences["leaves_zero_out"] = differences["mean"].abs() > differences["half"] + 1e-12
     return differences
 
 
@@ -1544,25 +1577,34 @@ def metric_cells(run: dict[str, Any], prefix: str) -> list[str]:
 
 
 def arm_table(runs: pd.DataFrame) -> str:
-    """Per training-set size and variant: mean over seeds and 95 % interval; then the floor.
+    """Per training-set size and variant: mean over seeds and 95 % interval; then the floors.
 
-    ``runs`` are comparable.
+    ``runs`` are comparable. There are several floors of a size where runs have different numbers of
+    images: each is of its own number.
     """
     frame = with_floors(runs)
+    means = class_means(frame)
     keys = [key for key in METRICS if frame[key].notna().any()]
     cells = {}
-    for item in over_seeds(class_means(frame)).itertuples():
+    for item in over_seeds(means.drop(FLOOR, level="variant")).itertuples():
         form = METRICS[item.metric].form
         text = show(item.mean, form) + show(item.half, f" ± {form}", missing="")
         cells[item.n_train, item.variant, item.metric] = text
 
+    def row_of(size: float, variant: str, seeds: str, group: pd.DataFrame) -> list[str]:
+        row = [show_size(size), variant, each_once(classes_of(group)), seeds]
+        return [*row, each_once(group["n_generated"]), each_once(group["n_real"])]
+
     rows = []
     for (size, variant), group in frame.groupby(["n_train", "variant"], observed=True):
-        seeds = "–" if variant == FLOOR else each_once(group["seed"])
-        row = [show_size(size), variant, each_once(group["label"]), seeds]
-        row += [each_once(group["n_generated"]), each_once(group["n_real"])]
-        row += [cells.get((size, variant, key), "–") for key in keys]
-        rows.append(row)
+        if variant != FLOOR:
+            row = row_of(size, variant, each_once(group["seed"]), group)
+            rows.append([*row, *(cells.get((size, variant, key), "–") for key in keys)])
+            continue
+        for which, of_which in group.groupby("seed"):
+            floors = means.loc[size, variant, which]
+            row = row_of(size, variant, "–", of_which)
+            rows.append([*row, *(show(floors[key], METRICS[key].form) for key in keys)])
 
     header = ["N", "arm", "classes", "seeds", "n generated", "n real"]
     return table([*header, *(METRICS[key].heading for key in keys)], rows)
@@ -1648,6 +1690,11 @@ def comparison_text(frame: pd.DataFrame, margin: float = MARGIN, family: int = 0
             margin=margin, fewest=DECIDING_UNITS, as_planned=as_planned, level=100 * SIGNIFICANCE
         )
         paragraphs += ["## Relative differences of FID", explanation, relative_table(comparisons)]
+        if frame.loc[frame["other_budget"] != "", "arm"].nunique() > 1:
+            paragraphs.append(
+                "Arms are compared at their usual budget alone; at another, evaluate its runs by "
+                "themselves."
+            )
         pairs = relative_differences(frame)
         is_unequal = (pairs["steps"] != pairs["steps_base"]) & (pairs["other_budget"] == "")
         if is_unequal.any():
@@ -1894,12 +1941,14 @@ def draw_variants(
     around its place. ``with_lines`` from size to size.
     """
     for variant, rows in over_seeds(values.to_frame()).groupby("variant", observed=True):
-        x = places[variant].loc[rows["n_train"]]
-        if variant == FLOOR:
+        if variant == FLOOR:  # of each number of images
+            floors = values.xs(variant, level="variant").dropna()
+            x = places[variant].loc[floors.index.get_level_values("n_train")]
             ends = x - half_floor, x + half_floor
-            axes.hlines(rows["mean"], *ends, FLOOR_COLOUR, "--", label=FLOOR, linewidth=1)
+            axes.hlines(floors, *ends, FLOOR_COLOUR, "--", label=FLOOR, linewidth=1)
             continue
 
+        x = places[variant].loc[rows["n_train"]]
         style = variant_style(variant, list(places)) | {"linestyle": "-" if with_lines else "none"}
         axes.errorbar(x, rows["mean"], rows["half"], label=variant, **style)
 
@@ -2278,7 +2327,8 @@ def read_tables(files: Sequence[Path]) -> list[str]:
 def joined(texts: Sequence[str]) -> str:
     """The text of one comparison.csv with the rows of several, to the letter.
 
-    Of rows of one run with equal settings, reference and number of training images the last stays,
+    Numbers are compared as numbers, as a spreadsheet makes 3.00E-03 of 0.003. Of rows of one run
+    with equal settings, reference and number of training images the last stays,
     even if its features are of another kind; but one of --features none replaces no other. The
     folder's name alone does not tell a run.
     """
@@ -2290,9 +2340,14 @@ def joined(texts: Sequence[str]) -> str:
     names = ["run", "arm", "condition", "data", "label", "n_train", "seed", *BUDGET]
     told_by = [name for name in (*names, "reference", "n_training") if name in in_all]
 
+    told = rows[told_by].copy()
+    told["label"] = whole_labels(told["label"])
+    numbers = told.columns.intersection(["n_train", "seed", *BUDGET, "n_training"])
+    told[numbers] = told[numbers].apply(pd.to_numeric)  # NaN for an empty cell
+
     # Rows without features first, so that one with features is the last.
     order = rows["features"].ne("none").sort_values(kind="stable").index
-    kept = rows.loc[order].drop_duplicates(told_by, keep="last").index
+    kept = told.loc[order].drop_duplicates(keep="last").index
     return rows.loc[kept.sort_values()].to_csv(index=False)
 
 

@@ -558,7 +558,7 @@ def operations_of(circuit: Callable, angles: Tensor, weights: Tensor) -> list:
     if script.measurements:
         found = "it returns measurements, but <Z_i> of all qubits is what is measured"
         raise UserError(f"{name_of(circuit)}: {found}")
-    if any(operation.name == "MidMeasureMP" for operation in operations):
+    if any(operation.name in ("MidMeasureMP", "PauliMeasure") for operation in operations):
         raise UserError(f"{name_of(circuit)}: it measures inside, which no simulator here does")
     return operations
 
@@ -611,12 +611,14 @@ def make_qnode(
     options: dict | None = None,
     shots: int | None = None,
     diff_method: str | None = "best",
+    one_by_one: bool = False,
 ) -> qml.QNode:
     """A circuit on a PennyLane device, with <Z_i> of all its qubits.
 
     shots: joint measurements of all qubits; None: exact means, which hardware does not have.
-    diff_method: None for inference alone, which is faster on some devices. Noise needs a device
-    that takes channels: ``default.mixed``. Returns f(angles (B, n), weights (L, n, k)) -> list of n
+    diff_method: None for inference alone, which is faster on some devices. one_by_one: the samples,
+    for gates of PennyLane's that take no batch. Noise needs a device that takes channels:
+    ``default.mixed``. Returns f(angles (B, n), weights (L, n, k)) -> list of n
     tensors (B,), or () of one sample or a circuit without inputs.
     """
     device = qml.device(simulator, wires=n_qubits, **(options or {}))
@@ -633,7 +635,7 @@ def make_qnode(
         return [qml.expval(qml.Z(i)) for i in range(n_qubits)]
 
     expectations = qml.set_shots(expectations, shots=shots)
-    if shots or simulator != "default.qubit":
+    if one_by_one or shots or simulator != "default.qubit":
         # One sample after the other: not all devices take a batch, nor do parameter shifts.
         expectations = qml.transforms.broadcast_expand(expectations)
     return expectations
@@ -2305,6 +2307,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 #     a qubit's two tensors              before (B, j, l, r), after (j, m, o, s)
 
 MAX_BOND_DIMENSION = 256  # between two neighbours: four layers of CNOTs, with noise
+MAX_FUNCTIONS = 1000  # trigonometric ones, of one gate's parameters: six rotations in a product
 # The seconds are those of 16 qubits, three layers and a batch of 64.
 WAY_OUT = "use --simulator lightning.qubit (2 to 7 s a step; with noise default.mixed, 10 qubits)"
 
@@ -2537,6 +2540,9 @@ def fit_harmonics(
     count = sum(variable)
     test_angles = [0.3 + 0.9 * k for k in range(count)]
     for n, period in ((3, 2 * math.pi), (5, 4 * math.pi)):
+        if n**count > MAX_FUNCTIONS:
+            found = f"{operation.name} has {count} angles or weights"
+            raise UserError(f"{found}; write it as several gates, or {WAY_OUT}")
         nodes = [period * k / n for k in range(n)]
         combinations = list(itertools.product(nodes, repeat=count))
         features = np.array([features_at(angles, n) for angles in combinations])
@@ -2589,6 +2595,20 @@ def cut(coefficients: np.ndarray, is_last: tuple[bool, bool]) -> tuple[np.ndarra
     return low, high
 
 
+def check_is_gate(operation: qml.operation.Operator) -> None:
+    """Raises UserError for an operation whose matrix is not unitary, such as a sum of gates.
+
+    PennyLane's matrix of a product may be wrong (0.45.1: its first factor's type is that of all).
+    """
+    if isinstance(operation, qml.operation.Channel) or not operation.has_matrix:
+        return
+    matrix = qml.math.toarray(operation.matrix())
+    error = abs(matrix @ matrix.conj().T - np.eye(len(matrix))).max()
+    if not error < 1e-5:  # a matrix of single precision has 1e-7
+        found = f"{operation.name} {' '.join(map(str, operation.wires))}: its matrix is not unitary"
+        raise UserError(f"{found}, so it is no gate; write a product's gates one after the other")
+
+
 def check_parameters_can_be_set(operation: qml.operation.Operator) -> None:
     """Raises UserError where PennyLane forgets a part of an operation when it sets parameters."""
     if not hasattr(operation, "base") and not hasattr(operation, "operands"):
@@ -2610,7 +2630,9 @@ def factors_of_qubits(recorded: Sequence[Recorded], n_qubits: int) -> list[list[
     for k, (operation, sources) in enumerate(recorded):
         wires = sorted(operation.wires)
         is_map = operation.has_matrix or isinstance(operation, qml.operation.Channel)
-        if len(wires) > 2 or not is_map:
+        if not is_map:
+            raise UserError(f"{operation.name} is neither a gate with a matrix nor a channel")
+        if len(wires) > 2:
             found = f"{operation.name} on {len(wires)} qubits: the exact simulation knows gates on"
             raise UserError(f"{found} one or two, and channels; {WAY_OUT}")
         if len(wires) == 2 and wires[1] != wires[0] + 1:
@@ -2632,6 +2654,7 @@ def factors_of_qubits(recorded: Sequence[Recorded], n_qubits: int) -> list[list[
         if any(variable):
             check_parameters_can_be_set(operation)
             at_values = with_parameters(operation, values)
+        check_is_gate(at_values)
         matrix = pauli_transfer_matrix(at_values)
         key = (operation.name, matrix.tobytes(), variable, is_last)
         if key not in known:
@@ -3006,15 +3029,18 @@ def check_circuit(settings: Settings) -> None:
     # PennyLane's own simulator; channels, a circuit's own or --gate_noise's, need density matrices.
     operations = operations_of(circuit, angles, weights)
     has_channels = any(isinstance(one, qml.operation.Channel) for one in operations)
+    for operation in operations:
+        if operation.batch_size is None:
+            check_is_gate(operation)
     mend = "; the input is to be indexed as angles[..., i]; constants beside it are tensors, too"
     with explaining(f"{name_of(circuit)} does not run in PennyLane", mend):
         simulator = "default.mixed" if has_channels else "default.qubit"
-        own = on_device(circuit, n_qubits, simulator)
+        own = on_device(circuit, n_qubits, simulator, one_by_one=True)
         reference = values_and_gradients(own, angles, weights)
-        if is_exact and not reference.isfinite().all():
+        if is_exact and has_channels and not reference.isfinite().all():
             # default.mixed has gradients of NaN where an outcome never occurs: flips leave none.
             circuit = with_noise(circuit, readout_noise=0.1)
-            own = on_device(circuit, n_qubits, simulator)
+            own = on_device(circuit, n_qubits, simulator, one_by_one=True)
             reference = values_and_gradients(own, angles, weights)
 
     # The run's simulator. Of the exact simulation the means are compared, with shots too.

@@ -879,7 +879,9 @@ def test_another_number_of_qubits_is_told_apart():
 
 def test_runs_that_nothing_tells_apart_are_refused():
     runs = pair_of(1, 0) + pair_of(2, 0)
-    with pytest.raises(mnist.UserError, match="are both matched of one class, size, seed"):
+    with pytest.raises(
+        mnist.UserError, match="run is there twice, as matched of one class, size, seed"
+    ):
         frame_of(runs)
 
 
@@ -911,6 +913,76 @@ def test_scales_of_different_kinds_are_not_averaged():
     frame = frame_of(rows + others)
     together = frame[frame["label"] == "all"]["scale"]
     assert together.tolist() == ["none, reference class"]
+
+
+def floors_of(runs):
+    """Numbers and FID of a report's floors, by section."""
+    return {
+        title: [(row["n generated"], row["FID"]) for row in rows if row["arm"] == FLOOR]
+        for title, rows in tables(report_of(runs)).items()
+        if any(row.get("arm") == FLOOR for row in rows)
+    }
+
+
+def test_each_number_of_images_has_a_floor_of_its_own():
+    """A mean of them would be nobody's: 6 images would look worse, and 40 better than real ones."""
+    runs = []
+    for label, seed in itertools.product((3, 4), (0, 1)):
+        for arm, n in (("matched", 6), ("quantum", 40)):
+            run = fake(arm, label, seed, 10.0) | {"n_generated": n}
+            run["floor"] |= {"fid": label / n, "n": n}
+            runs.append(run)
+    expected = [("6", f"{3.5 / 6:.3g}"), ("40", f"{3.5 / 40:.3g}")]
+    assert floors_of(runs) == {"Comparison of runs": expected}
+
+    # Drawn as two lines.
+    axes = evaluation.draw_panels(frame_of(runs), against_size=False).axes[0]
+    (lines,) = [lines for lines in axes.collections if lines.get_label() == FLOOR]
+    heights = [path.vertices[0, 1] for path in lines.get_paths()]
+    assert heights == pytest.approx([3.5 / 6, 3.5 / 40])
+
+    # Classes that each have one number are averaged.
+    runs = [fake("quantum", label, 0, 1.0) | {"n_generated": 9 * label} for label in (1, 3)]
+    runs[0]["floor"] |= {"n": 9}
+    assert floors_of(runs) == {"Comparison of runs": [("9/100", "1.5")]}
+
+
+def test_models_of_other_classes_have_floors_of_their_own():
+    runs = []
+    for condition, labels, fid in (
+        ("conditional", (3, 4, 8), 1.8),
+        ("conditional-3-8", (3, 8), 2.6),
+    ):
+        name = f"quantum_{condition}"
+        rows = [fake("quantum", label, 0, 4.0, condition=condition) for label in labels]
+        together = fake("quantum", 3, 0, 5.0, condition=condition) | {"label": "all"}
+        together["floor"] |= {"fid": fid}
+        runs += [row | {"run": f"{name}: {row['label']}"} for row in [*rows, together]]
+    text = report_of(runs)
+    title = "All classes of a model together"
+    assert floors_of(runs)[title] == [("100", "2.6"), ("100", "1.8")]
+    shown = {(row["arm"], row["classes"]) for row in tables(text)[title]}
+    assert shown == {
+        ("quantum conditional", "all"), ("quantum conditional-3-8", "3-8"),
+        (FLOOR, "all"), (FLOOR, "3-8"),
+    }  # fmt: skip
+
+
+def test_a_difference_of_zero_is_not_clear_of_zero():
+    """0.05 - 0.1 + 0.05 is 7e-18."""
+    runs = []
+    for seed in range(5):
+        for label, fids in ((3, (0.0, 0.05)), (4, (0.15, 0.1))):
+            runs += [fake("matched", label, seed, fids[0]), fake("quantum", label, seed, fids[1])]
+    row = differences_of(runs)["quantum − matched"]
+    assert row["clear of 0"] == "no"
+
+
+def test_another_budget_of_several_arms_is_told():
+    runs = pair_of(1, 0) + pair_of(1, 0, steps=500) + pair_of(1, 1)
+    said = "Arms are compared at their usual budget alone"
+    assert said in report_of(runs)
+    assert said not in report_of(runs[:3] + runs[4:])  # one arm: as the study's control
 
 
 def test_floors_of_two_kinds_are_told():
@@ -1369,6 +1441,26 @@ def test_augmented_and_plain_runs_of_one_name_are_not_mixed_up():
         evaluation.read_comparison(io.StringIO(evaluation.joined(texts)))
 
 
+def test_a_table_that_another_program_wrote_is_the_same_table():
+    """pandas makes 25.0 of 25 beside an empty cell, a spreadsheet 3.00E-03 of 0.003."""
+    runs = [fake("quantum", 3, seed, 1.0, n_train=n) for seed in (0, 1) for n in (25, None)]
+    ours = evaluation.comparison_csv(runs)
+    table = pd.read_csv(io.StringIO(ours)).astype({"label": float})
+    theirs = table.assign(lr="3.00E-03").to_csv(index=False)
+    assert ",25.0," in theirs and ",3.0," in theirs
+    for texts in ([ours, theirs], [theirs, ours]):
+        frame = evaluation.read_comparison(io.StringIO(evaluation.joined(texts)))
+        assert len(frame) == 4
+        assert set(frame["label"]) == {"3"}
+
+
+def test_a_row_that_is_there_twice_is_named():
+    table = evaluation.comparison_csv([fake("quantum", 3, 0, 1.0)])
+    header, row = table.splitlines()
+    with pytest.raises(mnist.UserError, match=r"^run is there twice, .*; remove a row"):
+        evaluation.read_comparison(io.StringIO("\n".join([header, row, row])))
+
+
 @pytest.mark.parametrize(
     "change, said",
     [
@@ -1399,7 +1491,11 @@ def test_damaged_tables(change, said, tmp_path, fails):
         (lambda config: config["settings"].update(classes=[99]), "expected some of 0 to 9"),
         (lambda config: config["settings"].update(arm=""), "arm: expected a name"),
         (lambda config: config["settings"].update(steps=None), "steps None: expected a number"),
-        (lambda config: config["settings"].update(n_train="25"), "n_train '25': expected a num"),
+        (lambda config: config["settings"].update(steps=math.nan), "steps nan: expected a number"),
+        (lambda config: config["settings"].update(n_train="25"), "n_train '25': expected a whole"),
+        (lambda config: config["settings"].update(n_train=25.0), "n_train 25.0: expected a whole"),
+        (lambda config: config.update(condition=["a"]), "condition ['a']: expected a text"),
+        (lambda config: config.update(device="cpu", versions=None), "'NoneType' object"),
     ],
 )
 def test_damaged_configurations(change, said, tmp_path, fails):
@@ -1416,12 +1512,14 @@ def test_all_runs_are_checked_before_any_is_measured(tmp_path, evaluate, capsys)
     good = make_run(tmp_path, THREES[:4])
     bad = {
         "trained on other images": make_run(tmp_path, THREES[:4], seed=1, training=THREES),
+        "training images, expected": make_run(tmp_path, THREES[:4], n_train=500, training=THREES),
         "images of shape (3, 28, 28)": make_run(tmp_path, THREES[:4].repeat(1, 3, 1, 1), seed=2),
     }
     for said, run in bad.items():
         with pytest.raises(SystemExit):
             evaluate(good, run)
-        assert said in capsys.readouterr().err
+        message = capsys.readouterr().err
+        assert said in message and f"{run}: " in message
         assert not (good / "metrics.json").exists()
 
 

@@ -318,6 +318,14 @@ def test_constants_may_be_tensors():
 # ------------------------------------------------------- what the exact simulation does not know
 
 
+def of_five_angles(angles, weights):
+    qml.prod(*(qml.CRX(weights[0, 0, 0], [0, 1]) for _ in range(5)))
+
+
+def a_density_matrix(angles, weights):
+    qml.QubitDensityMatrix(torch.eye(2) / 2, wires=0)
+
+
 def on_three_qubits(angles, weights):
     qd.encode(angles)
     qml.Toffoli([0, 1, 2])
@@ -352,6 +360,7 @@ def as_the_ring(angles, weights):
     "circuit, reason",
     [
         (on_three_qubits, "Toffoli on 3 qubits"),
+        (of_five_angles, "Prod has 5 angles or weights; write it as several gates"),
         (at_a_distance, "CRX on qubits 1 and 3: the exact simulation knows neighbours only"),
         (as_the_ring, "CNOT on qubits 0 and 3"),
         (of_twice_an_angle, "a parameter must be an angle or a weight"),
@@ -506,9 +515,9 @@ def test_check_finds_a_device_that_samples_unasked(monkeypatch):
     settings = qd.Settings("quantum", n_qubits=3, n_layers=1, simulator="reference.qubit")
     original = qd.make_qnode
 
-    def with_shots(circuit, n_qubits, simulator, options=None, shots=None):
+    def with_shots(circuit, n_qubits, simulator, options=None, shots=None, **how):
         unasked = 100 if simulator == "reference.qubit" else None
-        return original(circuit, n_qubits, simulator, options, shots or unasked)
+        return original(circuit, n_qubits, simulator, options, shots or unasked, **how)
 
     qd.check_circuit(settings)
     monkeypatch.setattr(qd, "make_qnode", with_shots)
@@ -646,10 +655,46 @@ def of_an_own_weight(angles, weights):
     qml.RX(OWN_WEIGHT, wires=0)
 
 
+def without_i(angles, weights):
+    qd.encode(angles)
+    qml.exp(qml.X(0), 0.3)
+
+
+def a_sum(angles, weights):
+    qd.encode(angles)
+    qml.sum(qml.X(0), qml.Z(0))
+
+
+def zero(angles, weights):
+    qd.encode(angles)
+    0 * (qml.X(0) @ qml.X(1))
+
+
+def no_number(angles, weights):
+    qd.encode(angles)
+    qml.RX(torch.tensor(math.nan), 0)
+
+
+def projected(angles, weights):
+    qd.encode(angles)
+    qml.Projector([1], 0)
+
+
+def pauli_measured(angles, weights):
+    qml.pauli_measure("XX", wires=[0, 1])
+
+
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
 @pytest.mark.parametrize(
     "circuit, reason",
     [
+        (without_i, "Exp 0: its matrix is not unitary, so it is no gate"),
+        (a_sum, "Sum 0: its matrix is not unitary"),
+        (zero, "0 1: its matrix is not unitary"),
+        (a_density_matrix, "QubitDensityMatrix is neither a gate with a matrix nor a channel"),
+        (no_number, "RX 0: its matrix is not unitary"),
+        (projected, "Projector 0: its matrix is not unitary"),
+        (pauli_measured, "it measures inside, which no simulator here does"),
         (clamped, "RY: a parameter must be an angle or a weight"),
         (measured_inside, "it measures inside, which no simulator here does"),
         (evolved, "Evolution is not of first degree in cos and sin of its parameters"),
@@ -865,6 +910,24 @@ def test_check_says_that_it_tries_other_sizes(monkeypatch):
         qd.UserError, match="for 5 qubits .* check on at most 5 qubits and 3 layers"
     ):
         qd.check_circuit(qd.Settings("six", n_qubits=6))
+
+
+@pytest.mark.parametrize("circuit", [without_i, a_sum, no_number])
+def test_the_check_of_a_device_refuses_what_is_no_gate(circuit, monkeypatch):
+    """PennyLane's devices would run it, with means beyond -1..1."""
+    monkeypatch.setitem(qd.ARMS, "own", qd.Arm("no gate", circuit))
+    with pytest.raises(qd.UserError, match="its matrix is not unitary"):
+        qd.check_circuit(qd.Settings("own", n_qubits=3, simulator="default.qubit"))
+
+
+def test_the_check_takes_gates_that_pennylane_does_not_run_in_batches(monkeypatch):
+    def interacting(angles, weights):
+        qd.encode(angles)
+        qml.IsingXY(angles[..., 0], [0, 1])
+
+    monkeypatch.setitem(qd.ARMS, "own", qd.Arm("IsingXY of an angle", interacting))
+    for simulator in ("exact", "lightning.qubit"):
+        qd.check_circuit(qd.Settings("own", n_qubits=3, simulator=simulator))
 
 
 @pytest.mark.parametrize("simulator", ["exact", "default.qubit"])
