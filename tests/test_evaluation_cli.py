@@ -354,10 +354,9 @@ def test_overview_shows_the_lowest_seeds_images(tmp_path, evaluate):
         assert (pixels[:, 30 * len(images) + 2 :] == 255).all()
 
 
-@pytest.mark.parametrize("name", ["pathmnist", "mnist_conditional"])
-def test_committed_tables_are_those_of_the_committed_csv(name):
-    frame = evaluation.read_comparison(RESULTS / name / "comparison.csv")
-    expected = (RESULTS / name / "comparison.md").read_text()
+def test_the_committed_table_is_that_of_the_committed_csv():
+    frame = evaluation.read_comparison(RESULTS / "mnist_conditional" / "comparison.csv")
+    expected = (RESULTS / "mnist_conditional" / "comparison.md").read_text()
     assert evaluation.comparison_text(frame) == expected
 
 
