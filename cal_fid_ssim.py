@@ -1182,9 +1182,10 @@ def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
     for _, rows in frame[frame.duplicated(one_run, keep=False)].groupby(one_run, observed=True):
         first, second = rows["run"].iloc[:2]
         alike = f"{rows['variant'].iloc[0]} of one class, size, seed and budget"
+        found = f"{first} and {second} are both {alike}; evaluate each by itself"
         if first == second:
-            raise UserError(f"{first} is there twice, as {alike}; remove a row")
-        raise UserError(f"{first} and {second} are both {alike}; evaluate each by itself")
+            found = f"{first} is there twice, as {alike}; evaluate each by itself, or remove a row"
+        raise UserError(found)
     return frame
 
 
@@ -1482,7 +1483,7 @@ def unit_statistics(values: pd.Series, margin: float) -> dict[str, float]:
     """
     limits_and_p = ["low_90", "high_90", "low_95", "high_95", "p_different", "p_equivalent"]
     statistics = {"mean": values.mean(), "sd": values.std()} | dict.fromkeys(limits_and_p, math.nan)
-    if values.nunique() < 2:
+    if not values.std() > 1e-9:  # per cent: equal but for rounding, or one unit
         return statistics
 
     student = {"df": len(values) - 1, "loc": values.mean(), "scale": values.sem()}

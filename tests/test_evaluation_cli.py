@@ -1100,6 +1100,13 @@ def test_equal_differences_are_no_test():
         assert compare_fid(runs)["quantum − matched"]["verdict"] == "no spread"
 
 
+def test_units_that_are_equal_but_for_rounding_have_no_spread():
+    runs = [run for seed in range(5) for run in pair_of(1, seed)]
+    row = compare_fid(runs)["quantum − matched"]
+    assert (row["verdict"], row["mean"]) == ("no spread", pytest.approx(1))
+    assert math.isnan(row["p_different"]) and math.isnan(row["low_95"])
+
+
 def test_classes_that_no_two_arms_share_are_not_drawn():
     frame = frame_of([fake("matched", 3, 0, 10), fake("quantum", 8, 0, 10)])
     with pytest.raises(mnist.UserError, match="no class is there for all arms"):
@@ -1305,7 +1312,7 @@ def test_a_conditional_run_is_measured_class_by_class_and_together(
     assert by_arm["classical conditional-3-8"]["FID"] == by_arm["classical"]["FID"]
     assert by_arm["classical conditional-3-8"]["classes"] == "3/8"
     (row,) = [row for row in report["All classes of a model together"] if row["arm"] != FLOOR]
-    assert row["classes"] == "all" and row["n generated"] == "20"
+    assert row["classes"] == "3-8" and row["n generated"] == "20"
     (row,) = [
         row for row in report["Paired differences against classical"] if row["metric"] == "FID"
     ]
@@ -1456,7 +1463,7 @@ def test_a_table_that_another_program_wrote_is_the_same_table():
 def test_a_row_that_is_there_twice_is_named():
     table = evaluation.comparison_csv([fake("quantum", 3, 0, 1.0)])
     header, row = table.splitlines()
-    with pytest.raises(mnist.UserError, match=r"^run is there twice, .*; remove a row"):
+    with pytest.raises(mnist.UserError, match=r"^run is there twice, as .*, or remove a row"):
         evaluation.read_comparison(io.StringIO("\n".join([header, row, row])))
 
 
