@@ -1035,19 +1035,19 @@ class Evaluator:
         """
         n_train, seed = run.settings["n_train"], run.settings["seed"]
         select_images = self.dataset.module.select_images
-        others = f"{run.folder}: trained on other images than are in {self.options.data_dir}"
+        found = f"{run.folder}: trained on other images than are in {self.options.data_dir}"
         by_class = {}
         for label in run.images:
             try:
                 by_class[label] = select_images(*self.train, label, n_train, seed)
             except UserError as error:  # fewer images of the class than it was trained on
-                raise UserError(f"{others} ({error})") from None
+                raise UserError(f"{found} ({error})") from None
 
         # The training script's checksum, of the pixels alone.
         together = torch.cat(list(by_class.values()))
         digest = hashlib.sha256(together.contiguous().numpy()).hexdigest()
         if digest != run.trained_on.get("sha256"):
-            raise UserError(others)
+            raise UserError(found)
         return by_class
 
     def row(self, run: Run, label: int | str, measured: dict[str, Any]) -> dict[str, Any]:
@@ -1348,11 +1348,13 @@ def with_floors(runs: pd.DataFrame) -> pd.DataFrame:
     seeds, so that ``class_means`` takes their mean as well; another where runs have other numbers
     of images or, in rows of all classes, models have other classes.
     """
+    # By number of images, then classes; counted from 1 within each class and size.
     kind = runs["n_generated"].map("{:09d}".format) + classes_of(runs)
-    code = kind.rank(method="dense")
+    rank = kind.rank(method="dense")
+    which = rank.groupby([runs["n_train"], runs["label"]]).rank(method="dense").astype(int)
     floors = runs.assign(
         variant=pd.Categorical([FLOOR] * len(runs), dtype=runs["variant"].dtype),
-        seed=code.groupby([runs["n_train"], runs["label"]]).rank(method="dense").astype(int),
+        seed=which,
         n_generated=runs["floor_n"],
         n_real=runs["floor_n_real"],
         **{key: runs[f"floor_{key}"] for key in METRICS},
@@ -2328,10 +2330,10 @@ def read_tables(files: Sequence[Path]) -> list[str]:
 def joined(texts: Sequence[str]) -> str:
     """The text of one comparison.csv with the rows of several, to the letter.
 
-    Numbers are compared as numbers, as a spreadsheet makes 3.00E-03 of 0.003. Of rows of one run
-    with equal settings, reference and number of training images the last stays,
+    Of rows of one run with equal settings, reference and number of training images the last stays,
     even if its features are of another kind; but one of --features none replaces no other. The
-    folder's name alone does not tell a run.
+    folder's name alone does not tell a run. Numbers are compared as numbers: a spreadsheet makes
+    3.00E-03 of 0.003.
     """
     parts = [pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False) for text in texts]
     rows = pd.concat(parts, ignore_index=True)
@@ -2341,6 +2343,7 @@ def joined(texts: Sequence[str]) -> str:
     names = ["run", "arm", "condition", "data", "label", "n_train", "seed", *BUDGET]
     told_by = [name for name in (*names, "reference", "n_training") if name in in_all]
 
+    # Equal numbers, however they are written.
     told = rows[told_by].copy()
     told["label"] = whole_labels(told["label"])
     numbers = told.columns.intersection(["n_train", "seed", *BUDGET, "n_training"])

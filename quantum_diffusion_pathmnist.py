@@ -616,10 +616,10 @@ def make_qnode(
     """A circuit on a PennyLane device, with <Z_i> of all its qubits.
 
     shots: joint measurements of all qubits; None: exact means, which hardware does not have.
-    diff_method: None for inference alone, which is faster on some devices. one_by_one: the samples,
-    for gates of PennyLane's that take no batch. Noise needs a device that takes channels:
-    ``default.mixed``. Returns f(angles (B, n), weights (L, n, k)) -> list of n
-    tensors (B,), or () of one sample or a circuit without inputs.
+    diff_method: None for inference alone, which is faster on some devices. one_by_one: run sample
+    by sample on ``default.qubit``, too, for gates that take no batch there, such as IsingXY. Noise
+    needs a device that takes channels: ``default.mixed``. Returns f(angles (B, n), weights
+    (L, n, k)) -> list of n tensors (B,), or () of one sample or a circuit without inputs.
     """
     device = qml.device(simulator, wires=n_qubits, **(options or {}))
     how = {"diff_method": diff_method}
@@ -2307,7 +2307,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 #     a qubit's two tensors              before (B, j, l, r), after (j, m, o, s)
 
 MAX_BOND_DIMENSION = 256  # between two neighbours: four layers of CNOTs, with noise
-MAX_FUNCTIONS = 1000  # trigonometric ones, of one gate's parameters: six rotations in a product
+MAX_FUNCTIONS = 1000  # trigonometric ones, of one gate: of six rotations, 3^6, or four CRX, 5^4
 # The seconds are those of 16 qubits, three layers and a batch of 64.
 WAY_OUT = "use --simulator lightning.qubit (2 to 7 s a step; with noise default.mixed, 10 qubits)"
 

@@ -96,7 +96,8 @@ digits() {
     measure cal_fid_ssim.py "$folder" "$seed" --csv "$OUT/$folder.csv"
 }
 
-# frames_of SEED SHOWN: one preview, of the seed whose GIFs are shown thirty. Previews have noise of their own.
+# frames_of SEED SHOWN: how many previews, thirty of the seed whose GIFs are shown. They have noise of
+# their own, and change nothing else.
 frames_of() {
     if [ "$1" = "$2" ]; then echo 30; else echo 1; fi
 }
@@ -152,8 +153,8 @@ block_judges() {
     done
 }
 
-# The overviews and GIFs, of one seed of block A and one of block C, while their run folders exist. They
-# compare arms, so the block must be whole; the tables that come with them stay in the run folders' place.
+# The overviews and GIFs, of one seed of block A and one of block C, while their run folders exist.
+# They compare arms, so the block must be whole; the tables that come with them stay in RUNS.
 block_pictures() {
     pictures_of cal_fid_ssim.py A "$PICTURE_SEED" overview.png classical quantum
     pictures_of cal_fid_ssim_medmnist.py C "$TISSUE_PICTURE_SEED" tissue.png matched quantum

@@ -968,7 +968,7 @@ def test_models_of_other_classes_have_floors_of_their_own():
 
 
 def test_a_difference_of_zero_is_not_clear_of_zero():
-    """0.05 - 0.1 + 0.05 is 7e-18."""
+    """0.05 + (0.1 - 0.15) is 7e-18."""
     runs = []
     for seed in range(5):
         for label, fids in ((3, (0.0, 0.05)), (4, (0.15, 0.1))):
