@@ -51,9 +51,6 @@ def test_the_words_on_one_model_for_ten_digits_are_the_csvs():
     shown = re.search(words, text).groups()
     for cell, column in zip(shown, (classical, quantum, single, real), strict=True):
         assert_rounded(cell, 100 * column.mean())
-    text = words_of(README)
-    assert f"{shown[2]} % of the images are read as their digit, of one" in text
-    assert f"(5,000 steps) {shown[0]} %, both without a gate" in text
 
 
 def test_counted_runs_are_those_measured():
