@@ -222,10 +222,11 @@ def test_tissue_is_compared_with_the_same_real_images():
     assert len(pairs_of(rows, *TISSUE)) == 45
     assert rows["features"].nunique() == 1
     assert (rows.groupby("label")["n_real"].nunique() == 1).all()
-    assert rows.groupby("label")["n_real"].first().sum() == 820
+    n_real = rows.groupby("label")["n_real"].first()
+    text = words_of(RESULTS)
+    assert f"{n_real.min()} to {n_real.max()} training images of each class, {n_real.sum()}" in text
 
     # Below the table: KID without background, FID / real of all classes together.
-    text = words_of(RESULTS)
     others = rows[rows["label"] != "1"]
     kid = others.groupby("arm")["kid"].mean()
     real = others["floor_kid"].mean()
@@ -252,6 +253,7 @@ def test_the_judges_tables_are_recomputed():
     for file in PAGES:
         assert f"(p = {adjusted[1]} and {adjusted[2]}" in words_of(file)
     assert f"on the same pairs, {adjusted[0]})" in words_of(RESULTS)
+    assert f"by the study's own {float(adjusted[0]):.1g})" in words_of(README)
 
 
 def words_of(page: Path) -> str:
@@ -293,13 +295,39 @@ def test_the_words_below_the_answers_are_recomputed():
 def test_the_words_of_both_pages_are_the_answers():
     """Means and intervals with one decimal; of classical - matched also turned round."""
     outcome = words_of(RESULTS).partition("## The outcome")[2].partition("![")[0]
-    for row in table(RESULTS, "answers"):
+    found = words_of(README).partition("**What was found**")[2].partition("## Two commands")[0]
+    answers = table(RESULTS, "answers")
+    for row in answers:
         mean = float(row["mean, %"])
         low, high = map(float, row["95 % interval"].strip("[]").split(", "))
         intervals = [f"{low:+.1f} to {high:+.1f} %", f"{-high:.1f} to {-low:.1f} %"]
-        for text in (outcome, words_of(README)):
+        for text in (outcome, found):
             assert f"{abs(mean):.1f} %" in text, row
             assert any(interval in text for interval in intervals), row
+
+    # Every p of the words is one of the computed ones, and each question has its own.
+    raw = p_different(percent(pairs_of(measured("A"), "quantum − matched")))
+    help_, gate, paper, tissue = answers
+    told = {
+        outcome: [
+            f"p = {raw:.1g}), which does not survive",
+            f"(p = {help_['p, different']}). On tissue",
+            f"adjusted p = {tissue['p, different']}): five seeds",
+            f"adjusted p = {float(gate['p, different']):.1g}: different)",
+            f"equivalence {float(paper['p, equivalent']):.1g})",
+        ],
+        found: [
+            f"(p of equivalence {float(paper['p, equivalent']):.1g};",
+            f"p = {float(gate['p, different']):.1g});",
+            f"undecided (p = {help_['p, different']}; {raw:.1g} unadjusted)",
+        ],
+    }
+    for text, phrases in told.items():
+        for phrase in phrases:
+            assert phrase in text, phrase
+
+    ratios = measured("A").groupby("arm")["fid_ratio"].mean()
+    assert f"on average {ratios.min():.1f} to {ratios.max():.1f} times that of real" in outcome
 
 
 def test_the_words_on_gates_are_recomputed():
@@ -311,6 +339,8 @@ def test_the_words_on_gates_are_recomputed():
         assert f"{own.min():.1f} to {own.max():.1f} times (`{arm}`)" in text
     for column in ("fid_mean", "fid_other"):
         assert f"({ratios[column].min():.2f} to {ratios[column].max():.2f} times)" in text
+    other = 100 * (ratios["fid_other"].groupby(rows["arm"]).mean() - 1)
+    assert f"rises by {other['quantum']:.0f} and {other['matched']:.0f} % on average" in text
     circuits = rows[rows["arm"] == "quantum"]
     for column, form in (("units_start", "{:.3f}"), ("units", "{:.2f}")):
         last = circuits[column].str.split().str[-1].astype(float)
@@ -376,6 +406,14 @@ def test_costs_are_those_of_the_benchmark():
     assert f"{float(measured['training step classical']):.0f} ms on one thread of" in text
     assert f"{float(measured['training step quantum / classical']):.2f} times as long as" in text
     assert f"takes {float(measured['circuit quantum, exact']):.1f} ms exactly" in text
+    shots = float(measured["training step quantum with 1,000 shots / classical"])
+    assert f"with 1,000 shots `quantum` takes {shots:.1f}." in text
+    lightning, default = (
+        float(measured[f"circuit quantum, {device}.qubit"]) for device in ("lightning", "default")
+    )
+    assert f"{lightning:.1f} s on `lightning.qubit`, {default:.0f} s on `default.qubit`" in text
+    ratio = float(measured["circuit quantum, lightning.qubit / exact"])
+    assert f"about {round(ratio, -1):.0f} times as long as here" in text
     with (ROOT / "result_gif/results/cost.csv").open() as file:
         assert ", 1 threads, " in file.read()
 
