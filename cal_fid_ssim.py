@@ -26,6 +26,7 @@ import io
 import json
 import math
 import re
+import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -349,10 +350,14 @@ def inception_extractor(weights: Path | None, device: torch.device | str) -> Ext
         weights = cache / Path(official.url).name
 
         def fetch(folder: Path) -> None:
-            official.get_state_dict(model_dir=str(folder), check_hash=True)
+            with contextlib.redirect_stdout(sys.stderr):  # torch says what it does
+                official.get_state_dict(model_dir=str(folder), check_hash=True)
 
         # Into a temporary folder, then moved; None, or in words why it failed.
-        failure = mnist.download(cache, weights.name, fetch)
+        try:
+            failure = mnist.download(cache, weights.name, fetch)
+        except OSError as error:  # the cache takes no files
+            failure = f"no {weights} ({error})"
         if failure is not None:
             raise UserError(f"{failure}; {way_out}")
 

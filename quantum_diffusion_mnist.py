@@ -189,8 +189,8 @@ class Settings:
         if self.arm not in ARMS:
             raise UserError(f"--arm {self.arm}: expected one of {', '.join(ARMS)}")
 
-        # JSON and users give lists, too.
-        object.__setattr__(self, "gate_noise", tuple(self.gate_noise))
+        # JSON and users give lists, too. 0 and -0 are 0.0, so that equal runs have equal names.
+        object.__setattr__(self, "gate_noise", tuple(float(p) + 0.0 for p in self.gate_noise))
         object.__setattr__(self, "classes", tuple(sorted(set(self.classes))))
 
         # Ranges.
@@ -201,6 +201,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise UserError(f"--{name} {value}: expected {low} to {high}")
+            if isinstance(low, float):
+                object.__setattr__(self, name, float(value) + 0.0)
         if len(self.gate_noise) != 2 or not all(0 <= p <= 1 for p in self.gate_noise):
             raise UserError(f"--gate_noise {self.gate_noise}: expected two numbers of 0.0 to 1.0")
         if self.steps * self.batch_size > MOST_IMAGES:
@@ -215,12 +217,14 @@ class Settings:
         if self.simulator_options is not None:
             if self.simulator == "exact":
                 raise UserError("--simulator_options: expected a PennyLane device as --simulator")
-            if not isinstance(self.simulator_options, dict) or "shots" in self.simulator_options:
-                raise UserError("--simulator_options: expected a JSON object, and no shots in it")
+            options = self.simulator_options
+            if not isinstance(options, dict) or {"shots", "seed"} & options.keys():
+                found = "expected a JSON object, and no shots and no seed in it"
+                raise UserError(f"--simulator_options: {found}, which have flags of their own")
         most = DEVICE_QUBITS.get(self.simulator, DEVICE_QUBITS["other"])
         if self.simulator != "exact" and self.n_qubits > most:
             found = f"--n_qubits {self.n_qubits}: at most {most} on {self.simulator}"
-            raise UserError(f"{found}, or --simulator exact")
+            raise UserError(f"{found}; the exact simulation takes more, of a chain")
 
     @property
     def conditional(self) -> bool:
@@ -594,8 +598,11 @@ def with_noise(
 
     gate_noise: probabilities of a ``DepolarizingChannel`` on the qubit of every one-qubit gate, on
     both of every two-qubit gate. readout_noise: of a ``BitFlip`` on every qubit at the end. Raises
-    UserError for gate noise behind a gate on more than two qubits.
+    UserError for gate noise behind a gate on more than two qubits, and beyond 0..1.
     """
+    if len(gate_noise) != 2 or not all(0 <= p <= 1 for p in (*gate_noise, readout_noise)):
+        found = f"gate_noise {gate_noise}, readout_noise {readout_noise}"
+        raise UserError(f"{found}: expected two numbers and one number of 0.0 to 1.0")
     if not any(gate_noise) and not readout_noise:
         return circuit
 
@@ -1008,25 +1015,32 @@ def download(data_dir: Path, name: str, fetch: Callable[[Path], object]) -> str 
     """Makes sure that ``name`` is in data_dir. Returns None, or in one line why it is not.
 
     fetch: downloads it into another folder, from which it is moved, so that nothing leaves half.
+    Raises OSError when data_dir takes no files, which is no reason to use other data.
     """
     path = data_dir / name
     if path.exists():
         return None
     print(f"downloading {name} to {data_dir} ...", file=sys.stderr, flush=True)
-    timeout_before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
-    aside = None
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=data_dir) as aside:
+        folder = tempfile.TemporaryDirectory(dir=data_dir)
+    except OSError as error:  # names the folder that was meant
+        found = f"{error.strerror}; {name} would be downloaded there"
+        raise OSError(error.errno, found, str(data_dir)) from None
+
+    timeout_before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        with folder as aside:
             fetch(Path(aside))
             path.parent.mkdir(parents=True, exist_ok=True)
             (Path(aside) / name).rename(path)
     except Exception as error:  # of the network, of what it answers, of the disk
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(data_dir)) from None
         if not path.exists():  # it does when another process was faster
             reason = " ".join(str(error).split()) or "no answer"
-            if aside is not None:  # the reason may say where to put a copy
-                reason = reason.replace(aside, str(data_dir))
+            reason = reason.replace(folder.name, str(data_dir))  # it may say where to put a copy
             return f"no {path}, download failed: {reason}"
     finally:
         socket.setdefaulttimeout(timeout_before)
@@ -1785,8 +1799,9 @@ def device_name(device: torch.device) -> str:
     return f"{device}, {hardware}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-# The last is the evaluation's.
-PICTURES = ("loss_curve.png", "training_progress.gif", "circuit.png", "closest_pairs.png")
+# What a run folder has beside its results: what shows them, and what the evaluation says of them.
+PICTURES = ("loss_curve.png", "training_progress.gif", "circuit.png")
+EVALUATION = ("metrics.json", "closest_pairs.png")
 
 # The parts of config.json that, if they differ, make it another run.
 IDENTITY_PARTS = ("settings", "images", "weights", "circuit")
@@ -1871,13 +1886,13 @@ def open_run(folder: Path, config: dict) -> Iterator[None]:
         raise UserError(f"{found}; use a --save_dir on another disk") from None
     with lock:
         # No config.json and no files: a new run. The same configuration: it goes on. Another one:
-        # an error where there are results; else the folder is taken over, its pictures go.
+        # an error where there are results; else the folder is taken over, all else goes.
         check_folder(folder, config)
         path = folder / "config.json"
         if not path.exists() or differences(read_config(path), config):
-            pictures = [folder / name for name in PICTURES]
-            for picture in [*folder.glob("samples/step_*.png"), *pictures]:
-                picture.unlink(missing_ok=True)
+            others = [folder / name for name in ("loss.csv", *PICTURES, *EVALUATION)]
+            for other in [*folder.glob("samples/step_*.png"), *others]:
+                other.unlink(missing_ok=True)
             write_atomic(path, json.dumps(config, indent=2))
 
         # What a process left that was killed while it wrote.
@@ -2220,12 +2235,15 @@ def make_run(args: argparse.Namespace, data: DataSet, device: torch.device, run:
             write_atomic(model_path, state)
             digest = hashlib.sha256(model_path.read_bytes()).hexdigest()
             if recorded["model_sha256"] not in (None, digest):  # pictures of a model that is lost
-                for name in ("samples_final.png", *PICTURES):
+                for name in ("samples_final.png", *PICTURES, *EVALUATION):
                     (folder / name).unlink(missing_ok=True)
             update_config(folder, model_sha256=digest)
 
         # The images for the metrics, and what is nice to look at.
         _, model = load_run(folder, device)
+        if not has_images:
+            for name in EVALUATION:  # of fewer images
+                (folder / name).unlink(missing_ok=True)
         sample_final(settings, model, folder, args.n_eval, run_hash(config))
         if is_trained_here:
             draw_pictures(settings, folder)
@@ -2300,7 +2318,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 MAX_BOND_DIMENSION = 256  # between two neighbours: four layers of CNOTs, with noise
 MAX_FUNCTIONS = 1000  # trigonometric ones, of one gate: of six rotations, 3^6, or four CRX, 5^4
 # The seconds are those of 16 qubits, three layers and a batch of 64.
-WAY_OUT = "use --simulator lightning.qubit (2 to 7 s a step; with noise default.mixed, 10 qubits)"
+WAY_OUT = (
+    "use --simulator lightning.qubit (at most 24 qubits, 2 to 7 s a step;"
+    " with noise default.mixed, 10 qubits)"
+)
 
 # P_p of one qubit, (4, 2, 2), and P_p x P_q of two, (16, 4, 4).
 PAULI = np.array([[[1, 0], [0, 1]], [[0, 1], [1, 0]], [[0, -1j], [1j, 0]], [[1, 0], [0, -1]]])

@@ -1,5 +1,6 @@
 """Reading, downloading and selecting images of MNIST and of the embedded digits."""
 
+import errno
 import gzip
 import os
 import socket
@@ -82,6 +83,22 @@ def test_without_network_auto_takes_digits_loudly_and_mnist_is_an_error(
     message = fails(mnist, ["--data", "mnist", "--data_dir", tmp_path])
     assert f"copy its four files to {tmp_path}/MNIST/raw, or use --data digits" in message
     assert not any(tmp_path.iterdir())  # nothing half downloaded stays
+
+
+def test_a_data_folder_that_takes_no_files_is_an_error_not_other_data(tmp_path, fails, monkeypatch):
+    in_the_way = tmp_path / "a file"
+    in_the_way.write_text("")
+    message = fails(mnist, ["--data_dir", in_the_way, "--save_dir", tmp_path / "runs"])
+    found = "File exists; MNIST/raw would be downloaded there"
+    assert message == f"error: [Errno 17] {found}: '{in_the_way}'"
+
+    def full(folder, download):
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+
+    monkeypatch.setattr(torchvision.datasets, "MNIST", full)
+    message = fails(mnist, ["--data_dir", tmp_path / "data", "--save_dir", tmp_path / "runs"])
+    assert message == f"error: [Errno 28] No space left on device: '{tmp_path / 'data'}'"
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_download_is_announced_and_has_a_time_limit(tmp_path, capsys, monkeypatch):

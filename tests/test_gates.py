@@ -58,6 +58,16 @@ def test_no_shots_are_an_error(shots):
         qd.QuantumGate(8, shots=shots)
 
 
+@pytest.mark.parametrize(
+    "gate_noise, readout_noise",
+    [((-0.1, 0), 0), ((0, 1.1), 0), ((0.1,), 0), ((0, 0), -1), ((0, math.nan), 0)],
+)
+def test_noise_beyond_probabilities_is_an_error(gate_noise, readout_noise):
+    noise = {"gate_noise": gate_noise, "readout_noise": readout_noise}
+    with pytest.raises(qd.UserError, match=r"expected two numbers and one number of 0.0 to 1.0"):
+        qd.QuantumGate(8, n_qubits=2, **noise)
+
+
 def test_an_unknown_arm_is_an_error():
     with pytest.raises(qd.UserError, match="--arm nonsense: expected one of classical, matched"):
         qd.Settings("nonsense")

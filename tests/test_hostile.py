@@ -344,7 +344,7 @@ def test_every_number_has_a_row():
             "--weights nowhere",
             "--weights nowhere: no nowhere/classical_digits3_nall_seed0/model.pt",
         ),
-        ("--data mnist --data_dir /dev/null", "/dev/null/MNIST/raw"),
+        ("--data mnist --data_dir /dev/null", "MNIST/raw would be downloaded there: '/dev/null'"),
     ],
 )
 def test_words(tmp_path, words, said, no_network, fails):
@@ -356,7 +356,12 @@ def test_words(tmp_path, words, said, no_network, fails):
     [
         ("no.such", None, "--simulator no.such does not run the circuit"),
         ("default.qubit", '{"a": 3}', "argument 'a'"),
-        ("default.qubit", '{"shots": 3}', "expected a JSON object, and no shots in it"),
+        ("default.qubit", '{"shots": 3}', "expected a JSON object, and no shots and no seed in it"),
+        (
+            "lightning.qubit",
+            '{"seed": 3}',
+            "expected a JSON object, and no shots and no seed in it",
+        ),
         ("default.qubit", "[1]", "expected a JSON object"),
         ("default.qubit", "{", "--simulator_options: invalid loads value: '{'"),
         ("exact", '{"a": 1}', "expected a PennyLane device as --simulator"),
@@ -373,7 +378,7 @@ def test_simulators(tmp_path, simulator, options, said, fails):
     "words, said",
     [
         ("--arm ring", "CNOT on qubits 0 and 15: the exact simulation knows neighbours only"),
-        ("--arm strong", "use --simulator lightning.qubit (2 to 7 s a step"),
+        ("--arm strong", "use --simulator lightning.qubit (at most 24 qubits, 2 to 7 s a step;"),
         ("--arm ring --shots 5", "use --simulator lightning.qubit"),
         (
             "--use_quantum --simulator lightning.qubit --gate_noise 0.1,0.1",
@@ -381,11 +386,11 @@ def test_simulators(tmp_path, simulator, options, said, fails):
         ),
         (
             "--use_quantum --simulator default.qubit --n_qubits 40",
-            "--n_qubits 40: at most 24 on default.qubit, or --simulator exact",
+            "--n_qubits 40: at most 24 on default.qubit; the exact simulation takes more",
         ),
         (
             "--use_quantum --simulator default.mixed",
-            "--n_qubits 16: at most 10 on default.mixed, or --simulator exact",
+            "--n_qubits 16: at most 10 on default.mixed; the exact simulation takes more",
         ),
     ],
 )

@@ -272,8 +272,14 @@ def test_a_larger_n_eval_only_samples_the_missing_images(tmp_path, monkeypatch):
     assert len(grid_of(b)) == 67
     assert config_of(b)["n_eval"] == 3
 
+    # What the evaluation says is of fewer images, and goes; it stays where no image is added.
+    metrics = b / "metrics.json"
+    metrics.write_text("of 3 images")
     qd.main(tiny(tmp_path / "b", *argv, 70))
+    assert not metrics.exists()
+    metrics.write_text("of 70 images")
     qd.main(tiny(tmp_path / "b", *argv, 5))  # never fewer
+    assert metrics.read_text() == "of 70 images"
     assert drawn == [range(3, 67), range(67, 83), range(67, 83)]
     assert torch.equal(grid_of(b)[1:], at_once[1:])
     assert grid_of(b)[0].eq(77).all()
@@ -561,6 +567,8 @@ def test_whether_the_circuit_is_trained_is_part_of_a_run(tmp_path, monkeypatch, 
 def test_a_folder_that_becomes_another_runs_loses_its_pictures(tmp_path):
     qd.main(tiny(tmp_path, "--use_quantum"))
     run = only(tmp_path)
+    for name in ("metrics.json", "closest_pairs.png"):
+        (run / name).write_text("of the evaluation")
     before = contents(run)
     for result in ("checkpoint.pt", "model.pt", "samples_final.png"):
         (run / result).unlink()
@@ -569,6 +577,7 @@ def test_a_folder_that_becomes_another_runs_loses_its_pictures(tmp_path):
     # All is of the new run, nothing of the old one is left.
     after = contents(run)
     assert config_of(run)["settings"]["n_layers"] == 1
+    assert not (run / "metrics.json").exists() and not (run / "closest_pairs.png").exists()
     for name in ("circuit.png", "loss_curve.png", "training_progress.gif", "loss.csv"):
         assert after[name] != before[name], name
     assert {path.name for path in (run / "samples").iterdir()} == {
@@ -576,6 +585,21 @@ def test_a_folder_that_becomes_another_runs_loses_its_pictures(tmp_path):
         "step_000003.png",
         "step_000004.png",
     }
+
+
+def test_equal_settings_have_one_name_and_one_hash():
+    def config(**numbers):
+        settings = qd.Settings("quantum", **numbers)
+        return {"settings": vars(settings), "images": {}, "weights": {}, "circuit": {}}, settings
+
+    for same in (
+        [{"readout_noise": 0.0}, {"readout_noise": -0.0}, {"gate_noise": (-0.0, 0)}],
+        [{"gate_noise": (0, 1)}, {"gate_noise": [-0.0, 1.0]}],
+        [{"muon_lr": 0, "lr": 1}, {"muon_lr": -0.0, "lr": 1.0}],
+    ):
+        configs = [config(**numbers) for numbers in same]
+        assert len({qd.run_hash(one) for one, _ in configs}) == 1
+        assert len({settings.name for _, settings in configs}) == 1
 
 
 def test_weights_of_one_run_are_sampled_under_other_conditions(finished, run, tmp_path, fails):
