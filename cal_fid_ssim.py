@@ -168,6 +168,8 @@ def read_run(folder: Path, dataset: DataSet) -> Run:
     """Read a run folder. Raises UserError when it is none, unfinished, or of another data set."""
     if not folder.is_dir():
         raise UserError(f"{folder}: {'a file, no folder' if folder.exists() else 'no such folder'}")
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder}: no run folder, it has no config.json")
     config = mnist.read_config(folder / "config.json")
     settings = config["settings"]
     source = settings.get("data")
@@ -1168,6 +1170,8 @@ def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
     check_columns(frame)
     frame = frame.fillna(texts | {"n_train": np.inf})
     frame["label"] = whole_labels(frame["label"])
+    for name in frame.columns.intersection(WHOLE):  # another program may have made 8.0 of 8
+        frame[name] = frame[name].astype("int64")
 
     frame = with_all_columns(frame)
     frame["conditional"] = frame["condition"].str.startswith("conditional")
@@ -1217,6 +1221,10 @@ def with_all_columns(frame: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
+# Columns of a comparison.csv that hold whole numbers in every row.
+WHOLE = ["seed", "n_generated", "n_real", "floor_n"]
+
+
 def check_columns(frame: pd.DataFrame) -> None:
     """Raises ValueError for a table that lacks columns, cells or rows, or has text for numbers."""
     texts = ["run", "arm", "data", "label", "features", "reference"]
@@ -1233,6 +1241,9 @@ def check_columns(frame: pd.DataFrame) -> None:
     numbers += [*BUDGET, "n_train", "n_training", *measured, *(f"floor_{key}" for key in measured)]
     for name in frame.columns.intersection(numbers):
         pd.to_numeric(frame[name])  # raises ValueError for text
+    for name in frame.columns.intersection(WHOLE):
+        if (frame[name].astype(float) % 1 != 0).any():  # infinity has no remainder, too
+            raise ValueError(f"{name}: expected whole numbers")
 
 
 def other_budget(frame: pd.DataFrame) -> pd.Series:
@@ -2219,10 +2230,11 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
         help=f"data set; keeps classifier, features {default}")
     add("--out", type=mnist.a_path, metavar="DIR",
         help="write comparison.csv, .md, .png and overview.png; with several sizes scaling.png; "
-        "with pairs of runs forest.png; with --protocol paper only paper_protocol.md")
-    add("--margin", type=float, default=MARGIN, metavar="PER CENT",
-        help=f"relative differences of FID within it are equivalent {default}")
-    add("--family", type=int, default=0, metavar="N",
+        "with pairs of runs forest.png, in place of those there; with --protocol paper only "
+        "paper_protocol.md")
+    add("--margin", type=float, metavar="PER CENT",
+        help=f"relative differences of FID within it are equivalent (default: {MARGIN:g})")
+    add("--family", type=int, metavar="N",
         help="Holm's adjustment counts at least N tests, those that are not there as p = 1")
     add("--protocol", choices=["full", "paper"], default="full",
         help=f"paper: 5 images against the first 5 training images, as published {default}")
@@ -2239,16 +2251,25 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
         raise UserError(f"--seed {options.seed}: expected 0 to {2**32 - 1}")
     if not options.runs and (not options.csv or options.out is None):
         raise UserError("no runs: expected run folders, or --csv and --out to show tables again")
-    if not 0 < options.margin < math.inf:
+    if options.margin is not None and not 0 < options.margin < math.inf:
         raise UserError(f"--margin {options.margin:g}: expected per cent above 0")
-    if options.family < 0:
+    if options.family is not None and options.family < 0:
         raise UserError(f"--family {options.family}: expected a number of tests")
+    for name, otherwise in (("margin", MARGIN), ("family", 0)):
+        if getattr(options, name) is None:
+            setattr(options, name, otherwise)
+        elif options.out is None or options.protocol == "paper":
+            raise UserError(
+                f"--{name}: is of the tables that --out writes without --protocol paper"
+            )
     if options.protocol == "paper" and options.csv:
         raise UserError("--csv: --protocol paper makes no such table")
     if options.protocol == "paper" and options.features == "none":
         raise UserError("--features none: --protocol paper needs features, use inception")
     if options.features is None:
         options.features = "inception" if options.protocol == "paper" else features[0]
+    if options.inception_weights is not None and options.features != "inception":
+        raise UserError("--inception_weights: expected --features inception")
     return options
 
 
@@ -2311,13 +2332,23 @@ def evaluate_fully(evaluator: Evaluator, runs: Sequence[Run], options: argparse.
         draw(options.out / "overview.png", draw_overview, runs, frame, evaluator)
 
 
+LOCK_TIMEOUT = 30  # seconds; a table is written in less than one
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keeps other evaluations from writing a table, where the disk has locks."""
+    """Keeps other evaluations from writing a table, where the disk has locks.
+
+    Raises UserError when it cannot be locked within LOCK_TIMEOUT.
+    """
     lock = filelock.FileLock(path.with_name(f".{path.name}.lock"))
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(NotImplementedError):
-            stack.enter_context(lock)
+            try:
+                stack.enter_context(lock.acquire(timeout=LOCK_TIMEOUT))
+            except filelock.Timeout:
+                found = "another evaluation is writing it, or its folder takes no files"
+                raise UserError(f"{path}: {found}") from None
         yield
 
 
@@ -2327,7 +2358,10 @@ def read_tables(files: Sequence[Path]) -> list[str]:
     for file in files:
         with reading(file, "a comparison.csv"):
             text = file.read_text()
-            read_comparison(io.StringIO(text))
+            try:
+                read_comparison(io.StringIO(text))
+            except UserError as error:
+                raise UserError(f"{file}: {error}") from None
             texts.append(text)
     return texts
 

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,21 +24,22 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy import ndimage
 from torch import Tensor
 
 import quantum_diffusion_mnist as mnist
 from quantum_diffusion_mnist import IMAGE_SIZE, TILE_PADDING, UserError, reading, tile, write_atomic
 
-MAX_PIXELS = 50_000_000  # of a picture
+MAX_PIXELS = 50_000_000  # of a picture that is split by its look
 CONTRASTS = (128, 64, 32, 16, 8, 4)  # 8-bit levels by which a tile may differ from the ground
 MIN_CONFIDENCE = 0.5  # tests/test_split_grid.py holds the cases that it was chosen on
 LARGEST_LETTER = 0.35  # of a tile's side: what is larger is no title and no tick
 FRAME_TOLERANCE = 24  # 8-bit levels within which a ring around the tiles is of one colour
 FLAT = 20  # 8-bit levels: a mean deviation below it may be a compression's noise
 LARGEST_LOSS = 0.15  # of a single image's mean deviation, when it is shrunk and enlarged again
-SHOWN = 100  # tiles at most beside the picture
+SHOWN = 100  # tiles at most that are numbered, and shown beside the picture
+NOTHING_FOUND = "no solid rectangles on a uniform ground"
 BOX_COLOUR = "#D55E00"
 
 
@@ -83,18 +85,20 @@ def split_grid(path: Path, expect: int | None = None) -> Grid:
 def read_picture(path: Path) -> tuple[np.ndarray, str | None]:
     """Read the pixels and the ``grid`` text chunk (None: there is none).
 
-    Pixels: uint8 (height, width, 3), over a white ground where the picture is transparent. Raises
-    UserError for what is no picture, has over 8 bits a channel or more than MAX_PIXELS pixels.
+    Pixels: uint8 (height, width, 3), over a white ground where the picture is transparent, turned
+    as EXIF tells. Raises UserError for what is no picture, has over 8 bits a channel or, without a
+    ``grid``, more than MAX_PIXELS pixels.
     """
-    with reading(path, "a readable picture"), Image.open(path) as file:
-        if file.width * file.height > MAX_PIXELS:
+    with reading(path, "a readable picture"), quiet(), Image.open(path) as file:
+        is_ours = "grid" in file.info
+        if not is_ours and file.width * file.height > MAX_PIXELS:
             raise ValueError(f"{file.size}: over {MAX_PIXELS} pixels")
         if file.mode.startswith(("I", "F")):
             raise ValueError(f"{file.mode}: more than 8 bits a channel")
 
         last_frame = getattr(file, "n_frames", 1) - 1
         file.seek(last_frame)
-        rgba = file.convert("RGBA")
+        rgba = (file if is_ours else ImageOps.exif_transpose(file)).convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         pixels = np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))
 
@@ -157,7 +161,9 @@ def detect_tiles(
                     check_detail(picture, boxes[0])
                 candidates.append((boxes, confidence))
             except ValueError as error:
-                reason = reason or str(error)  # that of the likeliest ground is told
+                # Told is the first that says more, of the likeliest ground.
+                if reason in ("", NOTHING_FOUND):
+                    reason = str(error)
 
         if candidates:
             boxes, confidence = max(candidates, key=lambda pair: (len(pair[0]), pair[1]))
@@ -222,7 +228,7 @@ def count_tiles(mask: np.ndarray, cells: np.ndarray, expect: int | None) -> int:
     """
     filled = [mask[y0:y1, x0:x1].mean() > 0.05 for x0, y0, x1, y1 in cells]
     if not any(filled):
-        raise ValueError("no solid rectangles on a uniform ground")
+        raise ValueError(NOTHING_FOUND)
 
     count = 1 + max(k for k, full in enumerate(filled) if full)
     if not all(filled[:count]):
@@ -230,11 +236,9 @@ def count_tiles(mask: np.ndarray, cells: np.ndarray, expect: int | None) -> int:
     # Two or more empty cells are taken for an unfinished row; one may also be a white image, which
     # only ``expect`` tells.
     if count == len(cells) - 1 and expect not in (count, count + 1):
-        raise ValueError(f"{count} or {count + 1} images: the last place is empty, or white")
-
-    if expect is not None and count < expect <= len(cells):
-        return expect
-    return count
+        found = f"{count} or {count + 1} images: the last place is empty, or of the ground's colour"
+        raise ValueError(f"{found}; --expect tells")
+    return expect if expect == count + 1 == len(cells) else count
 
 
 def outline_confidence(mask: np.ndarray, boxes: np.ndarray) -> float:
@@ -262,14 +266,26 @@ def outline_confidence(mask: np.ndarray, boxes: np.ndarray) -> float:
 
 
 def largest_part_outside(mask: np.ndarray, boxes: np.ndarray) -> int:
-    """The height or width in pixels of the largest connected part of ``mask`` beside the boxes."""
+    """The size in pixels of the largest connected part of ``mask`` beside the boxes.
+
+    It is the shorter side, as letters that touch make a word; at the picture's edge the longer one,
+    as it may be a row of tiles that is cut off.
+    """
     outside = np.pad(mask, 2)
     for x0, y0, x1, y1 in boxes:
         outside[y0 + 1 : y1 + 3, x0 + 1 : x1 + 3] = False  # with a pixel around, for rounding
 
     labels, _ = ndimage.label(outside, structure=np.ones((3, 3)))  # diagonal neighbours connect
     parts = ndimage.find_objects(labels)
-    return max((edge.stop - edge.start for part in parts for edge in part), default=0)
+    sizes = []
+    for part in parts:
+        sides = [edge.stop - edge.start for edge in part]
+        at_edge = any(
+            edge.start <= 2 or edge.stop >= length - 2
+            for edge, length in zip(part, outside.shape, strict=True)
+        )
+        sizes.append(max(sides) if at_edge else min(sides))
+    return max(sizes, default=0)
 
 
 def lattice(mask: np.ndarray) -> tuple[list[int], int]:
@@ -294,7 +310,7 @@ def lattice(mask: np.ndarray) -> tuple[list[int], int]:
 
     starts, lengths = runs_of(drawn)
     if lengths.max(initial=0) < IMAGE_SIZE:
-        raise ValueError("no solid rectangles on a uniform ground")
+        raise ValueError(NOTHING_FOUND)
 
     is_tile = most_alike(lengths)
     starts = starts[is_tile]
@@ -447,7 +463,7 @@ def draw_split(path: Path, grid: Grid) -> Figure:
     left.imshow(read_picture(path)[0])
     title = f"{path.name}: {len(grid.boxes)} tiles, {grid.method}"
     left.set_title(title, fontsize=10, parse_math=False)
-    for number, (x0, y0, x1, y1) in enumerate(grid.boxes):
+    for number, (x0, y0, x1, y1) in enumerate(grid.boxes[:SHOWN]):
         corner = (x0 - 0.5, y0 - 0.5)  # imshow centres pixel 0 on 0
         left.add_patch(Rectangle(corner, x1 - x0, y1 - y0, fill=False, color=BOX_COLOUR))
         left.text(x0, y0, number, color=BOX_COLOUR, fontsize=8, va="bottom")
@@ -478,7 +494,7 @@ def save_figure(path: Path, draw: Callable[..., Figure], *arguments: Any, **opti
     """
     buffer = io.BytesIO()
     try:
-        with matplotlib.rc_context():
+        with matplotlib.rc_context(), quiet():
             matplotlib.rcdefaults()
             figure = draw(*arguments, **options)
             dpi = min(200, 6000 / max(figure.get_size_inches()))
@@ -506,6 +522,14 @@ def note(text: str) -> None:
     """Print a line on stderr, where that is possible."""
     with contextlib.suppress(OSError):
         print(f"note: {one_line(text)}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without warnings of libraries: of large pictures, which are refused, of missing letters."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextlib.contextmanager
@@ -548,10 +572,15 @@ class OneLineParser(argparse.ArgumentParser):
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line's options; raises UserError for those that make no sense."""
     parser = OneLineParser(description=__doc__.splitlines()[0])
-    parser.add_argument("picture", type=Path, help="a sample grid, figure or GIF (its last frame)")
+    parser.add_argument(
+        "picture", type=mnist.a_path, help="a sample grid, figure or GIF (its last frame)"
+    )
     parser.add_argument("--expect", type=int, metavar="N", help="exit 2 unless N images are found")
     parser.add_argument(
-        "--out", type=Path, metavar="PNG", help="figure to write (default: PICTURE_split.png)"
+        "--out",
+        type=mnist.a_path,
+        metavar="PNG",
+        help="figure to write (default: PICTURE_split.png)",
     )
 
     options = parser.parse_args(argv)

@@ -2060,6 +2060,8 @@ def whole_number_or_all(text: str) -> int | None:
 
 def a_path(text: str) -> Path:
     """An argparse type: a path, where ``~`` is the home folder."""
+    if not text:  # of a variable that is not set
+        raise argparse.ArgumentTypeError("expected a path, not an empty text")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:

@@ -1459,12 +1459,36 @@ def test_a_table_that_another_program_wrote_is_the_same_table():
         assert len(frame) == 4
         assert set(frame["label"]) == {"3"}
 
+    # Whole numbers that became others are shown as they were.
+    numbers = ["seed", "n_generated", "n_real", "floor_n"]
+    floats = table.astype(dict.fromkeys(numbers, float)).to_csv(index=False)
+    kinds = {"floats": floats, "ours": ours}
+    shown = {
+        kind: evaluation.result_table(evaluation.read_comparison(io.StringIO(text)))
+        for kind, text in kinds.items()
+    }
+    assert shown["floats"] == shown["ours"]
 
-def test_a_row_that_is_there_twice_is_named():
+
+def test_a_table_that_cannot_be_locked_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "LOCK_TIMEOUT", 0.1)
+    path = tmp_path / "table.csv"
+    with evaluation.locked(path):
+        second = evaluation.locked(path)
+        with pytest.raises(mnist.UserError, match="another evaluation is writing it"):
+            second.__enter__()
+
+
+def test_a_row_that_is_there_twice_is_named(tmp_path):
     table = evaluation.comparison_csv([fake("quantum", 3, 0, 1.0)])
     header, row = table.splitlines()
+    twice = "\n".join([header, row, row])
     with pytest.raises(mnist.UserError, match=r"^run is there twice, as .*, or remove a row"):
-        evaluation.read_comparison(io.StringIO("\n".join([header, row, row])))
+        evaluation.read_comparison(io.StringIO(twice))
+    file = tmp_path / "twice.csv"
+    file.write_text(twice)
+    with pytest.raises(mnist.UserError, match=f"^{file}: run is there twice"):
+        evaluation.read_tables([file])
 
 
 @pytest.mark.parametrize(
@@ -1477,6 +1501,9 @@ def test_a_row_that_is_there_twice_is_named():
         (lambda table: table.assign(floor_fid="abc"), "Unable to parse string"),
         (lambda table: table.assign(kid_standard_error="abc"), "Unable to parse string"),
         (lambda table: table.assign(n_training="abc"), "Unable to parse string"),
+        (lambda table: table.assign(n_generated=8.5), "n_generated: expected whole numbers"),
+        (lambda table: table.assign(floor_n=math.inf), "floor_n: expected whole numbers"),
+        (lambda table: table.assign(seed="0.5"), "seed: expected whole numbers"),
     ],
 )
 def test_damaged_tables(change, said, tmp_path, fails):
@@ -1617,11 +1644,15 @@ INCEPTION = ("--features", "inception", "--inception_weights")
 PAPER = ("--protocol", "paper")
 MISTAKES = [  # how the run folders are made, more options, what the error says
     (run_of(()), (), "not finished"),
-    (lambda root: [root], (), "config.json: not a run's configuration"),
+    (lambda root: [root], (), "no run folder, it has no config.json"),
     (FIVE, ("--out", __file__), "File exists"),
     (FIVE, ("--n_real", 3), "--n_real 3: expected more than 3"),
     (FIVE, ("--margin", 0), "--margin 0: expected per cent above 0"),
     (FIVE, ("--margin", "nan"), "--margin nan: expected per cent above 0"),
+    (FIVE, ("--margin", 3), "--margin: is of the tables that --out writes"),
+    (FIVE, (*PAPER, "--out", "new", "--family", 3), "--family: is of the tables that --out writes"),
+    (FIVE, ("--out", ""), "argument --out: expected a path, not an empty text"),
+    (FIVE, (*INCEPTION[2:], "none.pth"), "--inception_weights: expected --features inception"),
     (FIVE, ("--seed", -1), "--seed -1: expected 0 to"),
     (FIVE, ("--device", "cuda:99"), "--device cuda:99: expected auto, cpu"),
     (FIVE, ("--device", "meta"), "--device meta: expected auto, cpu"),

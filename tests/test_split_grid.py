@@ -196,10 +196,47 @@ def test_the_last_place_is_empty_or_a_white_image(tmp_path):
     tiles[-1] = 255
     save_grid(path, tiles)
     Image.open(path).save(path)  # without the description
-    with pytest.raises(UserError, match="24 or 25 images: the last place is empty, or white"):
+    found = "24 or 25 images: the last place is empty, or of the ground's colour; --expect tells"
+    with pytest.raises(UserError, match=found):
         split_grid(path)
     for n in (24, 25):
         assert torch.equal(split_grid(path, expect=n).images, tiles[:n])
+
+    # Only the last place is told by it: an unfinished row has no more white images.
+    save_grid(path, tiles[:22])
+    Image.open(path).save(path)
+    assert len(split_grid(path).images) == len(split_grid(path, expect=25).images) == 22
+
+
+def test_the_reason_is_that_of_the_contrast_that_found_more(tmp_path):
+    """Pale tiles differ from the ground by less than the first contrast."""
+    pale = 255 - make("tissue", 24) // 4
+    save_grid(tmp_path / "pale.png", pale)
+    Image.open(tmp_path / "pale.png").save(tmp_path / "pale.png")
+    with pytest.raises(UserError, match="24 or 25 images: the last place is empty"):
+        split_grid(tmp_path / "pale.png")
+    assert len(split_grid(tmp_path / "pale.png", expect=24).images) == 24
+
+
+def test_words_beside_the_tiles_are_no_tiles():
+    """Letters that touch make a part that is longer than a tile; a cut off row of tiles is one."""
+    picture = row(make("digits", 5), FIVE, tops=[60] * 5, size=(1000, 260))
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle([100, 20, 400, 30], fill="black")
+    assert len(debug_img.detect_tiles(np.array(picture), "picture", None)[0]) == 5
+    draw.rectangle([100, 0, 400, 30], fill="black")
+    with pytest.raises(UserError, match="a part of 301 pixels"):
+        debug_img.detect_tiles(np.array(picture), "picture", None)
+
+
+def test_a_photographs_orientation_is_heeded(tmp_path):
+    upright = figure_of(make("tissue", 5))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rows of the file are columns
+    upright.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
+    upright.save(tmp_path / "upright.png")
+    turned, expected = (split_grid(tmp_path / f"{name}.png") for name in ("turned", "upright"))
+    assert torch.equal(turned.images, expected.images)
 
 
 @pytest.mark.parametrize("kind, n", [("digits", 16), ("tissue", 16), ("digits", 64)])
