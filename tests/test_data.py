@@ -86,9 +86,10 @@ def test_without_network_auto_takes_digits_loudly_and_mnist_is_an_error(
 
 
 def test_a_data_folder_that_takes_no_files_is_an_error_not_other_data(tmp_path, fails, monkeypatch):
+    quick = ["--save_dir", tmp_path / "runs", "--steps", 1, "--n_eval", 1, "--n_frames", 1]
     in_the_way = tmp_path / "a file"
     in_the_way.write_text("")
-    message = fails(mnist, ["--data_dir", in_the_way, "--save_dir", tmp_path / "runs"])
+    message = fails(mnist, ["--data_dir", in_the_way, *quick])
     found = "File exists; MNIST/raw would be downloaded there"
     assert message == f"error: [Errno 17] {found}: '{in_the_way}'"
 
@@ -96,7 +97,7 @@ def test_a_data_folder_that_takes_no_files_is_an_error_not_other_data(tmp_path, 
         raise OSError(errno.ENOSPC, "No space left on device", str(folder))
 
     monkeypatch.setattr(torchvision.datasets, "MNIST", full)
-    message = fails(mnist, ["--data_dir", tmp_path / "data", "--save_dir", tmp_path / "runs"])
+    message = fails(mnist, ["--data_dir", tmp_path / "data", *quick])
     assert message == f"error: [Errno 28] No space left on device: '{tmp_path / 'data'}'"
     assert not (tmp_path / "runs").exists()
 

@@ -564,7 +564,7 @@ def test_whether_the_circuit_is_trained_is_part_of_a_run(tmp_path, monkeypatch, 
 
 
 @pytest.mark.usefixtures("quick_loss_curve")
-def test_a_folder_that_becomes_another_runs_loses_its_pictures(tmp_path):
+def test_a_folder_that_becomes_another_runs_loses_its_pictures(tmp_path, monkeypatch):
     qd.main(tiny(tmp_path, "--use_quantum"))
     run = only(tmp_path)
     for name in ("metrics.json", "closest_pairs.png"):
@@ -572,12 +572,21 @@ def test_a_folder_that_becomes_another_runs_loses_its_pictures(tmp_path):
     before = contents(run)
     for result in ("checkpoint.pt", "model.pt", "samples_final.png"):
         (run / result).unlink()
-    qd.main(tiny(tmp_path, "--use_quantum", "--n_layers", "1", "--steps", "4"))
 
-    # All is of the new run, nothing of the old one is left.
+    def killed(*arguments):
+        raise SystemError("killed")
+
+    # Killed before the first step: nothing of the old run is left.
+    argv = tiny(tmp_path, "--use_quantum", "--n_layers", "1", "--steps", "4")
+    with monkeypatch.context() as patched, pytest.raises(SystemError):
+        patched.setattr(qd, "train", killed)
+        qd.main(argv)
+    assert {path.name for path in run.iterdir()} <= {"config.json", ".lock", "samples"}
+    qd.main(argv)
+
+    # All is of the new run.
     after = contents(run)
     assert config_of(run)["settings"]["n_layers"] == 1
-    assert not (run / "metrics.json").exists() and not (run / "closest_pairs.png").exists()
     for name in ("circuit.png", "loss_curve.png", "training_progress.gif", "loss.csv"):
         assert after[name] != before[name], name
     assert {path.name for path in (run / "samples").iterdir()} == {
