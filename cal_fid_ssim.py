@@ -26,7 +26,6 @@ import io
 import json
 import math
 import re
-import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -352,7 +351,7 @@ def inception_extractor(weights: Path | None, device: torch.device | str) -> Ext
         weights = cache / Path(official.url).name
 
         def fetch(folder: Path) -> None:
-            with contextlib.redirect_stdout(sys.stderr):  # torch says what it does
+            with contextlib.redirect_stdout(io.StringIO()):  # torch says again what it does
                 official.get_state_dict(model_dir=str(folder), check_hash=True)
 
         # Into a temporary folder, then moved; None, or in words why it failed.
