@@ -460,13 +460,13 @@ def test_the_circuit_of_the_page_runs_exactly(monkeypatch):
 @pytest.mark.usefixtures("quick_loss_curve")
 def test_the_notebook_of_the_page_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    qd.main(tiny("runs", "--use_quantum", "--timesteps", "60"))
+    qd.main(tiny("runs", "--use_quantum", "--timesteps", "10"))
     only(tmp_path / "runs").rename(tmp_path / "runs" / "quantum_mnist3_nall_seed0")
     capsys.readouterr()
 
     names = {}
     exec(python_of(RESULTS), names)
     assert len(capsys.readouterr().out.splitlines()) == len(
-        qd.GaussianDiffusion(60).sampling_levels(50)
+        qd.GaussianDiffusion(10).sampling_levels(50)
     )
     assert names["images"].shape == names["without"].shape == (16, 1, 28, 28)
