@@ -250,8 +250,8 @@ def test_the_judges_tables_are_recomputed():
             mean, interval = row[difference].split(" ", 1)
             assert_rounded(mean, values.mean())
             assert_interval(interval, values)
-    for file in PAGES:
-        assert f"(p = {adjusted[1]} and {adjusted[2]}" in words_of(file)
+    assert f"(p of equivalence {adjusted[1]} and {adjusted[2]})" in words_of(README)
+    assert f"(p = {adjusted[1]} and {adjusted[2]};" in words_of(RESULTS)
     assert f"on the same pairs, {adjusted[0]})" in words_of(RESULTS)
     second, third = (float(row["quantum − classical"].split()[0]) for row in page[1:])
     assert f"on 40 pairs, say {second:+.1f} and {third:+.1f} %," in words_of(README)
@@ -320,7 +320,7 @@ def test_the_words_of_both_pages_are_the_answers():
         found: [
             f"undecided (p = {help_['p, different']}; {raw:.1g} unadjusted)",
             f"p = {float(gate['p, different']):.1g})",
-            f"±4 % (p = {float(paper['p, equivalent']):.1g})",
+            f"±4 % (p of equivalence {float(paper['p, equivalent']):.1g})",
         ],
     }
     for text, phrases in told.items():
