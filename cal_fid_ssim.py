@@ -1225,7 +1225,7 @@ WHOLE = ["seed", "n_generated", "n_real", "floor_n"]
 
 
 def check_columns(frame: pd.DataFrame) -> None:
-    """Raises ValueError for a table that lacks columns, cells or rows, or has text for numbers."""
+    """Raises ValueError for a table that lacks columns, cells or rows, or has no numbers."""
     texts = ["run", "arm", "data", "label", "features", "reference"]
     numbers = ["seed", "steps", "n_generated", "n_real", "floor_n"]
     missing = {*texts, *numbers, "condition", "n_train", "note", "floor_from"} - {*frame.columns}
@@ -1241,7 +1241,7 @@ def check_columns(frame: pd.DataFrame) -> None:
     for name in frame.columns.intersection(numbers):
         pd.to_numeric(frame[name])  # raises ValueError for text
     for name in frame.columns.intersection(WHOLE):
-        if (frame[name].astype(float) % 1 != 0).any():  # infinity has no remainder, too
+        if (frame[name].astype(float) % 1 != 0).any():  # of infinity it is NaN
             raise ValueError(f"{name}: expected whole numbers")
 
 
@@ -2258,9 +2258,7 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
         if getattr(options, name) is None:
             setattr(options, name, otherwise)
         elif options.out is None or options.protocol == "paper":
-            raise UserError(
-                f"--{name}: is of the tables that --out writes without --protocol paper"
-            )
+            raise UserError(f"--{name}: expected --out, and no --protocol paper")
     if options.protocol == "paper" and options.csv:
         raise UserError("--csv: --protocol paper makes no such table")
     if options.protocol == "paper" and options.features == "none":

@@ -161,7 +161,7 @@ def detect_tiles(
                     check_detail(picture, boxes[0])
                 candidates.append((boxes, confidence))
             except ValueError as error:
-                # Told is the first that says more, of the likeliest ground.
+                # Told is the first reason that says more than that nothing was found.
                 if reason in ("", NOTHING_FOUND):
                     reason = str(error)
 
@@ -268,8 +268,8 @@ def outline_confidence(mask: np.ndarray, boxes: np.ndarray) -> float:
 def largest_part_outside(mask: np.ndarray, boxes: np.ndarray) -> int:
     """The size in pixels of the largest connected part of ``mask`` beside the boxes.
 
-    It is the shorter side, as letters that touch make a word; at the picture's edge the longer one,
-    as it may be a row of tiles that is cut off.
+    The size of a part is its shorter side, as letters that touch make a long word; at the picture's
+    edge its longer one, as it may be a row of tiles that is cut off.
     """
     outside = np.pad(mask, 2)
     for x0, y0, x1, y1 in boxes:
@@ -526,7 +526,7 @@ def note(text: str) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without warnings of libraries: of large pictures, which are refused, of missing letters."""
+    """Hides warnings: Pillow's of large pictures, matplotlib's of characters its font lacks."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1889,13 +1889,13 @@ def open_run(folder: Path, config: dict) -> Iterator[None]:
         raise UserError(f"{found}; use a --save_dir on another disk") from None
     with lock:
         # No config.json and no files: a new run. The same configuration: it goes on. Another one:
-        # an error where there are results; else the folder is taken over, all else goes.
+        # an error where there are results; else the folder is taken over, what is in it goes.
         check_folder(folder, config)
         path = folder / "config.json"
         if not path.exists() or differences(read_config(path), config):
-            others = [folder / name for name in ("loss.csv", *PICTURES, *EVALUATION)]
-            for other in [*folder.glob("samples/step_*.png"), *others]:
-                other.unlink(missing_ok=True)
+            stale = [folder / name for name in ("loss.csv", *PICTURES, *EVALUATION)]
+            for file in [*folder.glob("samples/step_*.png"), *stale]:
+                file.unlink(missing_ok=True)
             write_atomic(path, json.dumps(config, indent=2))
 
         # What a process left that was killed while it wrote.

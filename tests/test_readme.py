@@ -306,19 +306,19 @@ def test_the_words_of_both_pages_are_the_answers():
             assert f"{abs(mean):.1f} %" in text, row
             assert any(interval in text for interval in intervals), row
 
-    # Every p of the words is one of the computed ones, and each question has its own.
+    # Each p that is told is its question's.
     raw = p_different(percent(pairs_of(measured("A"), "quantum − matched")))
-    help_, gate, paper, tissue = answers
+    circuit, gate, paper, tissue = answers
     told = {
         outcome: [
             f"p = {raw:.1g}), which does not survive",
-            f"(p = {help_['p, different']}). On tissue",
+            f"(p = {circuit['p, different']}). On tissue",
             f"adjusted p = {tissue['p, different']}): five seeds",
             f"adjusted p = {float(gate['p, different']):.1g}: different)",
             f"equivalence {float(paper['p, equivalent']):.1g})",
         ],
         found: [
-            f"undecided (p = {help_['p, different']}; {raw:.1g} unadjusted)",
+            f"undecided (p = {circuit['p, different']}; {raw:.1g} unadjusted)",
             f"p = {float(gate['p, different']):.1g})",
             f"±4 % (p of equivalence {float(paper['p, equivalent']):.1g})",
         ],

@@ -412,9 +412,11 @@ def test_a_model_trained_anew_has_its_own_images(run, tmp_path, monkeypatch):
         for folder in (tmp_path / "copy", tmp_path / "new")
     ]
     before = grid_of(run)
+    (run / "metrics.json").write_text("of the model that is lost")
     (run / "model.pt").unlink()
     (run / "checkpoint.pt").unlink()
     qd.main(argv[0])
+    assert not (run / "metrics.json").exists()
     qd.main(argv[1])
     assert not torch.equal(grid_of(run), before)
     new = only(tmp_path / "new")

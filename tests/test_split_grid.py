@@ -333,6 +333,18 @@ def test_debug_img_reports_what_it_found(tmp_path, capsys):
     assert (distance < 10).sum() > 500
 
 
+@pytest.mark.filterwarnings("error")
+def test_warnings_of_libraries_are_not_shown(tmp_path):
+    """Of characters that a font lacks, and Pillow's of a picture that is refused for its size."""
+    figure_of(make("digits", 5)).save(tmp_path / "漢字.png")
+    debug_img.main([str(tmp_path / "漢字.png")])
+    assert (tmp_path / "漢字_split.png").exists()
+
+    Image.new("1", (10_000, 9_000)).save(tmp_path / "huge.png")
+    with pytest.raises(UserError, match="over 50000000 pixels"):
+        split_grid(tmp_path / "huge.png")
+
+
 def test_debug_img_mistakes(tmp_path, capsys):
     path = tmp_path / "figure.png"
     figure_of(make("digits", 5), titles="Sample {}").save(path)
