@@ -155,11 +155,11 @@ def machine_of(config: dict[str, Any]) -> str:
     """
     places = []
     for place in (config, *config.get("went_on", [])):
+        device = re.sub(r"^cuda:\d+", "cuda", place.get("device") or "")  # which of equal GPUs
         threads = place.get("threads", "")
         words = f"{threads} thread{'' if threads == 1 else 's'}"
         torch_version = place.get("versions", {}).get("torch", "")
-        place_words = [place.get("device"), words, f"torch {torch_version}"]
-        places.append(", ".join(place_words) if place.get("device") else "")
+        places.append(f"{device}, {words}, torch {torch_version}" if device else "")
     return "; ".join(dict.fromkeys(place for place in places if place))
 
 
@@ -208,8 +208,14 @@ def read_run(folder: Path, dataset: DataSet) -> Run:
         expected = f"expected n_eval = {config['n_eval']} of config.json, and at least 2"
         raise UserError(f"{grid}: {n:g} images of each class, {expected}")
 
-    # A model of some classes only is another condition than one of all: "conditional-3-8".
+    # An ideal model that is sampled with shots is another than one that was trained with them:
+    # "shots10_sampled", before the sampling steps.
     condition = config["condition"]
+    if config.get("weights", {}).get("weights_sha256"):  # --weights
+        circuit, steps = re.fullmatch(r"(.*?)_?(steps\d+)?", condition).groups(default="")
+        condition = f"{circuit}_sampled_{steps}".strip("_") if circuit else steps
+
+    # A model of some classes only is another condition than one of all: "conditional-3-8".
     if len(classes) > 1:
         names = [dataset.module.CLASS_NAMES[label] for label in classes]
         is_of_all = tuple(classes) == dataset.module.ALL_CLASSES
@@ -1099,7 +1105,8 @@ class Evaluator:
 def mean_of(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The mean of each entry: of counts rounded, of dictionaries again entry by entry.
 
-    Of texts it is the first; NaN where one of the parts is NaN. Dictionaries come last.
+    Of texts it is the different ones, with "; " between them; NaN where one of the parts is NaN.
+    Dictionaries come last.
     """
     mean = {}
     for key, first in sorted(parts[0].items(), key=lambda item: isinstance(item[1], dict)):
@@ -1107,7 +1114,7 @@ def mean_of(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if isinstance(first, dict):
             mean[key] = mean_of(values)
         elif isinstance(first, str):
-            mean[key] = first
+            mean[key] = "; ".join(dict.fromkeys(values))
         else:
             value = float(np.mean(values))
             mean[key] = round(value) if isinstance(first, int) else value
@@ -1124,7 +1131,6 @@ def none_for_nan(values: dict[str, Any]) -> dict[str, Any]:
 
 # ------------------------------------------------------------------ what is compared with what
 BASELINES = ("matched", "classical")  # control arms: every other arm is compared with each
-ALL_BASELINES = [*BASELINES, *(arm for arm in ARMS if arm not in BASELINES)]
 BUDGET = ["steps", "batch_size", "lr", "muon_lr", "ema_decay"]  # what all runs should have alike
 BUDGET += ["n_qubits", "n_layers", "timesteps", "sample_steps"]
 
@@ -1302,8 +1308,9 @@ def pairs_of_runs(frame: pd.DataFrame, baseline: str, is_strict: bool = True) ->
         matched steps2           matched          the sampling steps
         matched conditional      matched          one model for all classes instead of each
 
-    is_strict: the base was judged by the same features, and has as many images, generated and
-    real. The columns of the base end with "_base".
+    Both were trained on as many images, symmetries included. is_strict: the base was judged by the
+    same features, and has as many images, generated and real. The columns of the base end with
+    "_base".
     """
     told = frame[["arm", "condition", "other_budget"]].to_dict("records")
     runs = frame.assign(condition_of_base=[base_condition(run, baseline) for run in told])
@@ -1313,7 +1320,18 @@ def pairs_of_runs(frame: pd.DataFrame, baseline: str, is_strict: bool = True) ->
     same = ["data", "n_train", "label", "seed", "condition_of_base"]
     if is_strict:
         same += ["features", "reference", "n_generated", "n_real"]
-    return runs.merge(bases, on=same, suffixes=("", "_base"))
+    pairs = runs.merge(bases, on=same, suffixes=("", "_base"))
+    if "n_training" in frame:  # a table of an earlier version may lack it
+        is_known = pairs[["n_training", "n_training_base"]].notna().all(axis=1)
+        pairs = pairs[~is_known | (pairs["n_training"] == pairs["n_training_base"])]
+    return pairs
+
+
+def baselines_of(frame: pd.DataFrame) -> list[str]:
+    """BASELINES, then the table's other arms, each a base of its own other conditions."""
+    arms = [*ARMS, *sorted(set(frame["arm"]) - set(ARMS))]
+    present = set(frame["arm"])
+    return [*BASELINES, *(arm for arm in arms if arm in present and arm not in BASELINES)]
 
 
 def base_condition(run: dict[str, Any], baseline: str) -> str | None:
@@ -1441,25 +1459,33 @@ SIGNIFICANCE = 0.05  # of the tests of relative differences
 MARGIN = 4.0  # per cent of FID: of the tests of equivalence
 
 
-def relative_differences(frame: pd.DataFrame) -> pd.DataFrame:
-    """All pairs, with the relative difference of FID of a run a and its base b in "percent".
+def all_pairs_of(frame: pd.DataFrame) -> pd.DataFrame:
+    """The pairs of all baselines, one below the other; of single classes.
 
-    100 (a - b) / ((a + b) / 2). matched - classical is left out: classical - matched is there.
+    matched - classical is left out: classical - matched is there.
     """
     classes = single_classes(frame)
-    present = {*BASELINES, *classes["arm"]}  # the others have no pairs
-    baselines = [arm for arm in ALL_BASELINES if arm in present]
+    baselines = baselines_of(classes)
     parts = [pairs_of_runs(classes, arm).assign(baseline=arm) for arm in baselines]
     pairs = pd.concat(parts, ignore_index=True)
-    pairs["baseline"] = pd.Categorical(pairs["baseline"], ALL_BASELINES)  # for their order
+    pairs["baseline"] = pd.Categorical(pairs["baseline"], baselines)  # for their order
 
-    a = pairs["fid"]
-    b = pairs["fid_base"]
-    pairs["percent"] = 100 * (a - b) / ((a + b) / 2)
     first, second = BASELINES
     is_mirrored = pairs["condition"] == pairs["condition_base"]
     is_repeated = (pairs["baseline"] == second) & (pairs["arm"] == first) & is_mirrored
-    return pairs[~is_repeated].dropna(subset="percent")
+    return pairs[~is_repeated]
+
+
+def relative_differences(frame: pd.DataFrame) -> pd.DataFrame:
+    """The pairs, with the relative difference of FID of a run a and its base b in "percent".
+
+    100 (a - b) / ((a + b) / 2).
+    """
+    pairs = all_pairs_of(frame)
+    a = pairs["fid"]
+    b = pairs["fid_base"]
+    percent = 100 * (a - b) / ((a + b) / 2)
+    return pairs.assign(percent=percent).dropna(subset="percent")
 
 
 def fid_comparisons(frame: pd.DataFrame, margin: float, family: int = 0) -> pd.DataFrame:
@@ -1713,20 +1739,33 @@ def comparison_text(frame: pd.DataFrame, margin: float = MARGIN, family: int = 0
                 "Arms are compared at their usual budget alone; at another, evaluate its runs by "
                 "themselves."
             )
-        pairs = relative_differences(frame)
-        is_unequal = (pairs["steps"] != pairs["steps_base"]) & (pairs["other_budget"] == "")
-        if is_unequal.any():
-            unequal = f"Pairs whose two runs had different training steps: {is_unequal.sum()}"
-            paragraphs.append(f"**{unequal}. Their difference is one of steps, too.**")
-        is_known = (pairs["machine"] != "") & (pairs["machine_base"] != "")
-        is_elsewhere = is_known & (pairs["machine"] != pairs["machine_base"])
-        if is_elsewhere.any():
-            paragraphs.append(
-                f"**Pairs whose two runs were made on different machines: {is_elsewhere.sum()}. "
-                "Rounding is different there, which training enlarges.**"
-            )
-    paragraphs += ["## Runs", result_table(frame)]
+    paragraphs += [*warnings_about(all_pairs_of(frame)), "## Runs", result_table(frame)]
     return "\n\n".join(text for text in paragraphs if text) + "\n"
+
+
+def warnings_about(pairs: pd.DataFrame) -> list[str]:
+    """What else than its arm or condition may have made a difference, a paragraph each."""
+    warnings = []
+    for name in BUDGET:
+        if name == "sample_steps" or name not in pairs:  # they are in the variant's name
+            continue
+        # Without a gate there are no qubits, whatever the setting is.
+        arms = pairs[["arm", "arm_base"]]
+        has_it = ~(name in ("n_qubits", "n_layers") and arms.eq("classical").any(axis=1))
+        is_unequal = (pairs[name] != pairs[f"{name}_base"]) & (pairs["other_budget"] == "") & has_it
+        if is_unequal.any():
+            words = "training steps" if name == "steps" else name
+            unequal = f"Pairs whose two runs had different {words}: {is_unequal.sum()}"
+            warnings.append(f"**{unequal}. Their difference is one of {name}, too.**")
+
+    is_known = (pairs["machine"] != "") & (pairs["machine_base"] != "")
+    is_elsewhere = is_known & (pairs["machine"] != pairs["machine_base"])
+    if is_elsewhere.any():
+        warnings.append(
+            f"**Pairs whose two runs were made on different machines: {is_elsewhere.sum()}. "
+            "Rounding is different there, which training enlarges.**"
+        )
+    return warnings
 
 
 def kinds_of_parts(frame: pd.DataFrame) -> list[str]:
@@ -1786,7 +1825,7 @@ def source_paragraphs(frame: pd.DataFrame) -> list[str]:
         paragraphs += ["## All classes of a model together", arm_table(together)]
 
     # All arms against the two controls, then every other arm's conditions against the arm itself.
-    for baseline in ALL_BASELINES:
+    for baseline in baselines_of(classes):
         if baseline not in set(classes["arm"]):
             continue
         all_pairs = pairs_of_runs(classes, baseline)
@@ -2402,7 +2441,8 @@ def write_tables(texts: Sequence[str], options: argparse.Namespace) -> None:
     # Figures of what there is, with several sources or scales one of each; none of others stays.
     sources = "|".join([*MNIST.held_out_split, "pathmnist", "tissue"])
     scales = "(classifier|inception|scattering|none)(-reference-(class|all))?"
-    ours = re.compile(rf"(comparison|scaling)(_({sources}))?(_{scales})?\.png|forest\.png")
+    of_a_part = rf"(comparison|scaling)(_({sources}))?(_{scales})?"
+    ours = re.compile(rf"({of_a_part}|forest|overview)\.png")
     for path in out.iterdir():
         if ours.fullmatch(path.name):
             path.unlink()
@@ -2410,9 +2450,7 @@ def write_tables(texts: Sequence[str], options: argparse.Namespace) -> None:
         draw(out / f"comparison{ending}.png", draw_panels, part, against_size=False)
         if part["n_train"].nunique() > 1:
             draw(out / f"scaling{ending}.png", draw_panels, part, against_size=True)
-    comparisons = fid_comparisons(
-        frame, options.margin
-    )  # means and intervals, without p: no family
+    comparisons = fid_comparisons(frame, options.margin)  # forest.png shows no p: no family
     if len(comparisons) > 0:
         draw(out / "forest.png", draw_forest, comparisons, options.margin)
     say(f"written to {out}")

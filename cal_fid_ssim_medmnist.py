@@ -136,16 +136,20 @@ def scattering_extractor(images: Tensor) -> cal_fid_ssim.Extractor:
 def layout(images: Tensor) -> Tensor:
     """What is compared in the search for copies: luminance at equal brightness and contrast.
 
-    images (N, 3, H, W) uint8 -> (N, 1, H, W) int16, whole numbers of mean 0 and deviation 255, or
-    0 of flat images, so that distances are in deviations; at most 255 sqrt(H W). Pixels as they
-    are would call all pale images copies, as those are near to everything.
+    images (N, 3, H, W) uint8 -> (N, 1, H, W) int16, whole numbers of mean 0 and deviation 255, so
+    that distances are in deviations; at most 255 sqrt(H W). Pixels as they are would call all pale
+    images copies, as those are near to everything. Flat images become a chessboard, which is as far
+    from tissue as unrelated textures are; as zeros they would be nearer than these.
     """
     # c: colour channel, n: image, h and w: its rows and columns
     weights = torch.tensor(LUMINANCE).double()
     grey = torch.einsum("c,nchw->nhw", weights, images.double())[:, None]  # (N, 1, H, W)
     grey = grey - grey.mean(dim=(2, 3), keepdim=True)
     deviation = grey.std(dim=(2, 3), correction=0, keepdim=True)
-    return (255 * grey / deviation.clamp(min=1e-9)).round().to(torch.int16)
+    rows, columns = torch.arange(grey.shape[-2])[:, None], torch.arange(grey.shape[-1])
+    chessboard = 1.0 - 2 * ((rows + columns) % 2)  # (H, W), of 1 and -1
+    scaled = torch.where(deviation < 1e-9, chessboard, grey / deviation.clamp(min=1e-9))
+    return (255 * scaled).round().to(torch.int16)
 
 
 PATHMNIST = cal_fid_ssim.DataSet(

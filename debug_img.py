@@ -351,8 +351,11 @@ def fit_places(starts: np.ndarray, side: int, drawn: np.ndarray) -> list[int]:
     drawn lines two pixels inside both ends; positions between these are kept. Raises ValueError
     when the starts are not evenly spaced.
     """
-    # A straight line through the starts: start = origin + step * number.
-    numbers = np.rint((starts - starts[0]) / np.diff(starts).min())
+    # A straight line through the starts: start = origin + step * number. The step is first that of
+    # neighbours, on average: a pixel too few in it would be several tiles at the end of a long row.
+    gaps = np.diff(starts)
+    of_neighbours = gaps[gaps < 1.5 * gaps.min()].mean()
+    numbers = np.rint((starts - starts[0]) / of_neighbours)
     step, origin = np.polyfit(numbers, starts, deg=1)
     deviation = np.abs(origin + step * numbers - starts).max()
     if deviation > max(2, 0.04 * side):

@@ -984,6 +984,11 @@ def test_another_budget_of_several_arms_is_told():
     assert said not in report_of(runs[:3] + runs[4:])  # one arm: as the study's control
 
 
+def test_texts_of_a_mean_are_all_there():
+    parts = [{"n": k, "from": text} for k, text in enumerate(("test", "training", "test"))]
+    assert evaluation.mean_of(parts) == {"n": 1, "from": "test; training"}
+
+
 def test_floors_of_two_kinds_are_told():
     runs = pair_of(1, 0) + pair_of(2, 0, label=4)
     assert "of two kinds" not in report_of(runs)
@@ -1018,6 +1023,8 @@ def test_where_a_run_was_made_is_in_its_row(tmp_path, evaluate):
     assert result["machine"] == ""  # it does not say
 
     config = json.loads((run / "config.json").read_text())
+    gpu = {"device": "cuda:1, two", "threads": 1, "versions": {"torch": "2.1"}}
+    assert evaluation.machine_of(gpu) == "cuda, two, 1 thread, torch 2.1"  # of equal GPUs any
     place = {"device": "cpu, one", "threads": 1, "versions": {"torch": "2.1"}}
     config |= place | {"went_on": [place, place | {"threads": 2}]}
     (run / "config.json").write_text(json.dumps(config))
@@ -1055,10 +1062,56 @@ def test_other_training_steps_are_compared_with_the_usual_ones_of_the_same_arm(s
     assert list(compare_fid(runs)) == ["quantum − matched"]
 
 
-def test_other_steps_of_a_whole_arm_are_told():
-    runs = [fake("matched", 3, 0, 10, steps=1000), fake("quantum", 3, 0, 11, steps=2000)]
-    assert "Pairs whose two runs had different training steps: 1." in report_of(runs)
-    assert "different training steps" not in report_of(pair_of(3, 0))
+def test_other_budgets_of_a_whole_arm_are_told():
+    runs = [fake("matched", 3, 0, 10, steps=1000), fake("quantum", 3, 0, 11, steps=2000, lr=0.1)]
+    text = report_of(runs)
+    assert "Pairs whose two runs had different training steps: 1." in text
+    assert "Pairs whose two runs had different lr: 1. Their difference is one of lr, too." in text
+    assert "runs had different" not in report_of(pair_of(3, 0))
+
+    # Also where there is no FID; and an arm without a gate has no qubits.
+    for run in runs:
+        run["metrics"] = NOT_MEASURED
+    assert "different training steps: 1." in report_of(runs)
+    runs = [fake(arm, 3, 0, 10, n_qubits=8) for arm in ("quantum", "strong")]
+    runs += [fake(arm, 3, 0, 11) for arm in ("matched", "classical")]
+    assert "Pairs whose two runs had different n_qubits: 2." in report_of(runs)
+
+
+def test_models_trained_on_other_numbers_of_images_make_no_pair():
+    """As of plain and augmented runs, whose n_train is the same."""
+    first, second = pair_of(1, 0)
+    assert list(compare_fid([first, second])) == ["quantum − matched"]
+    assert not compare_fid([first, second | {"n_training": 48000}])
+
+
+def test_conditions_of_an_arm_of_the_users_own_are_compared_with_it():
+    runs = []
+    for seed in range(2):
+        runs += [fake("own", 3, seed, 10 + seed), fake("own", 3, seed, 11, condition="shots10")]
+    assert list(compare_fid(runs)) == ["own shots10 − own"]
+    assert means_of(differences_of(runs, "own")) == {"own shots10 − own": "+0.5"}
+    assert "## Paired differences against own" in report_of(runs)
+
+
+def test_a_model_sampled_with_shots_is_not_one_trained_with_them(tmp_path, evaluate):
+    """README trains one of each, under the same name in two folders."""
+    noise = {"arm": "quantum", "shots": 10}
+    folders = [make_run(tmp_path, THREES[:5], arm="quantum")]
+    for name, steps in (("trained", 50), ("sampled", 50), ("sampled", 20)):
+        folders.append(make_run(tmp_path / name, THREES[:5], **noise, sample_steps=steps))
+    for folder in folders[2:]:
+        config = json.loads((folder / "config.json").read_text())
+        config["weights"] = {"weights_sha256": "0" * 64}
+        (folder / "config.json").write_text(json.dumps(config))
+    evaluate(*folders, "--features", "none", "--out", tmp_path / "out")
+    table = pd.read_csv(tmp_path / "out" / "comparison.csv", keep_default_na=False)
+    expected = ["", "shots10", "shots10_sampled", "shots10_sampled_steps20"]
+    assert table["condition"].tolist() == expected
+
+    report = (tmp_path / "out" / "comparison.md").read_text()
+    rows = difference_rows(report, "quantum")
+    assert {*rows} == {"quantum shots10 − quantum", "quantum shots10_sampled − quantum"}
 
 
 def test_runs_in_folders_of_one_name_are_all_there(tmp_path, evaluate, draw_only):
@@ -1738,6 +1791,11 @@ def test_pictures_of_an_earlier_evaluation_go_with_its_tables(tmp_path, evaluate
     evaluate(whole, "--out", out, "--features", "none")
     assert not (out / "scaling.png").exists()
     assert (out / "comparison.png").exists()
+
+    # Of a table alone there is no overview.
+    (out / "overview.png").write_bytes(b"of the runs before")
+    evaluate("--csv", out / "comparison.csv", "--out", out)
+    assert not (out / "overview.png").exists()
 
 
 def test_a_picture_that_fails_is_a_line(tmp_path, evaluate, monkeypatch, capsys, draw_only):

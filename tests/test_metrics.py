@@ -220,7 +220,10 @@ def test_layout_is_of_equal_brightness_and_contrast():
     flat_distance, _ = metrics.nearest_images(flat, COLOUR, layout)
     assert index == [0]
     assert paler_distance < 0.1
-    assert flat_distance == pytest.approx([1], abs=0.01)  # one deviation from whatever it is
+    noise = torch.randint(256, (2, 3, 28, 28), generator=torch.Generator().manual_seed(0)).byte()
+    unrelated, _ = metrics.nearest_images(noise[:1], noise[1:], layout)
+    assert unrelated == pytest.approx([2**0.5], abs=0.1)
+    assert flat_distance > 1.3  # deviations
 
     values = layout(COLOUR).double()
     assert values.mean(dim=(1, 2, 3)).numpy() == pytest.approx(np.zeros(10), abs=0.1)

@@ -130,6 +130,15 @@ def test_figures_split_to_their_tiles(layout, kind, tmp_path):
     assert 0.5 < grid.confidence <= (0.9 if kind == "barred" else 1)
 
 
+def test_a_long_row_of_tiles_that_are_no_whole_pixels_apart():
+    starts = np.rint(10 + 40.9 * np.arange(30)).astype(int)
+    drawn = np.zeros(1250, dtype=bool)
+    for start in starts:
+        drawn[start : start + 34] = True
+    places = debug_img.fit_places(starts, 34, drawn)
+    assert np.abs(np.array(places) - starts).max() <= 1
+
+
 @pytest.mark.parametrize("layout, kind", [("titles", "noise"), *(("published", k) for k in EVERY)])
 def test_figures_under_compression_noise(layout, kind, tmp_path):
     n, _, draw = LAYOUTS[layout]
