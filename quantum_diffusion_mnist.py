@@ -132,7 +132,8 @@ def explaining(what: str, mend: str = "") -> Iterator[None]:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether a GPU's or the computer's memory was too small."""
-    of_torch = isinstance(error, RuntimeError) and "allocat" in str(error)
+    words = str(error).lower()  # "can't allocate", "CUBLAS_STATUS_ALLOC_FAILED"
+    of_torch = isinstance(error, RuntimeError) and ("alloc" in words or "out of memory" in words)
     return of_torch or isinstance(error, MemoryError)
 
 
@@ -355,8 +356,8 @@ class GaussianDiffusion:
         (B, C, H, W). steps: network evaluations at most, 1 .. T. draw_noise: new noise like its
         argument, once a step. Returns x_0 like x_T, in -1..1.
 
-        The first-order form of this solver is DDPM's ancestral step. x_0 is clipped at the end
-        alone: clipped at every step, black turns grey.
+        The first-order form of this solver is DDPM's ancestral step, but for NOISE_SCALE. x_0 is
+        clipped at the end alone: clipped at every step, black turns grey.
         """
         levels = self.sampling_levels(steps)
         alpha = self.alpha_bar[levels].sqrt().tolist()
@@ -379,7 +380,8 @@ class GaussianDiffusion:
             h_last = h
 
             # To the next level, where the share 1 - e^-2h of the noise is drawn anew:
-            # x' = (sigma' / sigma) e^-h x + alpha' (1 - e^-2h) d + sigma' sqrt(1 - e^-2h) noise.
+            # x' = (sigma' / sigma) e^-h x + alpha' (1 - e^-2h) d + sigma' sqrt(1 - e^-2h) noise,
+            # the noise here times NOISE_SCALE.
             share = -math.expm1(-2 * h)
             of_x = sigma[k + 1] / sigma[k] * math.exp(-h)
             of_d = alpha[k + 1] * share
@@ -1036,8 +1038,15 @@ def download(data_dir: Path, name: str, fetch: Callable[[Path], object]) -> str 
             path.parent.mkdir(parents=True, exist_ok=True)
             (Path(aside) / name).rename(path)
     except Exception as error:  # of the network, of what it answers, of the disk
-        if getattr(error, "errno", None) == errno.ENOSPC:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(data_dir)) from None
+        # A library may call anything a failed download, Ctrl-C and a full disk too.
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
+            number = getattr(cause, "errno", None)
+            if number in (errno.ENOSPC, errno.EDQUOT):  # no space, or over the user's quota
+                raise OSError(number, os.strerror(number), str(data_dir)) from None
+            cause = cause.__cause__ or cause.__context__
         if not path.exists():  # it does when another process was faster
             reason = " ".join(str(error).split()) or "no answer"
             reason = reason.replace(folder.name, str(data_dir))  # it may say where to put a copy
@@ -1801,7 +1810,7 @@ def device_name(device: torch.device) -> str:
 
 # What a run folder has beside its results: what shows them, and what the evaluation says of them.
 PICTURES = ("loss_curve.png", "training_progress.gif", "circuit.png")
-EVALUATION = ("metrics.json", "closest_pairs.png")
+EVALUATION = ("metrics.json", "metrics_paper.json", "closest_pairs.png")
 
 # The parts of config.json that, if they differ, make it another run.
 IDENTITY_PARTS = ("settings", "images", "weights", "circuit")
@@ -2230,13 +2239,18 @@ def make_run(args: argparse.Namespace, data: DataSet, device: torch.device, run:
         is_trained_here = config["weights"]["weights_sha256"] is None  # not --weights
         if not has_model:
             if not is_trained_here:
-                state = Path(config["weights_from"]).read_bytes()
+                source = Path(config["weights_from"])
+                state = source.read_bytes()
+                if hashlib.sha256(state).hexdigest() != config["weights"]["weights_sha256"]:
+                    raise UserError(f"{source} has changed since this command began; run it again")
             else:
                 images, labels = data.training_images(settings, device)
                 state = train(settings, images, folder, run_hash(config), labels).state_dict()
+            if recorded["model_sha256"] is not None:  # of a model that is lost
+                update_config(folder, model_sha256=None)
             write_atomic(model_path, state)
             digest = hashlib.sha256(model_path.read_bytes()).hexdigest()
-            if recorded["model_sha256"] not in (None, digest):  # pictures of a model that is lost
+            if recorded["model_sha256"] != digest:  # then its pictures are another model's
                 for name in ("samples_final.png", *PICTURES, *EVALUATION):
                     (folder / name).unlink(missing_ok=True)
             update_config(folder, model_sha256=digest)
@@ -2263,7 +2277,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise  # a fault of this script
-        print("error: out of memory; try a smaller --batch_size, or fewer --shots", file=sys.stderr)
+        found = "out of memory; try a smaller --batch_size, or fewer --shots"
+        print(f"error: {found}; a trained model is sampled with --device cpu", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command continues where it stopped", file=sys.stderr)
@@ -3028,6 +3043,7 @@ def check_circuit(settings: Settings) -> None:
     arm = ARMS[settings.arm]
     if arm.circuit is None:
         return
+    compile_circuit.cache_clear()  # what the function reads from outside may have changed
     circuit = with_noise(arm.circuit, settings.gate_noise, settings.readout_noise)
     is_exact = settings.simulator == "exact"
     if is_exact:

@@ -1,12 +1,15 @@
 """Reading and selecting images of PathMNIST and of the embedded tissue."""
 
+import errno
 import json
+import os
 import re
 
 import medmnist
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import only, tiny, write_npz
 from skimage.data import immunohistochemistry
 
@@ -90,6 +93,31 @@ def test_without_network_tissue_is_taken_loudly(no_network, tmp_path, capsys, fa
     message = fails(path, ["--data", "pathmnist", "--data_dir", tmp_path])
     assert f"copy it to {tmp_path}, or use --data tissue" in message
     assert not any(tmp_path.iterdir())
+
+
+def test_a_download_that_is_interrupted_is_no_reason_to_use_other_data(
+    tmp_path, fails, monkeypatch, capsys
+):
+    """medmnist calls whatever stops it a failed download."""
+    argv = ["--data_dir", tmp_path / "data", "--save_dir", tmp_path / "runs"]
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torchvision.datasets.utils, "download_url", stopped)
+    with pytest.raises(SystemExit) as caught:
+        path.main([str(word) for word in argv])
+    assert caught.value.code == 130
+
+    for number in (errno.ENOSPC, errno.EDQUOT):
+
+        def full(*_, number=number, **__):
+            raise OSError(number, "full")
+
+        monkeypatch.setattr(torchvision.datasets.utils, "download_url", full)
+        message = fails(path, argv)
+        assert message == f"error: [Errno {number}] {os.strerror(number)}: '{tmp_path / 'data'}'"
+    assert not (tmp_path / "runs").exists()
 
 
 def test_augmentation_trains_on_the_symmetry_group_of_the_square(tmp_path):

@@ -276,6 +276,22 @@ def test_a_circuit_stays_exact_under_autocast():
     assert torch.equal(torch.autograd.grad(values.sum(), angles)[0], gradient)
 
 
+def test_a_circuit_is_checked_as_it_is_now(monkeypatch):
+    """Not as it was when it was checked before."""
+    angle = [0.3]
+
+    def mine(angles, weights):
+        qd.encode(angles)
+        qml.RX(angle[0], wires=0)
+        qml.RY(weights[0, 0, 0], wires=1)
+
+    monkeypatch.setitem(qd.ARMS, "mine", qd.Arm("with an angle from outside", mine, 1))
+    settings = qd.Settings("mine", n_qubits=2, n_layers=1)
+    qd.check_circuit(settings)
+    angle[0] = 1.3
+    qd.check_circuit(settings)
+
+
 def test_a_circuit_that_is_read_in_inference_mode_can_be_trained():
     gate = qd.QuantumGate(8, n_qubits=4, n_layers=2)
     qd.compile_circuit.cache_clear()

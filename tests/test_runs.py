@@ -412,11 +412,26 @@ def test_a_model_trained_anew_has_its_own_images(run, tmp_path, monkeypatch):
         for folder in (tmp_path / "copy", tmp_path / "new")
     ]
     before = grid_of(run)
-    (run / "metrics.json").write_text("of the model that is lost")
+    measured = [run / name for name in ("metrics.json", "metrics_paper.json", "closest_pairs.png")]
+    for file in measured:
+        file.write_text("of the model that is lost")
     (run / "model.pt").unlink()
     (run / "checkpoint.pt").unlink()
+
+    # Killed where the new model is written and not yet named in config.json: it goes on, too.
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        update = qd.update_config
+
+        def killed(folder, **entries):
+            if entries.get("model_sha256"):
+                raise KeyboardInterrupt
+            update(folder, **entries)
+
+        patch.setattr(qd, "update_config", killed)
+        qd.main(argv[0])
+    assert (run / "model.pt").exists()
     qd.main(argv[0])
-    assert not (run / "metrics.json").exists()
+    assert not any(file.exists() for file in measured)
     qd.main(argv[1])
     assert not torch.equal(grid_of(run), before)
     new = only(tmp_path / "new")
@@ -465,6 +480,7 @@ def test_a_run_that_goes_on_elsewhere_says_so(run, tmp_path, capsys):
     "error, said",
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "out of memory"),
         (MemoryError(), "out of memory"),
         (OSError(errno.EIO, "Input/output error"), "Input/output error"),
     ],
@@ -637,6 +653,17 @@ def test_weights_of_one_run_are_sampled_under_other_conditions(finished, run, tm
     noisy = tmp_path / "others" / f"{source.name}_shots8_gate0.05-0.1_readout0.02_steps3"
     assert not torch.equal(grid_of(noisy), images)
     assert contents(source) == before
+
+    # The source is trained anew between planning and sampling.
+    def changed(folder, recorded, config):
+        (tmp_path / "copied" / source.name / "model.pt").write_bytes(b"another")
+
+    shutil.copytree(finished, tmp_path / "copied")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qd, "note_machine", changed)
+        argv_of_copy = [*argv[:-1], tmp_path / "copied", "--shots", 9]
+        message = fails(qd, tiny(tmp_path / "late", *argv_of_copy))
+    assert "model.pt has changed since this command began; run it again" in message
 
     # A run trained with shots is another than one sampled with them.
     assert "weights_sha256" in fails(qd, tiny(tmp_path / "others", *argv[:-2], *device))
