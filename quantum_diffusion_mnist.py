@@ -2446,7 +2446,8 @@ def record(
     """Runs a circuit once on placeholders, to see which angle or weight each parameter is.
 
     For example RZ(layer[3, 0]) is recorded with 0.7312, the placeholder of weight 6, so its source
-    is ("w", 6). size: the placeholders lie between 0 and it.
+    is ("w", 6). size: the placeholders lie between 0 and it. Raises UserError for a parameter that
+    PennyLane cannot take, and for one whose gradient is lost or not its own.
     """
     shape = (n_layers, n_qubits, n_weights)
     generator = random_stream(0, "placeholders", size)
@@ -2479,6 +2480,23 @@ def record(
                 source = ("computed", value_and_derivatives(parameter, angles, weights))
             sources.append(source)
         recorded.append(Recorded(operation, tuple(sources)))
+
+    # The sum of all bare parameters has the derivative k by an angle or weight that is there k
+    # times; another where a parameter has its value and another gradient, such as a scaled one.
+    total = torch.zeros_like(angles[0])
+    times = {"x": torch.zeros_like(angles), "w": torch.zeros_like(weights).flatten()}
+    for operation, sources in recorded:
+        for parameter, source in zip(operation.parameters, sources, strict=True):
+            if source is not None and source[0] in times:
+                total = total + parameter
+                times[source[0]][source[1]] += 1
+    derivatives = torch.autograd.grad(
+        total.requires_grad_(), (angles, weights), allow_unused=True, materialize_grads=True
+    )
+    for of_one, expected in zip(derivatives, times.values(), strict=True):
+        if not torch.equal(of_one.flatten(), expected):
+            found = "a parameter has the value of an angle or weight, but another gradient"
+            raise UserError(f"{name_of(circuit)}: {found}; {WAY_OUT}")
     return recorded
 
 
@@ -3073,8 +3091,9 @@ def check_circuit(settings: Settings) -> None:
             own = on_device(circuit, n_qubits, simulator, one_by_one=True)
             reference = values_and_gradients(own, angles, weights)
 
-    # The run's simulator. Of the exact simulation the means are compared, with shots too.
-    shots = None if is_exact else settings.shots
+    # The run's simulator. Of the exact simulation the means are compared, with shots too; of a
+    # device at least 1,000 shots, as any value is within six deviations of few.
+    shots = None if is_exact or settings.shots is None else max(settings.shots, 1000)
     what = f"--simulator {settings.simulator}"
     mend = "if it samples, give --shots or its state-vector option; else one of the two is wrong"
     if is_exact:

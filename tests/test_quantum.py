@@ -346,6 +346,10 @@ def of_a_product_of_weights(angles, weights):
     qml.RX(weights[0, 0, 0] * weights[0, 1, 0], wires=0)
 
 
+def of_a_scaled_gradient(angles, weights):
+    qd.encode(angles.detach() + 0.1 * (angles - angles.detach()))
+
+
 def of_a_shape_by_value(angles, weights):
     qd.encode(angles)
     for _ in range(int(1000 * weights[0, 0, 0])):
@@ -366,6 +370,7 @@ def as_the_ring(angles, weights):
         (of_twice_an_angle, "a parameter must be an angle or a weight"),
         (of_a_product_of_weights, "a parameter must be an angle or a weight"),
         (of_a_shape_by_value, "a parameter must be an angle or a weight"),
+        (of_a_scaled_gradient, "has the value of an angle or weight, but another gradient"),
     ],
 )
 def test_refusals_name_the_way_out(circuit, reason):
@@ -509,6 +514,22 @@ def test_check_runs_before_a_folder_is_made(tmp_path, fails, monkeypatch, fresh_
 def test_check_lets_right_devices_pass():
     qd.check_circuit(qd.Settings("strong", n_qubits=4, simulator="lightning.qubit"))
     qd.check_circuit(qd.Settings("quantum", n_qubits=4, simulator="default.qubit", shots=200))
+
+
+def test_check_finds_a_wrong_device_with_few_shots(monkeypatch):
+    """Any value is within six deviations of five shots."""
+    settings = qd.Settings("quantum", n_qubits=3, n_layers=1, simulator="default.qubit", shots=5)
+    original = qd.make_qnode
+
+    def with_the_other_sign(circuit, n_qubits, simulator, options=None, shots=None, **how):
+        qnode = original(circuit, n_qubits, simulator, options, shots, **how)
+        sign = -1 if shots else 1
+        return lambda angles, weights: [sign * value for value in qnode(angles, weights)]
+
+    qd.check_circuit(settings)
+    monkeypatch.setattr(qd, "make_qnode", with_the_other_sign)
+    with pytest.raises(qd.UserError, match="default.qubit differs"):
+        qd.check_circuit(settings)
 
 
 def test_check_finds_a_device_that_samples_unasked(monkeypatch):
