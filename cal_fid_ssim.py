@@ -1256,9 +1256,9 @@ def other_budget(frame: pd.DataFrame) -> pd.Series:
 
     A column of BUDGET is named where (1) the row's arm has several values of it for this data, size
     and condition, over all classes and seeds, and (2) the row's value is not the usual one: the
-    commonest of all arms (of a tie the largest) for this data, size, class and kind of model. By
-    class, as training by epochs gives each its own number of steps. ``condition`` has the sampling
-    steps.
+    commonest of all arms for this data, size, class and kind of model (of a tie that which is
+    commoner in all classes, then the largest). By class, as training by epochs gives each its own
+    number of steps. The sampling steps are in ``condition`` and left out here.
     """
     kind_of_model = frame["condition"].str.extract("^(conditional[^_]*)", expand=False)
     kind_of_model = kind_of_model.fillna("single")
@@ -1267,8 +1267,12 @@ def other_budget(frame: pd.DataFrame) -> pd.Series:
         if name == "sample_steps" or name not in frame:  # a table of an earlier version
             continue
         values_of_arm = frame.groupby(["data", "n_train", "arm", "condition"])[name]
-        alike = frame.groupby(["data", "n_train", "label", kind_of_model])[name]
-        usual = alike.transform(lambda values: values.mode().max())
+        alike = ["data", "n_train", kind_of_model]
+        in_class = frame.groupby([*alike, "label", name])[name].transform("size")
+        in_all = frame.groupby([*alike, name])[name].transform("size")
+        rising = frame.assign(in_class=in_class, in_all=in_all)
+        rising = rising.sort_values(["in_class", "in_all", name])
+        usual = rising.groupby([*alike, "label"])[name].transform("last").reindex(frame.index)
         has_several = values_of_arm.transform("nunique") > 1
         is_other = has_several & (frame[name] != usual) & frame[name].notna()
         found += (" " + frame[name].map("{:.10g} ".format) + name).where(is_other, "")
