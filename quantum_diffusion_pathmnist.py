@@ -964,12 +964,17 @@ def reading(path: Path, what: str) -> contextlib.AbstractContextManager:
     return explaining(f"{path}: not {what}")
 
 
+def packed(tensors: dict) -> bytes:
+    """The file that torch.save makes of a dict of tensors."""
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    return buffer.getvalue()
+
+
 def write_atomic(path: Path, data: bytes | str | dict) -> None:
     """Writes bytes, text or a dict of tensors aside and renames the file: all or none."""
     if isinstance(data, dict):
-        buffer = io.BytesIO()
-        torch.save(data, buffer)
-        data = buffer.getvalue()
+        data = packed(data)
     aside = path.parent / f".{path.name}.{os.urandom(8).hex()}.part"
     try:
         aside.write_bytes(data.encode() if isinstance(data, str) else data)
@@ -2249,19 +2254,19 @@ def make_run(args: argparse.Namespace, data: DataSet, device: torch.device, run:
         if not has_model:
             if not is_trained_here:
                 source = Path(config["weights_from"])
-                state = source.read_bytes()
-                if hashlib.sha256(state).hexdigest() != config["weights"]["weights_sha256"]:
+                weights = source.read_bytes()
+                if hashlib.sha256(weights).hexdigest() != config["weights"]["weights_sha256"]:
                     raise UserError(f"{source} has changed since this command began; run it again")
             else:
                 images, labels = data.training_images(settings, device)
-                state = train(settings, images, folder, run_hash(config), labels).state_dict()
-            if recorded["model_sha256"] is not None:  # of a model that is lost
-                update_config(folder, model_sha256=None)
-            write_atomic(model_path, state)
-            digest = hashlib.sha256(model_path.read_bytes()).hexdigest()
-            if recorded["model_sha256"] != digest:  # then its pictures are another model's
+                model = train(settings, images, folder, run_hash(config), labels)
+                weights = packed(model.state_dict())
+            digest = hashlib.sha256(weights).hexdigest()
+            if recorded["model_sha256"] not in (None, digest):  # pictures of a model that is lost
                 for name in ("samples_final.png", *PICTURES, *EVALUATION):
                     (folder / name).unlink(missing_ok=True)
+                update_config(folder, model_sha256=None)  # until the new model is there
+            write_atomic(model_path, weights)
             update_config(folder, model_sha256=digest)
 
         # The images for the metrics, and what is nice to look at.
