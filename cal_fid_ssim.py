@@ -1184,7 +1184,7 @@ def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
     frame["scale"] = scale_of(frame)
 
     # Variants in the order of ARMS, then arms that it does not know; also in tables and figures.
-    arms = [*ARMS, *sorted(set(frame["arm"]) - set(ARMS))]
+    arms = arms_of(frame)
     words = frame["arm"] + " " + frame["condition"] + " " + frame["other_budget"]
     frame["variant"] = words.str.split().str.join(" ")
     arm_of = dict(zip(frame["variant"], frame["arm"], strict=True))
@@ -1201,6 +1201,11 @@ def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
             found = f"{first} is there twice, as {alike}; evaluate each by itself, or remove a row"
         raise UserError(found)
     return frame
+
+
+def arms_of(frame: pd.DataFrame) -> list[str]:
+    """The arms of ARMS, then the table's arms that are not there."""
+    return [*ARMS, *sorted(set(frame["arm"]) - set(ARMS))]
 
 
 def whole_labels(labels: pd.Series) -> pd.Series:
@@ -1266,13 +1271,15 @@ def other_budget(frame: pd.DataFrame) -> pd.Series:
     for name in BUDGET:
         if name == "sample_steps" or name not in frame:  # a table of an earlier version
             continue
-        values_of_arm = frame.groupby(["data", "n_train", "arm", "condition"])[name]
+        # The usual value of each class: the last, in order of how often it is there.
         alike = ["data", "n_train", kind_of_model]
         in_class = frame.groupby([*alike, "label", name])[name].transform("size")
         in_all = frame.groupby([*alike, name])[name].transform("size")
         rising = frame.assign(in_class=in_class, in_all=in_all)
         rising = rising.sort_values(["in_class", "in_all", name])
         usual = rising.groupby([*alike, "label"])[name].transform("last").reindex(frame.index)
+
+        values_of_arm = frame.groupby(["data", "n_train", "arm", "condition"])[name]
         has_several = values_of_arm.transform("nunique") > 1
         is_other = has_several & (frame[name] != usual) & frame[name].notna()
         found += (" " + frame[name].map("{:.10g} ".format) + name).where(is_other, "")
@@ -1333,9 +1340,9 @@ def pairs_of_runs(frame: pd.DataFrame, baseline: str, is_strict: bool = True) ->
 
 def baselines_of(frame: pd.DataFrame) -> list[str]:
     """BASELINES, then the table's other arms, each a base of its own other conditions."""
-    arms = [*ARMS, *sorted(set(frame["arm"]) - set(ARMS))]
     present = set(frame["arm"])
-    return [*BASELINES, *(arm for arm in arms if arm in present and arm not in BASELINES)]
+    others = [arm for arm in arms_of(frame) if arm in present and arm not in BASELINES]
+    return [*BASELINES, *others]
 
 
 def base_condition(run: dict[str, Any], baseline: str) -> str | None:
@@ -1606,7 +1613,8 @@ def result_table(frame: pd.DataFrame) -> str:
     rows = []
     for run in frame.to_dict("records"):
         cells = metric_cells(run, prefix="")
-        name = f"{run['run']} {run['other_budget']}".strip()
+        sampled = "sampled" if "_sampled" in run["condition"] else ""  # not in the folder's name
+        name = " ".join(word for word in (run["run"], sampled, run["other_budget"]) if word)
         numbers = [str(run["n_generated"]), str(run["n_real"])]
         rows.append([name, *numbers, run["features"], *cells, run["note"]])
         cells = metric_cells(run, prefix="floor_")
@@ -1748,28 +1756,32 @@ def comparison_text(frame: pd.DataFrame, margin: float = MARGIN, family: int = 0
 
 
 def warnings_about(pairs: pd.DataFrame) -> list[str]:
-    """What else than its arm or condition may have made a difference, a paragraph each."""
-    warnings = []
+    """What else than its arm or condition may have made a difference, a paragraph each.
+
+    Not where the variant's name has it: another budget in one arm, other sampling steps.
+    """
+    paragraphs = []
+    is_unnamed = pairs["other_budget"] == ""
+    without_gate = pairs[["arm", "arm_base"]].eq("classical").any(axis=1)
     for name in BUDGET:
-        if name == "sample_steps" or name not in pairs:  # they are in the variant's name
+        if name == "sample_steps" or name not in pairs:  # a table of an earlier version
             continue
-        # Without a gate there are no qubits, whatever the setting is.
-        arms = pairs[["arm", "arm_base"]]
-        has_it = ~(name in ("n_qubits", "n_layers") and arms.eq("classical").any(axis=1))
-        is_unequal = (pairs[name] != pairs[f"{name}_base"]) & (pairs["other_budget"] == "") & has_it
+        is_unequal = is_unnamed & (pairs[name] != pairs[f"{name}_base"])
+        if name in ("n_qubits", "n_layers"):  # without a gate there are none, whatever is set
+            is_unequal &= ~without_gate
         if is_unequal.any():
             words = "training steps" if name == "steps" else name
             unequal = f"Pairs whose two runs had different {words}: {is_unequal.sum()}"
-            warnings.append(f"**{unequal}. Their difference is one of {name}, too.**")
+            paragraphs.append(f"**{unequal}. Their difference is one of {name}, too.**")
 
     is_known = (pairs["machine"] != "") & (pairs["machine_base"] != "")
     is_elsewhere = is_known & (pairs["machine"] != pairs["machine_base"])
     if is_elsewhere.any():
-        warnings.append(
+        paragraphs.append(
             f"**Pairs whose two runs were made on different machines: {is_elsewhere.sum()}. "
             "Rounding is different there, which training enlarges.**"
         )
-    return warnings
+    return paragraphs
 
 
 def kinds_of_parts(frame: pd.DataFrame) -> list[str]:

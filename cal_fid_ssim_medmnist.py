@@ -146,8 +146,12 @@ def layout(images: Tensor) -> Tensor:
     grey = torch.einsum("c,nchw->nhw", weights, images.double())[:, None]  # (N, 1, H, W)
     grey = grey - grey.mean(dim=(2, 3), keepdim=True)
     deviation = grey.std(dim=(2, 3), correction=0, keepdim=True)
-    rows, columns = torch.arange(grey.shape[-2])[:, None], torch.arange(grey.shape[-1])
+
+    # In the place of flat images.
+    rows = torch.arange(grey.shape[-2])[:, None]  # (H, 1)
+    columns = torch.arange(grey.shape[-1])  # (W,)
     chessboard = 1.0 - 2 * ((rows + columns) % 2)  # (H, W), of 1 and -1
+
     scaled = torch.where(deviation < 1e-9, chessboard, grey / deviation.clamp(min=1e-9))
     return (255 * scaled).round().to(torch.int16)
 

@@ -1052,6 +1052,7 @@ def download(data_dir: Path, name: str, fetch: Callable[[Path], object]) -> str 
             if number in (errno.ENOSPC, errno.EDQUOT):  # no space, or over the user's quota
                 raise OSError(number, os.strerror(number), str(data_dir)) from None
             cause = cause.__cause__ or cause.__context__
+
         if not path.exists():  # it does when another process was faster
             reason = " ".join(str(error).split()) or "no answer"
             reason = reason.replace(folder.name, str(data_dir))  # it may say where to put a copy
@@ -2485,24 +2486,34 @@ def record(
                 source = ("computed", value_and_derivatives(parameter, angles, weights))
             sources.append(source)
         recorded.append(Recorded(operation, tuple(sources)))
+    check_gradients(recorded, angles, weights, name_of(circuit))
+    return recorded
 
-    # The sum of all bare parameters has the derivative k by an angle or weight that is there k
-    # times; another where a parameter has its value and another gradient, such as a scaled one.
+
+def check_gradients(
+    recorded: Sequence[Recorded], angles: Tensor, weights: Tensor, name: str
+) -> None:
+    """Raises UserError for a parameter with an angle's or a weight's value and another gradient.
+
+    Such as angle.detach() + 0.1 * (angle - angle.detach()). If angle i is a parameter k times, the
+    sum of all parameters has the derivative k by it. angles (n,), weights (layers, n, per qubit).
+    """
     total = torch.zeros_like(angles[0])
     times = {"x": torch.zeros_like(angles), "w": torch.zeros_like(weights).flatten()}
     for operation, sources in recorded:
         for parameter, source in zip(operation.parameters, sources, strict=True):
             if source is not None and source[0] in times:
+                kind, index = source
+                times[kind][index] += 1
                 total = total + parameter
-                times[source[0]][source[1]] += 1
+
     derivatives = torch.autograd.grad(
         total.requires_grad_(), (angles, weights), allow_unused=True, materialize_grads=True
     )
-    for of_one, expected in zip(derivatives, times.values(), strict=True):
-        if not torch.equal(of_one.flatten(), expected):
+    for derivative, expected in zip(derivatives, times.values(), strict=True):
+        if not torch.equal(derivative.flatten(), expected):
             found = "a parameter has the value of an angle or weight, but another gradient"
-            raise UserError(f"{name_of(circuit)}: {found}; {WAY_OUT}")
-    return recorded
+            raise UserError(f"{name}: {found}; {WAY_OUT}")
 
 
 class Factor(NamedTuple):

@@ -96,10 +96,11 @@ def test_without_network_tissue_is_taken_loudly(no_network, tmp_path, capsys, fa
 
 
 def test_a_download_that_is_interrupted_is_no_reason_to_use_other_data(
-    tmp_path, fails, monkeypatch, capsys
+    tmp_path, fails, monkeypatch
 ):
     """medmnist calls whatever stops it a failed download."""
     argv = ["--data_dir", tmp_path / "data", "--save_dir", tmp_path / "runs"]
+    argv += ["--steps", 1, "--n_eval", 1, "--n_frames", 1]  # quick, should it go on
 
     def stopped(*_, **__):
         raise KeyboardInterrupt

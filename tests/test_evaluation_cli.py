@@ -1114,6 +1114,9 @@ def test_a_model_sampled_with_shots_is_not_one_trained_with_them(tmp_path, evalu
     report = (tmp_path / "out" / "comparison.md").read_text()
     rows = difference_rows(report, "quantum")
     assert {*rows} == {"quantum shots10 − quantum", "quantum shots10_sampled − quantum"}
+    runs = [row["run"] for row in tables(report)["Runs"]][::2]  # below each is its floor
+    name = folders[1].name
+    assert runs == [folders[0].name, name, f"{name} sampled", f"{name}_steps20 sampled"]
 
 
 def test_runs_in_folders_of_one_name_are_all_there(tmp_path, evaluate, draw_only):

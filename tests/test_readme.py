@@ -282,33 +282,35 @@ def words_of(page: Path) -> str:
     return " ".join(page.read_text(encoding="utf-8").replace("−", "-").split())
 
 
+def p_of_columns(square: pd.DataFrame) -> float:
+    """Two-way analysis of variance: the p of columns whose means do not differ."""
+    rows = square.mean(axis=1)
+    columns = square.mean()
+    rest = square.sub(rows, axis=0) - columns + rows.mean()
+    freedom = (len(rows) - 1) * (len(columns) - 1)
+    ratio = len(rows) * columns.var() / ((rest**2).to_numpy().sum() / freedom)
+    return stats.f.sf(ratio, len(columns) - 1, freedom)
+
+
 def test_the_words_on_digits_and_seeds_are_recomputed():
-    by_digit, without_one, by_seed = [], [], {}
-    p_of_seeds, p_of_digits = [], []
+    text = words_of(RESULTS)
+    without_one = []
+    p_of_seeds = []
+    p_of_digits = []
+    by_seed = {}
     for difference in DIGITS:
         values = percent(pairs_of(measured("A"), difference))
         square = values.droplevel("features").unstack("seed")  # digits x seeds
+        by_seed[difference] = square.mean()
+        p_of_seeds.append(f"{p_of_columns(square):.2f}")
+        p_of_digits.append(f"{p_of_columns(square.T):.2f}")
+
         means = square.mean(axis=1)
         name = difference.replace(" − ", "` - `")
-        by_digit.append(f"{means.min():+.1f} and {means.max():+.1f} % (`{name}`)")
+        assert f"{means.min():+.1f} and {means.max():+.1f} % (`{name}`)" in text
         rests = [square.drop(digit).stack().mean() for digit in square.index]
         without_one.append(f"{min(rests):+.1f} and {max(rests):+.1f}")
-        by_seed[difference] = square.mean()
 
-        # Analysis of variance: do the means of seeds, and of digits, differ more than the rest?
-        rest = square.sub(means, axis=0) - square.mean() + means.mean()
-        freedom = (len(square) - 1) * (len(square.columns) - 1)
-        unexplained = (rest**2).to_numpy().sum() / freedom
-        for found, some, each in (
-            (p_of_seeds, square.mean(), len(square)),
-            (p_of_digits, means, len(square.columns)),
-        ):
-            ratio = each * some.var() / unexplained
-            found.append(f"{stats.f.sf(ratio, len(some) - 1, freedom):.2f}")
-
-    text = words_of(RESULTS)
-    for words in by_digit:
-        assert words in text, words
     assert f"stay between {', '.join(without_one)} %" in text
     assert f"p = {', '.join(p_of_seeds)}), nor do the digits' ({', '.join(p_of_digits)})" in text
 
@@ -321,11 +323,9 @@ def test_the_words_on_digits_and_seeds_are_recomputed():
 
 
 def test_the_words_on_machines_are_recomputed():
+    """The same runs on two kinds of machine."""
     text = words_of(RESULTS)
-
     pairs = percent(pairs_of(measured("A"), "quantum − matched"))
-
-    # The same runs on two kinds of machine.
     first = measured("A").query("arm == 'quantum' and seed == 101").set_index("label")["fid_ratio"]
     again = measured("repeated").set_index("label")["fid_ratio"]
     change = (200 * (again - first) / (again + first)).dropna()
