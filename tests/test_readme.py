@@ -231,7 +231,8 @@ def test_the_table_of_few_images_is_means():
     assert [int(row["training images"]) for row in page] == 4 * [25] + 4 * [100]
     for row in page:
         some = rows[rows["n_train"] == int(row["training images"])]
-        column = MEASURES[row["measure"]]
+        more = {"SSIM, nearest training image": "ssim_nearest"}
+        column = (MEASURES | more)[row["measure"]]
         for arm in ("matched", "quantum"):
             assert_rounded(row[arm], some.loc[some["arm"] == arm, column].mean())
         assert_rounded(row["real"], some[f"floor_{column}"].mean())
@@ -354,6 +355,7 @@ def test_the_words_of_both_pages_are_the_answers():
     paper, circuit, tissue, few, more, gate = answers
     assert tissue["p, different"] == more["p, different"]
     copies = 100 * measured("D").groupby("n_train")["near_copies"].mean()
+    assert copies.min() > 98
     told = {
         outcome: [
             f"p = {raw:.1g}, adjusted for six questions {circuit['p, different']})",
@@ -366,7 +368,7 @@ def test_the_words_of_both_pages_are_the_answers():
         found: [
             f"undecided (p = {circuit['p, different']}; {raw:.1g} unadjusted)",
             f"different (p = {float(gate['p, different']):.1g})",
-            f"equivalent (p = {float(few['p, equivalent']):.1g}), but both only copy",
+            f"equivalent (p = {float(few['p, equivalent']):.1g}); but at both sizes over 98 %",
             f"±4 % (p of equivalence {float(paper['p, equivalent']):.1g})",
         ],
     }
@@ -392,6 +394,7 @@ def test_the_words_on_gates_are_recomputed():
     )
     assert f"to {off[0]} (`quantum`) and {off[1]} times (`matched`)" in text
     assert f"({mean[0]} and {mean[1]} times, ten models each)" in text
+    assert f"it gives {mean[0]} times the FID (ten models)" in words_of(README)
     assert f"({other[0]} and {other[1]} times, 14 models each)" in text
 
     means = rows["mean"].dropna().str.split(expand=True).astype(float)
