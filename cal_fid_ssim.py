@@ -1130,7 +1130,7 @@ def none_for_nan(values: dict[str, Any]) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------ what is compared with what
-BASELINES = ("matched", "classical")  # control arms: every other arm is compared with each
+BASELINES = ("matched", "classical")  # control arms, unless --against names others
 BUDGET = ["steps", "batch_size", "lr", "muon_lr", "ema_decay"]  # what all runs should have alike
 BUDGET += ["n_qubits", "n_layers", "timesteps", "sample_steps"]
 
@@ -1305,7 +1305,9 @@ def single_classes(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[~frame["label"].isin(["mean", "all"])]
 
 
-def pairs_of_runs(frame: pd.DataFrame, baseline: str, is_strict: bool = True) -> pd.DataFrame:
+def pairs_of_runs(
+    frame: pd.DataFrame, baseline: str, against: Sequence[str] = BASELINES, is_strict: bool = True
+) -> pd.DataFrame:
     """One row per run that has a base among the runs of the arm ``baseline``.
 
     The base is of the same class, training-set size and seed, with the first of these taken away
@@ -1314,7 +1316,7 @@ def pairs_of_runs(frame: pd.DataFrame, baseline: str, is_strict: bool = True) ->
         run                      its base         which differs in
         matched 1150 steps       matched          the budget: never in another arm
         quantum shots10_steps2   matched steps2   the arm, with the circuit's condition
-        quantum                  matched          the arm, where that is one of BASELINES
+        quantum                  matched          the arm, where that is one of ``against``
         matched shots10_steps2   matched steps2   the circuit's condition
         matched steps2           matched          the sampling steps
         matched conditional      matched          one model for all classes instead of each
@@ -1324,7 +1326,8 @@ def pairs_of_runs(frame: pd.DataFrame, baseline: str, is_strict: bool = True) ->
     "_base".
     """
     told = frame[["arm", "condition", "other_budget"]].to_dict("records")
-    runs = frame.assign(condition_of_base=[base_condition(run, baseline) for run in told])
+    conditions = [base_condition(run, baseline, against) for run in told]
+    runs = frame.assign(condition_of_base=conditions)
     runs = runs.dropna(subset="condition_of_base")
     bases = frame[(frame["arm"] == baseline) & (frame["other_budget"] == "")]
     bases = bases.assign(condition_of_base=bases["condition"])
@@ -1338,14 +1341,14 @@ def pairs_of_runs(frame: pd.DataFrame, baseline: str, is_strict: bool = True) ->
     return pairs
 
 
-def baselines_of(frame: pd.DataFrame) -> list[str]:
-    """BASELINES, then the table's other arms, each a base of its own other conditions."""
+def baselines_of(frame: pd.DataFrame, against: Sequence[str]) -> list[str]:
+    """``against``, then the table's other arms, each a base of its own other conditions."""
     present = set(frame["arm"])
-    others = [arm for arm in arms_of(frame) if arm in present and arm not in BASELINES]
-    return [*BASELINES, *others]
+    others = [arm for arm in arms_of(frame) if arm in present and arm not in against]
+    return [*against, *others]
 
 
-def base_condition(run: dict[str, Any], baseline: str) -> str | None:
+def base_condition(run: dict[str, Any], baseline: str, against: Sequence[str]) -> str | None:
     """The condition of a run's base in the arm ``baseline``; None: it has none in that arm."""
     # "conditional_shots10_steps2": one model of all classes, the circuit's part, sampling steps.
     parts = re.fullmatch(r"(conditional[^_]*)?_?(.*?)_?(steps\d+)?", run["condition"])
@@ -1353,7 +1356,7 @@ def base_condition(run: dict[str, Any], baseline: str) -> str | None:
     is_own = run["arm"] == baseline
     if run["other_budget"]:  # matched 1150 steps -> matched
         return run["condition"] if is_own else None
-    if not is_own and baseline not in BASELINES:
+    if not is_own and baseline not in against:
         return None
     if circuit or not is_own:  # the circuit's part goes: quantum shots10_steps2 -> matched steps2
         return f"{conditional}_{sampling}".strip("_")
@@ -1470,44 +1473,46 @@ SIGNIFICANCE = 0.05  # of the tests of relative differences
 MARGIN = 4.0  # per cent of FID: of the tests of equivalence
 
 
-def all_pairs_of(frame: pd.DataFrame) -> pd.DataFrame:
+def all_pairs_of(frame: pd.DataFrame, against: Sequence[str] = BASELINES) -> pd.DataFrame:
     """The pairs of all baselines, one below the other; of single classes.
 
-    matched - classical is left out: classical - matched is there.
+    Beside classical - matched there is no matched - classical, if ``against`` names matched first.
     """
     classes = single_classes(frame)
-    baselines = baselines_of(classes)
-    parts = [pairs_of_runs(classes, arm).assign(baseline=arm) for arm in baselines]
+    baselines = baselines_of(classes, against)
+    parts = [pairs_of_runs(classes, arm, against).assign(baseline=arm) for arm in baselines]
     pairs = pd.concat(parts, ignore_index=True)
-    pairs["baseline"] = pd.Categorical(pairs["baseline"], baselines)  # for their order
 
-    first, second = BASELINES
+    place = {arm: number for number, arm in enumerate(against)}
     is_mirrored = pairs["condition"] == pairs["condition_base"]
-    is_repeated = (pairs["baseline"] == second) & (pairs["arm"] == first) & is_mirrored
+    is_repeated = is_mirrored & (pairs["arm"].map(place) < pairs["baseline"].map(place))
+    pairs["baseline"] = pd.Categorical(pairs["baseline"], baselines)  # for their order
     return pairs[~is_repeated]
 
 
-def relative_differences(frame: pd.DataFrame) -> pd.DataFrame:
+def relative_differences(frame: pd.DataFrame, against: Sequence[str] = BASELINES) -> pd.DataFrame:
     """The pairs, with the relative difference of FID of a run a and its base b in "percent".
 
     100 (a - b) / ((a + b) / 2).
     """
-    pairs = all_pairs_of(frame)
+    pairs = all_pairs_of(frame, against)
     a = pairs["fid"]
     b = pairs["fid_base"]
     percent = 100 * (a - b) / ((a + b) / 2)
     return pairs.assign(percent=percent).dropna(subset="percent")
 
 
-def fid_comparisons(frame: pd.DataFrame, margin: float, family: int = 0) -> pd.DataFrame:
+def fid_comparisons(
+    frame: pd.DataFrame, margin: float, family: int = 0, against: Sequence[str] = BASELINES
+) -> pd.DataFrame:
     """One row per comparison and training-set size: statistics of the units and the verdict.
 
     frame: ``read_comparison`` of one table, or several of these below each other. margin: in per
     cent. The p of each test are adjusted over all rows with enough units, counted as at least
-    ``family`` tests; the other rows have none.
+    ``family`` tests; the other rows have none. against: the arms that all others are compared with.
     """
     rows = []
-    for key, pairs in relative_differences(frame).groupby(COMPARISON, observed=True):
+    for key, pairs in relative_differences(frame, against).groupby(COMPARISON, observed=True):
         # Independent units. Of single-class models every pair is one: initial weights and all
         # random streams depend on class and seed. The classes of a conditional model share them: a
         # seed is one, the mean of its classes.
@@ -1733,13 +1738,15 @@ FLOOR_TEXT = (
 )
 
 
-def comparison_text(frame: pd.DataFrame, margin: float = MARGIN, family: int = 0) -> str:
-    """The Markdown report on several runs; margin and family as of ``fid_comparisons``."""
+def comparison_text(
+    frame: pd.DataFrame, margin: float = MARGIN, family: int = 0, against: Sequence[str] = BASELINES
+) -> str:
+    """The Markdown report on several runs; what else it takes see ``fid_comparisons``."""
     paragraphs = []
     for part in by_source(frame).values():
-        paragraphs += source_paragraphs(part)
+        paragraphs += source_paragraphs(part, against)
 
-    comparisons = fid_comparisons(frame, margin, family)
+    comparisons = fid_comparisons(frame, margin, family, against)
     if len(comparisons) > 0:
         as_planned = f", counted as at least {family} tests" if family else ""
         explanation = RELATIVE_TEXT.format(
@@ -1751,7 +1758,8 @@ def comparison_text(frame: pd.DataFrame, margin: float = MARGIN, family: int = 0
                 "Arms are compared at their usual budget alone; at another, evaluate its runs by "
                 "themselves."
             )
-    paragraphs += [*warnings_about(all_pairs_of(frame)), "## Runs", result_table(frame)]
+    paragraphs += warnings_about(all_pairs_of(frame, against))
+    paragraphs += ["## Runs", result_table(frame)]
     return "\n\n".join(text for text in paragraphs if text) + "\n"
 
 
@@ -1808,7 +1816,7 @@ def by_source(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return parts
 
 
-def source_paragraphs(frame: pd.DataFrame) -> list[str]:
+def source_paragraphs(frame: pd.DataFrame, against: Sequence[str]) -> list[str]:
     """The report on the runs of one data source and scale: means, and paired differences."""
     classes = single_classes(frame)
     together = frame[frame["label"] == "all"]
@@ -1840,12 +1848,12 @@ def source_paragraphs(frame: pd.DataFrame) -> list[str]:
     if len(together) > 0:
         paragraphs += ["## All classes of a model together", arm_table(together)]
 
-    # All arms against the two controls, then every other arm's conditions against the arm itself.
-    for baseline in baselines_of(classes):
+    # All arms against the controls, then every other arm's conditions against the arm itself.
+    for baseline in baselines_of(classes, against):
         if baseline not in set(classes["arm"]):
             continue
-        all_pairs = pairs_of_runs(classes, baseline)
-        lost = len(pairs_of_runs(classes, baseline, is_strict=False)) - len(all_pairs)
+        all_pairs = pairs_of_runs(classes, baseline, against)
+        lost = len(pairs_of_runs(classes, baseline, against, is_strict=False)) - len(all_pairs)
         if len(all_pairs) + lost > 0:
             paragraphs.append(f"## Paired differences against {baseline}")
         if len(all_pairs) > 0:
@@ -1893,7 +1901,6 @@ def budget_text(frame: pd.DataFrame) -> str:
 
 
 # ------------------------------------------------------------------------------------- figures
-FIGURE_BASELINE = "matched"  # the differences to it are drawn
 FIGURE_METRICS = ["fid", "kid", "precision", "recall"]
 FIGURE_METRICS += ["ssim_diversity", "label_accuracy", "distance_ratio", "near_copies"]
 FOREST_LINE = 32  # characters of a comparison that forest.png has in one line
@@ -1934,12 +1941,15 @@ def draw_closest_pairs(pairs: dict[str, ClosestPairs]) -> Figure:
     return figure
 
 
-def draw_panels(frame: pd.DataFrame, against_size: bool) -> Figure:
+def draw_panels(
+    frame: pd.DataFrame, against_size: bool, against: Sequence[str] = BASELINES
+) -> Figure:
     """``comparison.png``, or ``against_size`` ``scaling.png``: one panel per metric.
 
     Above, each variant's mean and 95 % interval over seeds, small dots for the seeds, the floor as
     a dashed line; training-set sizes side by side or, ``against_size``, on a logarithmic axis with
-    a line for each variant. Below, when there are runs of FIGURE_BASELINE, the paired differences.
+    a line for each variant. Below, when it has runs, the paired differences from the first arm of
+    ``against``.
     """
     # What is drawn: every variant's means and, where there are pairs, their differences.
     frame = single_classes(frame)
@@ -1950,7 +1960,8 @@ def draw_panels(frame: pd.DataFrame, against_size: bool) -> Figure:
         sizes = "all sizes" if against_size else "a size"
         raise UserError(f"no class is there for all arms and seeds of {sizes}")
     means = class_means(with_floors(runs))
-    pairs = comparable_pairs(pairs_of_runs(frame, FIGURE_BASELINE))
+    baseline = against[0]
+    pairs = comparable_pairs(pairs_of_runs(frame, baseline, against))
     differences = class_means(minus_base(pairs))
     has_differences = len(differences) > 0
     metrics = [key for key in FIGURE_METRICS if frame[key].notna().any()]
@@ -1984,8 +1995,8 @@ def draw_panels(frame: pd.DataFrame, against_size: bool) -> Figure:
         if has_differences:
             upper, lowest = part.subplots(2, 1, sharex=True, height_ratios=[2, 1])
             draw_variants(lowest, differences[metric], places, half_floor, against_size)
-            lowest.axhline(0, color=ARM_COLOURS[FIGURE_BASELINE], linewidth=1)
-            lowest.set_ylabel(f"{heading}\n− {FIGURE_BASELINE}")
+            lowest.axhline(0, color=colour_of(baseline), linewidth=1)
+            lowest.set_ylabel(f"{heading}\n− {baseline}")
         else:
             upper = lowest = part.subplots()
 
@@ -2286,6 +2297,9 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
         help="write comparison.csv, .md, .png and overview.png; with several sizes scaling.png; "
         "with pairs of runs forest.png, in place of those there; with --protocol paper only "
         "paper_protocol.md")
+    add("--against", nargs="+", metavar="ARM",
+        help="arms that every other is compared with; comparison.png has the differences from the "
+        f"first (default: {' '.join(BASELINES)})")
     add("--margin", type=float, metavar="PER CENT",
         help=f"relative differences of FID within it are equivalent (default: {MARGIN:g})")
     add("--family", type=int, metavar="N",
@@ -2309,7 +2323,9 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
         raise UserError(f"--margin {options.margin:g}: expected per cent above 0")
     if options.family is not None and options.family < 0:
         raise UserError(f"--family {options.family}: expected a number of tests")
-    for name, otherwise in (("margin", MARGIN), ("family", 0)):
+    if options.against is not None:
+        options.against = [*dict.fromkeys(options.against)]
+    for name, otherwise in (("margin", MARGIN), ("family", 0), ("against", BASELINES)):
         if getattr(options, name) is None:
             setattr(options, name, otherwise)
         elif options.out is None or options.protocol == "paper":
@@ -2328,13 +2344,17 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
 def evaluate(options: argparse.Namespace, dataset: DataSet) -> None:
     """Measure the runs by the protocol that was asked for."""
     runs = read_runs(options.runs, dataset)
+
+    # A table that cannot be read, and an arm that is not there, are errors now, not later.
+    is_new = bool(runs) and bool(options.csv) and not options.csv[0].exists()
+    tables = read_tables(options.csv[1:] if is_new else options.csv)
+    check_against(options.against, runs, tables)
+
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
     if not runs:
-        write_tables(read_tables(options.csv), options)
+        write_tables(tables, options)
         return
-    known = [file for file in options.csv[:1] if file.exists()]
-    read_tables([*known, *options.csv[1:]])  # one that cannot be read is an error now, not later
 
     evaluator = Evaluator(dataset, runs[0].settings["data"], options)
     record = evaluator.classifier_record
@@ -2349,6 +2369,15 @@ def evaluate(options: argparse.Namespace, dataset: DataSet) -> None:
         evaluate_as_published(evaluator, runs, options.out)
     else:
         evaluate_fully(evaluator, runs, options)
+
+
+def check_against(against: Sequence[str], runs: Sequence[Run], tables: Sequence[str]) -> None:
+    """Raises UserError for an arm of ``--against`` of which there is no run."""
+    arms = {run.settings["arm"] for run in runs}
+    arms.update(*(read_comparison(io.StringIO(text))["arm"] for text in tables))
+    for arm in against:
+        if arm not in arms and against is not BASELINES:
+            raise UserError(f"--against {arm}: no such run, expected of {', '.join(sorted(arms))}")
 
 
 def evaluate_fully(evaluator: Evaluator, runs: Sequence[Run], options: argparse.Namespace) -> None:
@@ -2452,7 +2481,8 @@ def write_tables(texts: Sequence[str], options: argparse.Namespace) -> None:
     csv = joined(texts)
     frame = read_comparison(io.StringIO(csv))
     write_atomic(out / "comparison.csv", csv)
-    write_atomic(out / "comparison.md", comparison_text(frame, options.margin, options.family))
+    report = comparison_text(frame, options.margin, options.family, options.against)
+    write_atomic(out / "comparison.md", report)
 
     # Figures of what there is, with several sources or scales one of each; none of others stays.
     sources = "|".join([*MNIST.held_out_split, "pathmnist", "tissue"])
@@ -2463,10 +2493,10 @@ def write_tables(texts: Sequence[str], options: argparse.Namespace) -> None:
         if ours.fullmatch(path.name):
             path.unlink()
     for ending, part in by_source(frame).items():
-        draw(out / f"comparison{ending}.png", draw_panels, part, against_size=False)
+        draw(out / f"comparison{ending}.png", draw_panels, part, False, options.against)
         if part["n_train"].nunique() > 1:
-            draw(out / f"scaling{ending}.png", draw_panels, part, against_size=True)
-    comparisons = fid_comparisons(frame, options.margin)  # forest.png shows no p: no family
+            draw(out / f"scaling{ending}.png", draw_panels, part, True, options.against)
+    comparisons = fid_comparisons(frame, options.margin, against=options.against)  # no p: no family
     if len(comparisons) > 0:
         draw(out / "forest.png", draw_forest, comparisons, options.margin)
     say(f"written to {out}")

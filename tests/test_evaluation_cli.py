@@ -749,6 +749,49 @@ def test_verdicts_are_those_of_two_tests(percents, verdict):
     assert (p_equivalent < 0.05) == (row["low_90"] > -4 and row["high_90"] < 4)
 
 
+def test_arms_may_be_compared_with_others():
+    """``--against``: these in place of matched and classical; of two of them no pair is twice."""
+    fids = {"classical": 8, "matched": 10, "quantum": 11, "product": 15}
+    runs = [fake(arm, 3, 0, fid) for arm, fid in fids.items()]
+    runs += [fake(arm, 3, 0, fids[arm] / 2, condition="steps2") for arm in ("matched", "quantum")]
+
+    def means(*against):
+        rows = evaluation.fid_comparisons(frame_of(runs), 4.0, against=against).itertuples()
+        return {f"{row.variant} − {row.variant_base}": row.mean for row in rows}
+
+    own = {f"{arm} steps2 − {arm}": -200 / 3 for arm in ("matched", "quantum")}
+    assert means("quantum") == pytest.approx(
+        own
+        | {
+            "classical − quantum": -300 / 9.5,
+            "matched − quantum": -100 / 10.5,
+            "matched steps2 − quantum steps2": -100 / 10.5,
+            "product − quantum": 400 / 13,
+        }
+    )
+    assert means("matched", "quantum") == pytest.approx(
+        own
+        | {
+            "classical − matched": -200 / 9,
+            "quantum − matched": 100 / 10.5,
+            "quantum steps2 − matched steps2": 100 / 10.5,
+            "product − matched": 500 / 12.5,
+            "classical − quantum": -300 / 9.5,
+            "product − quantum": 400 / 13,
+        }
+    )
+
+    frame = frame_of(runs)
+    _above, below = evaluation.draw_panels(frame, False, ["product"]).axes
+    assert below.get_ylabel() == "FID\n− product"
+    sections = tables(evaluation.comparison_text(frame, against=["product"]))
+    rows = sections["Paired differences against product"]
+    assert [(row["difference"], row["mean"]) for row in rows if row["metric"] == "FID"] == [
+        ("classical − product", "-7"), ("matched − product", "-5"), ("quantum − product", "-4"),
+    ]  # fmt: skip
+    assert "Paired differences against classical" not in sections
+
+
 def test_holms_adjustment():
     """By hand: 4 * 0.005, 3 * 0.01, 2 * 0.03, then 0.04 not below that; no test, none counted."""
     p = pd.Series([0.01, 0.04, math.nan, 0.03, 0.005])
@@ -1705,6 +1748,8 @@ MISTAKES = [  # how the run folders are made, more options, what the error says
     (lambda root: [root], (), "no run folder, it has no config.json"),
     (FIVE, ("--out", __file__), "File exists"),
     (FIVE, ("--n_real", 3), "--n_real 3: expected more than 3"),
+    (FIVE, ("--against", "quantum"), "--against: expected --out, and no"),
+    (FIVE, ("--against", "qunatum", "--out", "o"), "--against qunatum: no such run, expected of "),
     (FIVE, ("--margin", 0), "--margin 0: expected per cent above 0"),
     (FIVE, ("--margin", "nan"), "--margin nan: expected per cent above 0"),
     (FIVE, ("--margin", 3), "--margin: expected --out, and no"),
