@@ -1317,6 +1317,7 @@ def pairs_of_runs(
         matched 1150 steps       matched          the budget: never in another arm
         quantum shots10_steps2   matched steps2   the arm, with the circuit's condition
         quantum                  matched          the arm, where that is one of ``against``
+        product shots10          quantum shots10  the same, if the arm has runs of this condition
         matched shots10_steps2   matched steps2   the circuit's condition
         matched steps2           matched          the sampling steps
         matched conditional      matched          one model for all classes instead of each
@@ -1326,10 +1327,10 @@ def pairs_of_runs(
     "_base".
     """
     told = frame[["arm", "condition", "other_budget"]].to_dict("records")
-    conditions = [base_condition(run, baseline, against) for run in told]
-    runs = frame.assign(condition_of_base=conditions)
-    runs = runs.dropna(subset="condition_of_base")
     bases = frame[(frame["arm"] == baseline) & (frame["other_budget"] == "")]
+    there = set(bases["condition"])
+    conditions = [base_condition(run, baseline, against, there) for run in told]
+    runs = frame.assign(condition_of_base=conditions).dropna(subset="condition_of_base")
     bases = bases.assign(condition_of_base=bases["condition"])
     same = ["data", "n_train", "label", "seed", "condition_of_base"]
     if is_strict:
@@ -1348,8 +1349,13 @@ def baselines_of(frame: pd.DataFrame, against: Sequence[str]) -> list[str]:
     return [*against, *others]
 
 
-def base_condition(run: dict[str, Any], baseline: str, against: Sequence[str]) -> str | None:
-    """The condition of a run's base in the arm ``baseline``; None: it has none in that arm."""
+def base_condition(
+    run: dict[str, Any], baseline: str, against: Sequence[str], there: set[str]
+) -> str | None:
+    """The condition of a run's base in the arm ``baseline``; None: it has none in that arm.
+
+    there: the conditions that this arm has.
+    """
     # "conditional_shots10_steps2": one model of all classes, the circuit's part, sampling steps.
     parts = re.fullmatch(r"(conditional[^_]*)?_?(.*?)_?(steps\d+)?", run["condition"])
     conditional, circuit, sampling = parts.groups(default="")
@@ -1358,6 +1364,8 @@ def base_condition(run: dict[str, Any], baseline: str, against: Sequence[str]) -
         return run["condition"] if is_own else None
     if not is_own and baseline not in against:
         return None
+    if not is_own and run["condition"] in there:  # product shots10 -> quantum shots10
+        return run["condition"]
     if circuit or not is_own:  # the circuit's part goes: quantum shots10_steps2 -> matched steps2
         return f"{conditional}_{sampling}".strip("_")
     if sampling:  # matched steps2 -> matched

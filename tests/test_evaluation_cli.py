@@ -781,6 +781,21 @@ def test_arms_may_be_compared_with_others():
         }
     )
 
+    # Beside another circuit with shots, one with shots; beside a gate without, that.
+    runs += [fake("quantum", 3, 0, 20, condition="shots10")]
+    runs += [fake("product", 3, 0, 30, condition="shots10")]
+    shots = {name: value for name, value in means("matched", "quantum").items() if "shots" in name}
+    assert shots == pytest.approx(
+        {
+            "quantum shots10 − matched": 1000 / 15,
+            "product shots10 − matched": 2000 / 20,
+            "product shots10 − quantum shots10": 1000 / 25,
+            "quantum shots10 − quantum": 900 / 15.5,
+            "product shots10 − product": 1500 / 22.5,
+        }
+    )
+    runs = runs[:-2]
+
     frame = frame_of(runs)
     _above, below = evaluation.draw_panels(frame, False, ["product"]).axes
     assert below.get_ylabel() == "FID\n− product"
