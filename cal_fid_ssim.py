@@ -1052,7 +1052,8 @@ class Evaluator:
         for label in run.images:
             try:
                 by_class[label] = select_images(*self.train, label, n_train, seed)
-            except UserError as error:  # fewer images of the class than it was trained on
+            # Fewer images of the class than it was trained on; each script has its own class.
+            except (UserError, self.dataset.module.UserError) as error:
                 raise UserError(f"{found} ({error})") from None
 
         # The training script's checksum, of the pixels alone.
@@ -1133,6 +1134,8 @@ def none_for_nan(values: dict[str, Any]) -> dict[str, Any]:
 BASELINES = ("matched", "classical")  # control arms, unless --against names others
 BUDGET = ["steps", "batch_size", "lr", "muon_lr", "ema_decay"]  # what all runs should have alike
 BUDGET += ["n_qubits", "n_layers", "timesteps", "sample_steps"]
+OF_A_GATE = ["n_qubits", "n_layers"]  # of a model without a gate they mean nothing
+ONE_RUN = ["data", "features", "reference", "n_train", "label", "variant", "seed"]  # tell a row
 
 
 def comparison_csv(results: list[dict[str, Any]]) -> str:
@@ -1192,8 +1195,8 @@ def read_comparison(file: Path | io.StringIO) -> pd.DataFrame:
     frame["variant"] = pd.Categorical(frame["variant"], [*variants, FLOOR], ordered=True)
 
     # Two runs that nothing tells apart would count as two seeds.
-    one_run = ["data", "features", "reference", "n_train", "label", "variant", "seed"]
-    for _, rows in frame[frame.duplicated(one_run, keep=False)].groupby(one_run, observed=True):
+    repeated = frame[frame.duplicated(ONE_RUN, keep=False)]
+    for _, rows in repeated.groupby(ONE_RUN, observed=True):
         first, second = rows["run"].iloc[:2]
         alike = f"{rows['variant'].iloc[0]} of one class, size, seed and budget"
         found = f"{first} and {second} are both {alike}; evaluate each by itself"
@@ -1263,7 +1266,8 @@ def other_budget(frame: pd.DataFrame) -> pd.Series:
     and condition, over all classes and seeds, and (2) the row's value is not the usual one: the
     commonest of all arms for this data, size, class and kind of model (of a tie that which is
     commoner in all classes, then the largest). By class, as training by epochs gives each its own
-    number of steps. The sampling steps are in ``condition`` and left out here.
+    number of steps. Without a gate, qubits and layers do not count. The sampling steps are in
+    ``condition`` and left out here.
     """
     kind_of_model = frame["condition"].str.extract("^(conditional[^_]*)", expand=False)
     kind_of_model = kind_of_model.fillna("single")
@@ -1273,8 +1277,9 @@ def other_budget(frame: pd.DataFrame) -> pd.Series:
             continue
         # The usual value of each class: the last, in order of how often it is there.
         alike = ["data", "n_train", kind_of_model]
-        in_class = frame.groupby([*alike, "label", name])[name].transform("size")
-        in_all = frame.groupby([*alike, name])[name].transform("size")
+        counts = frame.assign(counts=(frame["arm"] != "classical") | (name not in OF_A_GATE))
+        in_class = counts.groupby([*alike, "label", name])["counts"].transform("sum")
+        in_all = counts.groupby([*alike, name])["counts"].transform("sum")
         rising = frame.assign(in_class=in_class, in_all=in_all)
         rising = rising.sort_values(["in_class", "in_all", name])
         usual = rising.groupby([*alike, "label"])[name].transform("last").reindex(frame.index)
@@ -1317,7 +1322,8 @@ def pairs_of_runs(
         matched 1150 steps       matched          the budget: never in another arm
         quantum shots10_steps2   matched steps2   the arm, with the circuit's condition
         quantum                  matched          the arm, where that is one of ``against``
-        product shots10          quantum shots10  the same, if the arm has runs of this condition
+        product shots10          quantum shots10  the same, if that arm has this condition
+        quantum                  strong shots10   the same, if that arm has no other
         matched shots10_steps2   matched steps2   the circuit's condition
         matched steps2           matched          the sampling steps
         matched conditional      matched          one model for all classes instead of each
@@ -1326,12 +1332,15 @@ def pairs_of_runs(
     same features, and has as many images, generated and real. The columns of the base end with
     "_base".
     """
-    told = frame[["arm", "condition", "other_budget"]].to_dict("records")
     bases = frame[(frame["arm"] == baseline) & (frame["other_budget"] == "")]
-    there = set(bases["condition"])
-    conditions = [base_condition(run, baseline, against, there) for run in told]
-    runs = frame.assign(condition_of_base=conditions).dropna(subset="condition_of_base")
     bases = bases.assign(condition_of_base=bases["condition"])
+    part = ["data", "scale", "n_train"]
+    conditions_of = bases.groupby(part)["condition"].agg(set)
+    wanted = []
+    for run in frame[[*part, "arm", "condition", "other_budget"]].to_dict("records"):
+        there = conditions_of.get(tuple(run[name] for name in part), set())
+        wanted.append(base_condition(run, baseline, against, there))
+    runs = frame.assign(condition_of_base=wanted).dropna(subset="condition_of_base")
     same = ["data", "n_train", "label", "seed", "condition_of_base"]
     if is_strict:
         same += ["features", "reference", "n_generated", "n_real"]
@@ -1354,23 +1363,35 @@ def base_condition(
 ) -> str | None:
     """The condition of a run's base in the arm ``baseline``; None: it has none in that arm.
 
-    there: the conditions that this arm has.
+    there: the conditions that this arm has, of runs of as many training images.
     """
-    # "conditional_shots10_steps2": one model of all classes, the circuit's part, sampling steps.
-    parts = re.fullmatch(r"(conditional[^_]*)?_?(.*?)_?(steps\d+)?", run["condition"])
-    conditional, circuit, sampling = parts.groups(default="")
+    conditional, circuit, sampling = parts_of(run["condition"])
     is_own = run["arm"] == baseline
     if run["other_budget"]:  # matched 1150 steps -> matched
         return run["condition"] if is_own else None
-    if not is_own and baseline not in against:
-        return None
-    if not is_own and run["condition"] in there:  # product shots10 -> quantum shots10
-        return run["condition"]
-    if circuit or not is_own:  # the circuit's part goes: quantum shots10_steps2 -> matched steps2
+    if not is_own:
+        if baseline not in against:
+            return None
+        if run["condition"] in there:  # product shots10 -> quantum shots10
+            return run["condition"]
+        # quantum shots10_steps2 -> matched steps2; of an arm that has circuits of one kind alone,
+        # such as on a PennyLane device: matched -> strong lightning.qubit.
+        alike = [name for name in there if parts_of(name)[::2] == (conditional, sampling)]
+        plain = f"{conditional}_{sampling}".strip("_")
+        return alike[0] if plain not in alike and len(alike) == 1 else plain
+    if circuit:  # quantum shots10_steps2 -> quantum steps2
         return f"{conditional}_{sampling}".strip("_")
     if sampling:  # matched steps2 -> matched
         return conditional
     return "" if conditional else None  # matched conditional -> matched; matched has no base
+
+
+def parts_of(condition: str) -> tuple[str, str, str]:
+    """The parts of a condition: one model of all classes, the circuit's, sampling steps.
+
+    "conditional_shots10_steps2" has "conditional", "shots10" and "steps2".
+    """
+    return re.fullmatch(r"(conditional[^_]*)?_?(.*?)_?(steps\d+)?", condition).groups(default="")
 
 
 def shared_classes(frame: pd.DataFrame, within: list[str], series: list[str]) -> pd.DataFrame:
@@ -1431,9 +1452,12 @@ def minus_base(pairs: pd.DataFrame) -> pd.DataFrame:
 def class_means(frame: pd.DataFrame) -> pd.DataFrame:
     """Means over the classes: index n_train, variant, seed, columns METRICS.
 
-    NaN when one class is NaN, so that all means are over the same classes.
+    NaN when one class is NaN, so that all means are over the same classes. Each class counts once,
+    also where its run was measured by several judges.
     """
-    groups = frame.groupby(["n_train", "variant", "seed"], observed=True)[[*METRICS]]
+    series = ["n_train", "variant", "seed"]
+    by_class = frame.groupby([*series, "label"], observed=True)[[*METRICS]].mean()
+    groups = by_class.groupby(series, observed=True)
     complete = groups.count().eq(groups.size(), axis=0)  # False where a class is NaN
     return groups.mean()[complete]
 
@@ -1492,7 +1516,9 @@ def all_pairs_of(frame: pd.DataFrame, against: Sequence[str] = BASELINES) -> pd.
     pairs = pd.concat(parts, ignore_index=True)
 
     place = {arm: number for number, arm in enumerate(against)}
-    is_mirrored = pairs["condition"] == pairs["condition_base"]
+    run, base = ["arm", "condition"], ["baseline", "condition_base"]
+    one_way, other_way = (pd.MultiIndex.from_frame(pairs[way]) for way in (run + base, base + run))
+    is_mirrored = one_way.isin(other_way)
     is_repeated = is_mirrored & (pairs["arm"].map(place) < pairs["baseline"].map(place))
     pairs["baseline"] = pd.Categorical(pairs["baseline"], baselines)  # for their order
     return pairs[~is_repeated]
@@ -1782,8 +1808,9 @@ def warnings_about(pairs: pd.DataFrame) -> list[str]:
     for name in BUDGET:
         if name == "sample_steps" or name not in pairs:  # a table of an earlier version
             continue
-        is_unequal = is_unnamed & (pairs[name] != pairs[f"{name}_base"])
-        if name in ("n_qubits", "n_layers"):  # without a gate there are none, whatever is set
+        is_known = pairs[[name, f"{name}_base"]].notna().all(axis=1)
+        is_unequal = is_unnamed & is_known & (pairs[name] != pairs[f"{name}_base"])
+        if name in OF_A_GATE:
             is_unequal &= ~without_gate
         if is_unequal.any():
             words = "training steps" if name == "steps" else name
@@ -1861,15 +1888,17 @@ def source_paragraphs(frame: pd.DataFrame, against: Sequence[str]) -> list[str]:
         if baseline not in set(classes["arm"]):
             continue
         all_pairs = pairs_of_runs(classes, baseline, against)
-        lost = len(pairs_of_runs(classes, baseline, against, is_strict=False)) - len(all_pairs)
-        if len(all_pairs) + lost > 0:
+        with_others = pairs_of_runs(classes, baseline, against, is_strict=False)
+        is_paired = with_others.set_index(ONE_RUN).index.isin(all_pairs.set_index(ONE_RUN).index)
+        lost = len(with_others[~is_paired].drop_duplicates(ONE_RUN))
+        if len(with_others) > 0:
             paragraphs.append(f"## Paired differences against {baseline}")
         if len(all_pairs) > 0:
             paragraphs += difference_paragraphs(all_pairs)
         if lost > 0:
             paragraphs.append(
-                f"{lost} more pairs were judged by different features (the checksum counts), or "
-                "have different numbers of images: they are in no difference."
+                "Pairs that were judged by different features (the checksum counts), or have "
+                f"different numbers of images, and are in no difference: {lost}."
             )
     return paragraphs
 
@@ -1901,10 +1930,12 @@ def budget_text(frame: pd.DataFrame) -> str:
     for column in [*BUDGET, "n_generated"]:
         if column not in frame:  # of an older version
             continue
-        values = frame[column].unique()
+        values = frame[column].dropna().unique()
         heading = "images" if column == "n_generated" else column
-        text = f"{heading} {' / '.join(str(value) for value in values)}"
-        texts.append(text if len(values) == 1 else f"**{text} (not the same in all runs)**")
+        text = f"{heading} {' / '.join(f'{value:.10g}' for value in values)}"
+        if frame[column].isna().any():
+            text += " (not known of all runs)"
+        texts.append(text if len(values) < 2 else f"**{text} (not the same in all runs)**")
     return ", ".join(texts)
 
 
@@ -2446,7 +2477,7 @@ def read_tables(files: Sequence[Path]) -> list[str]:
     texts = []
     for file in files:
         with reading(file, "a comparison.csv"):
-            text = file.read_text()
+            text = file.read_text(encoding="utf-8")
             try:
                 read_comparison(io.StringIO(text))
             except UserError as error:
@@ -2466,21 +2497,25 @@ def joined(texts: Sequence[str]) -> str:
     parts = [pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False) for text in texts]
     rows = pd.concat(parts, ignore_index=True)
 
-    # A row is told by the columns that all tables have: those of earlier versions lack some.
-    in_all = set.intersection(*(set(part) for part in parts))
-    names = ["run", "arm", "condition", "data", "label", "n_train", "seed", *BUDGET]
-    told_by = [name for name in (*names, "reference", "n_training") if name in in_all]
-
     # Equal numbers, however they are written.
-    told = rows[told_by].copy()
+    told = rows[["run", "arm", "condition", "data", "label", "n_train", "seed"]].copy()
     told["label"] = whole_labels(told["label"])
-    numbers = told.columns.intersection(["n_train", "seed", *BUDGET, "n_training"])
-    told[numbers] = told[numbers].apply(pd.to_numeric)  # NaN for an empty cell
+    told[["n_train", "seed"]] = told[["n_train", "seed"]].apply(pd.to_numeric)  # NaN: the class
 
-    # Rows without features first, so that one with features is the last.
-    order = rows["features"].ne("none").sort_values(kind="stable").index
-    kept = told.loc[order].drop_duplicates(keep="last").index
-    return rows.loc[kept.sort_values()].to_csv(index=False)
+    # The later one of two stays; rows without features are the first.
+    has_features = rows["features"].ne("none")
+    told["place"] = has_features.sort_values(kind="stable").index.argsort()
+    both = told.reset_index().merge(told.reset_index(), on=list(told)[:-1], suffixes=("", "_later"))
+    both = both[both["place"] < both["place_later"]]
+
+    # They are one run, unless both have a setting, and another. Earlier versions' tables lack some.
+    for name in rows.columns.intersection([*BUDGET, "reference", "n_training"]):
+        values = rows[name].replace("", np.nan)
+        if name != "reference":
+            values = pd.to_numeric(values)
+        one, later = (values[both[index]].to_numpy() for index in ("index", "index_later"))
+        both = both[(one == later) | pd.isna(one) | pd.isna(later)]
+    return rows.drop(index=both["index"]).to_csv(index=False)
 
 
 def write_tables(texts: Sequence[str], options: argparse.Namespace) -> None:

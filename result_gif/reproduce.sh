@@ -79,7 +79,7 @@ measure() {
         done
     fi
 
-    mapfile -t finished < <(folders_of "$RUNS/$folder"/*_seed"$seed")
+    mapfile -t finished < <(folders_of "$RUNS/$folder"/*_seed"$seed"{,_*})
     if [ "${#finished[@]}" -eq 0 ]; then
         echo "seed $seed of block $folder: no finished runs here" >&2
         return 0
@@ -168,7 +168,7 @@ pictures_of() {
     is_whole "$block" || return 0
     planned=$(planned_runs "$block" | awk -v arms=" $first $second " -v seed="$seed" \
         '$4 == seed && index(arms, " " $1 " ")' | wc -l)
-    mapfile -t finished < <(folders_of "$RUNS/$block"/{"$first","$second"}_*_seed"$seed")
+    mapfile -t finished < <(folders_of "$RUNS/$block"/{"$first","$second"}_*_seed"$seed"{,_*})
     if [ "${#finished[@]}" -eq 0 ] || [ "${#finished[@]}" -ne "$planned" ]; then
         echo "seed $seed of block $block: not all runs are here" >&2
         return 0

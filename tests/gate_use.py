@@ -218,9 +218,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Runs of a digit, arm and training in a ring: each gets the gate of the next seed.
     loaded = {folder: qd.load_run(folder) for folder in sorted(args.runs)}
     rings = {}
-    for folder, (settings, _model) in loaded.items():
+    for folder, (settings, model) in loaded.items():
         if settings.conditional:
             raise qd.UserError(f"{folder}: a conditional model; expected single classes")
+        if model.gate is None or model.gate.weights is None:
+            raise qd.UserError(f"{folder}: arm {settings.arm} has no weights inside its gate")
         kind = (settings.arm, settings.classes, settings.n_train, settings.steps)
         rings.setdefault(kind, []).append(folder)
     following = {}
@@ -233,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if path.exists():
         with qd.reading(path, "a table of this version"):
             known = pd.read_csv(path)
-            known[TOLD_BY]
+            known[[*TOLD_BY, "features", *KINDS]]
 
     source = next(iter(loaded.values()))[0].data
     options = ["_", "--data_dir", str(args.data_dir), "--features", "classifier"]
@@ -241,6 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         evaluation.MNIST, source, evaluation.parse_options(options, evaluation.MNIST)
     )
 
+    args.out.mkdir(parents=True, exist_ok=True)
     new = []
     for folder, (settings, _model) in loaded.items():
         reference = evaluator.real(settings.classes[0]).reference
@@ -254,9 +257,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         row = measure(folder, loaded[other][1].gate if other != folder else None, frechet)
         new.append(row | {"features": str(evaluator.extractor)})
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    rows = joined(known, pd.DataFrame(new))
-    rows.to_csv(path, index=False)
+        # At once: a run takes minutes.
+        rows = joined(known, pd.DataFrame(new))
+        qd.write_atomic(path, rows.to_csv(index=False))
     draw(rows).savefig(args.out / "gate_use.png", dpi=200)
 
 

@@ -796,6 +796,18 @@ def test_arms_may_be_compared_with_others():
     )
     runs = runs[:-2]
 
+    # An arm that has circuits of one kind alone; a condition of another size is not looked for.
+    runs += [fake("strong", 3, 0, 30, condition="lightning.qubit")]
+    runs += [fake("quantum", 3, 0, 20, condition="shots10", n_train=25)]
+    runs += [fake("product", 3, 0, 30, condition="shots10")]
+    device = "strong lightning.qubit"
+    found = means("strong", "quantum")
+    assert found[f"matched − {device}"] == pytest.approx(-2000 / 20)
+    assert found[f"quantum − {device}"] == pytest.approx(-1900 / 20.5)
+    assert f"{device} − quantum" not in found
+    assert found["product shots10 − quantum"] == pytest.approx(1900 / 20.5)
+    runs = runs[:-3]
+
     frame = frame_of(runs)
     _above, below = evaluation.draw_panels(frame, False, ["product"]).axes
     assert below.get_ylabel() == "FID\n− product"
@@ -921,6 +933,33 @@ def test_an_earlier_table_without_a_budget_s_number_joins():
     texts = [earlier.drop(columns="n_qubits").to_csv(index=False), evaluation.comparison_csv(runs)]
     frame = evaluation.read_comparison(io.StringIO(evaluation.joined(texts)))
     assert not frame["variant"].str.contains("nan").any()
+    text = evaluation.comparison_text(frame)
+    assert "had different n_qubits" not in text
+    assert "n_qubits 8 / 16 (not known of all runs) (not the same in all runs)" in text
+
+
+def test_rows_of_one_table_are_never_taken_for_each_other():
+    """Beside an earlier table that lacks what tells them apart; measured again, a row is new."""
+    earlier = pd.read_csv(io.StringIO(evaluation.comparison_csv([fake("quantum", 3, 1, 10)])))
+    earlier = earlier.drop(columns="muon_lr").to_csv(index=False)
+    runs = [fake("quantum", 3, 0, fid, muon_lr=rate) for fid, rate in ((20, 0.02), (30, 0.01))]
+    kept = evaluation.joined([earlier, evaluation.comparison_csv(runs)])
+    assert [float(fid) for fid in pd.read_csv(io.StringIO(kept))["fid"]] == [10, 20, 30]
+
+    again = evaluation.comparison_csv([fake("quantum", 3, 1, 40)])
+    kept = evaluation.joined([kept, again])
+    assert [float(fid) for fid in pd.read_csv(io.StringIO(kept))["fid"]] == [20, 30, 40]
+
+
+def test_models_without_a_gate_have_no_usual_number_of_qubits():
+    runs = [fake(arm, 3, seed, 10) for arm in ("classical", "quantum") for seed in range(5)]
+    runs += [fake(arm, 3, s, 10, n_qubits=8) for arm in ("matched", "quantum") for s in range(5)]
+    assert set(compare_fid(runs)) == {
+        "quantum − matched",
+        "quantum − classical",
+        "classical − matched",
+        "quantum 16 n_qubits − quantum",
+    }
 
 
 def test_another_number_of_qubits_is_told_apart():
@@ -951,7 +990,22 @@ def test_pairs_of_unequal_measurements_are_counted_and_left_out(key):
     text = report_of(runs)
     (row,) = tables(text)["Relative differences of FID"]
     assert row["n"] == "1"
-    assert "1 more pairs were judged by different features (the checksum counts), or" in text
+    assert "different numbers of images, and are in no difference: 1." in text
+
+
+def test_a_run_that_two_judges_read_counts_once():
+    """As one that was made again on another machine; each of its pairs has one judge."""
+    runs = [fake("quantum", 1, 0, 10), fake("quantum", 8, 0, 30), fake("quantum", 1, 0, 20)]
+    runs += [fake("quantum", 1, 0, 25, steps=1150), fake("quantum", 8, 0, 40, steps=1150)]
+    for run, (name, judge) in zip(runs, ("ab", "ab", "xc", "yc", "zb"), strict=True):
+        run |= {"run": name, "features": f"classifier:{judge}"}
+    text = report_of(runs)
+    rows = {row["arm"]: row["FID"] for row in tables(text)["Comparison of runs"]}
+    assert rows["quantum"] == f"{(15 + 30) / 2:.3g}"  # not (10 + 20 + 30) / 3
+    assert rows["quantum 1150 steps"] == "32.5"
+    difference = difference_rows(text, "quantum")["quantum 1150 steps − quantum"]
+    assert (difference["pairs"], difference["mean"]) == ("2", "+7.5")
+    assert "in no difference" not in text
 
 
 def test_scales_of_different_kinds_are_not_averaged():
@@ -2047,6 +2101,17 @@ def test_augmented_runs_share_no_training_set_with_others(
     assert by_name[augmented.name]["n_training"] == 8 * len(real)
     assert by_name[plain.name]["metrics"]["distance_ratio"] > 0
     assert by_name[augmented.name]["metrics"]["distance_ratio"] == 0
+
+
+def test_tissue_of_another_file_is_told_by_its_run(
+    tmp_path, evaluate, pathmnist_file, fails, monkeypatch
+):
+    """Of fewer images than it was trained on: the training script has an error class of its own."""
+    monkeypatch.setattr(evaluation, "CLASSIFIER_STEPS", 2)
+    images = torch.zeros(10, 3, 28, 28, dtype=torch.uint8)
+    run = make_run(tmp_path, images, n_train=500, label=8, data="pathmnist", training=images)
+    line = fails(cal_fid_ssim_medmnist, [run, "--data_dir", evaluate.data_dir])
+    assert f"{run}: trained on other images than are in" in line
 
 
 def test_each_split_is_read_once(tmp_path, evaluate, monkeypatch):

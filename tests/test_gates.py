@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import circuit_inputs, leave_zero, only, tiny
 
+import cal_fid_ssim as evaluation
 import quantum_diffusion_mnist as qd
 
 CIRCUITS = [name for name, arm in qd.ARMS.items() if arm.circuit]
@@ -381,6 +382,28 @@ def test_fids_with_another_gate_stay():
     assert rows["fid_other"].dropna().to_dict() == {
         ("a", 8): 2.5, ("b", 9): 3.5, ("a", 9): 1.5, ("d", 9): 7.5,
     }  # fmt: skip
+
+
+def test_what_gates_measured_is_kept_at_once(tmp_path, monkeypatch):
+    """The second run fails; gates without weights inside are refused before any is measured."""
+    runs = tmp_path / "runs"
+    qd.main(tiny(runs, "--arm", "matched", "quantum", "se", "--n_frames", "1"))
+    matched, quantum, se = sorted(runs.iterdir())
+    monkeypatch.setattr(evaluation, "CLASSIFIER_STEPS", 2)
+
+    def fail(folder, *_others):
+        if folder == quantum:
+            raise OSError("lost")
+        return {"run": folder.name, "steps": 1}
+
+    monkeypatch.setattr(gate_use, "measure", fail)
+    options = ["--data_dir", str(tmp_path), "--out", str(tmp_path / "out")]
+    with pytest.raises(qd.UserError, match="arm se has no weights inside its gate"):
+        gate_use.main([str(matched), str(se), *options])
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(OSError, match="lost"):
+        gate_use.main([str(matched), str(quantum), *options])
+    assert pd.read_csv(tmp_path / "out" / "gate_use.csv")["run"].tolist() == [matched.name]
 
 
 def test_kinds_of_gate_at_sampling(tmp_path, monkeypatch):

@@ -297,6 +297,15 @@ def test_pictures_of_tissue_are_of_a_seed_of_their_own(commands, tmp_path):
     assert commands("pictures") == []
 
 
+def test_runs_with_shots_are_found(commands, tmp_path):
+    """MORE="--shots 100": their names go on behind the seed."""
+    run = tmp_path / "runs" / "A" / "quantum_mnist3_nall_seed100"
+    run.rename(run.with_name(f"{run.name}_shots100"))
+    measured = [words for words in commands("A") if words[0] in EVALUATION]
+    assert [sum("_nall_" in word for word in words) for words in measured] == [1] * 5
+    assert f"{run}_shots100" in measured[0]
+
+
 def test_seeds_whose_folders_are_gone_stop_nothing(commands, tmp_path):
     for folder in (tmp_path / "runs" / "A").glob("*_seed100"):
         shutil.rmtree(folder)
