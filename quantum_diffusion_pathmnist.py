@@ -593,11 +593,13 @@ def with_noise(
     @wraps(circuit)
     def noisy_circuit(angles: Tensor, weights: Tensor) -> None:
         for operation in operations_of(circuit, angles, weights):
-            # The operation itself; the circuit's own channels get no noise.
+            # The operation itself; the circuit's own channels get no noise, nor what does nothing.
             qml.apply(operation)
-            if isinstance(operation, qml.operation.Channel) or not any(gate_noise):
-                continue
             n = len(operation.wires)
+            is_idle = operation.name == "GlobalPhase" or (operation.name == "Identity" and n > 2)
+            is_channel = isinstance(operation, qml.operation.Channel)
+            if is_idle or is_channel or not any(gate_noise):
+                continue
             if n > 2:
                 found = f"{operation.name} acts on {n} qubits"
                 raise UserError(f"{found}, and --gate_noise knows gates on one or two")
@@ -620,20 +622,19 @@ def make_qnode(
     options: dict | None = None,
     shots: int | None = None,
     diff_method: str | None = "best",
-    one_by_one: bool = False,
 ) -> qml.QNode:
     """A circuit on a PennyLane device, with <Z_i> of all its qubits.
 
     shots: joint measurements of all qubits; None: exact means, which hardware does not have.
-    diff_method: None for inference alone, which is faster on some devices. one_by_one: run sample
-    by sample on ``default.qubit``, too, for gates that take no batch there, such as IsingXY. Noise
-    needs a device that takes channels: ``default.mixed``. Returns f(angles (B, n), weights
-    (L, n, k)) -> list of n tensors (B,), or () of one sample or a circuit without inputs.
+    diff_method: None for inference alone, which is faster on some devices. Noise needs a device
+    that takes channels: ``default.mixed``. Returns f(angles (B, n) or (n,), weights (L, n, k)) ->
+    list of n tensors (B,), or () of one sample or a circuit without inputs.
     """
     device = qml.device(simulator, wires=n_qubits, **(options or {}))
     how = {"diff_method": diff_method}
     if diff_method and shots:
-        how = {"diff_method": "parameter-shift"}
+        # Without its own way out, finite differences: of measured values these are noise.
+        how = {"diff_method": "parameter-shift", "gradient_kwargs": {"fallback_fn": None}}
     elif diff_method and simulator.startswith("lightning."):
         # It would compute the Jacobian of all n outputs; a vector-Jacobian product is enough.
         how = {"diff_method": "adjoint", "device_vjp": True}
@@ -644,7 +645,7 @@ def make_qnode(
         return [qml.expval(qml.Z(i)) for i in range(n_qubits)]
 
     expectations = qml.set_shots(expectations, shots=shots)
-    if one_by_one or shots or simulator != "default.qubit":
+    if shots or simulator != "default.qubit":
         # One sample after the other: not all devices take a batch, nor do parameter shifts.
         expectations = qml.transforms.broadcast_expand(expectations)
     return expectations
@@ -706,14 +707,19 @@ class QuantumGate(nn.Module):
             )
         else:
             operations_of(self.circuit, torch.rand(1, n_qubits), weights)
-            self.qnode = self.new_qnode("best")
-            self.inference_qnode = self.new_qnode(None)
+            self.make_qnodes()
 
             # Whether the device takes a seed for its measurements.
             self.takes_seed = False
             with contextlib.suppress(Exception):  # whatever a plugin raises
                 qml.device(simulator, wires=1, seed=0)
                 self.takes_seed = True
+
+    def make_qnodes(self) -> None:
+        """The circuit on the gate's device, with the gate's shots, for training and inference."""
+        self.qnode = self.new_qnode("best")
+        self.inference_qnode = self.new_qnode(None)
+        self.shots_of_qnodes = self.shots
 
     def new_qnode(self, diff_method: str | None, **options: object) -> qml.QNode:
         """The circuit on the gate's PennyLane device, made with further options."""
@@ -744,6 +750,8 @@ class QuantumGate(nn.Module):
                 rows.append(torch.stack(qnode(row, weights)).view(1, -1))
             return torch.cat(rows)
 
+        if self.shots != self.shots_of_qnodes:  # they were changed since
+            self.make_qnodes()
         qnode = self.qnode if diff_method else self.inference_qnode
         # Some devices drop the axis of a batch of one; a circuit without inputs has none: (n,).
         return torch.stack(qnode(angles, weights), -1).expand_as(angles)
@@ -2400,7 +2408,7 @@ class Recorded(NamedTuple):
 
 def shown_value(parameter: object) -> str:
     """A constant parameter, a number or a matrix, in the text of its operation."""
-    return str(np.round(qml.math.toarray(parameter), 9).tolist())
+    return str((np.round(qml.math.toarray(parameter), 9) + 0.0).tolist())  # no -0.0
 
 
 def with_parameters(
@@ -2425,7 +2433,9 @@ def details(operation: qml.operation.Operator) -> list[str]:
     if operation.name in ("Prod", "Sum", "SProd", "Exp", "Evolution"):
         numbers = [float(k) if np.ndim(p) == 0 else p for k, p in enumerate(operation.parameters)]
         inside = operation.base.parameters if operation.name == "Evolution" else []
-        return [repr(with_parameters(operation, numbers)), *map(shown_value, inside)]
+        with contextlib.suppress(UserError):  # on a device it may stay as it is
+            operation = with_parameters(operation, numbers)
+        return [repr(operation), *map(shown_value, inside)]
 
     # Otherwise its hyperparameters, and those of the operation inside an adjoint or a controlled.
     hyperparameters = operation.hyperparameters
@@ -2462,7 +2472,7 @@ def record(
 
     For example RZ(layer[3, 0]) is recorded with 0.7312, the placeholder of weight 6, so its source
     is ("w", 6). size: the placeholders lie between 0 and it. Raises UserError for a parameter that
-    PennyLane cannot take, and for one whose gradient is lost or not its own.
+    PennyLane cannot take, and for one whose gradient is lost.
     """
     shape = (n_layers, n_qubits, n_weights)
     generator = random_stream(0, "placeholders", size)
@@ -2495,14 +2505,13 @@ def record(
                 source = ("computed", value_and_derivatives(parameter, angles, weights))
             sources.append(source)
         recorded.append(Recorded(operation, tuple(sources)))
-    check_gradients(recorded, angles, weights, name_of(circuit))
-    return recorded
+    return with_scaled_gradients(recorded, angles, weights)
 
 
-def check_gradients(
-    recorded: Sequence[Recorded], angles: Tensor, weights: Tensor, name: str
-) -> None:
-    """Raises UserError for a parameter with an angle's or a weight's value and another gradient.
+def with_scaled_gradients(
+    recorded: list[Recorded], angles: Tensor, weights: Tensor
+) -> list[Recorded]:
+    """Parameters with an angle's or a weight's value and another gradient are computed ones, too.
 
     Such as angle.detach() + 0.1 * (angle - angle.detach()). If angle i is a parameter k times, the
     sum of all parameters has the derivative k by it. angles (n,), weights (layers, n, per qubit).
@@ -2516,13 +2525,23 @@ def check_gradients(
                 times[kind][index] += 1
                 total = total + parameter
 
-    derivatives = torch.autograd.grad(
-        total.requires_grad_(), (angles, weights), allow_unused=True, materialize_grads=True
-    )
-    for derivative, expected in zip(derivatives, times.values(), strict=True):
-        if not torch.equal(derivative.flatten(), expected):
-            found = "a parameter has the value of an angle or weight, but another gradient"
-            raise UserError(f"{name}: {found}; {WAY_OUT}")
+    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    derivatives = torch.autograd.grad(total.requires_grad_(), (angles, weights), **options)
+    both = zip(derivatives, times.values(), strict=True)
+    if all(torch.equal(derivative.flatten(), expected) for derivative, expected in both):
+        return recorded
+
+    # Some are: each by itself, as it takes longer.
+    marked = []
+    for operation, sources in recorded:
+        own = list(sources)
+        for k, (parameter, source) in enumerate(zip(operation.parameters, sources, strict=True)):
+            if source is not None and source[0] in times:
+                text = value_and_derivatives(parameter, angles, weights)
+                if not text.endswith(f"({source[0]}{source[1]}: 1)"):
+                    own[k] = ("computed", text)
+        marked.append(Recorded(operation, tuple(own)))
+    return marked
 
 
 class Factor(NamedTuple):
@@ -3076,6 +3095,12 @@ def on_device(circuit: Callable, n_qubits: int, simulator: str, **how: object) -
     return lambda angles, weights: torch.stack(qnode(angles, weights), -1).expand_as(angles)
 
 
+def one_by_one(circuit: Callable, n_qubits: int, simulator: str) -> Callable:
+    """The same, a sample at a time: for gates that take no batch, such as IsingXY."""
+    qnode = make_qnode(circuit, n_qubits, simulator)
+    return lambda angles, weights: torch.stack([torch.stack(qnode(x, weights)) for x in angles])
+
+
 def check_circuit(settings: Settings) -> None:
     """Compares the simulator of a run with PennyLane's own, on the circuit of the run's arm.
 
@@ -3107,13 +3132,17 @@ def check_circuit(settings: Settings) -> None:
             check_is_gate(operation)
     mend = "; the input is to be indexed as angles[..., i]; constants beside it are tensors, too"
     with explaining(f"{name_of(circuit)} does not run in PennyLane", mend):
+        for operation in operations:
+            if operation.batch_size not in (None, len(angles)):
+                found = f"{operation.name} has {operation.batch_size} values"
+                raise ValueError(f"{found} for {len(angles)} samples")
         simulator = "default.mixed" if has_channels else "default.qubit"
-        own = on_device(circuit, n_qubits, simulator, one_by_one=True)
+        own = one_by_one(circuit, n_qubits, simulator)
         reference = values_and_gradients(own, angles, weights)
         if is_exact and has_channels and not reference.isfinite().all():
             # default.mixed has gradients of NaN where an outcome never occurs: flips leave none.
             circuit = with_noise(circuit, readout_noise=0.1)
-            own = on_device(circuit, n_qubits, simulator, one_by_one=True)
+            own = one_by_one(circuit, n_qubits, simulator)
             reference = values_and_gradients(own, angles, weights)
 
     # The run's simulator. Of the exact simulation the means are compared, with shots too; of a
@@ -3135,6 +3164,7 @@ def check_circuit(settings: Settings) -> None:
             found = values_and_gradients(simulate, angles, weights)
         else:
             found = simulate(angles, weights).flatten()
+            values_and_gradients(simulate, angles[:1], weights)  # PennyLane may have no gradient
 
     if not found.isfinite().all():
         raise UserError(f"{what} has values or gradients that are no numbers")

@@ -370,7 +370,7 @@ def as_the_ring(angles, weights):
         (of_twice_an_angle, "a parameter must be an angle or a weight"),
         (of_a_product_of_weights, "a parameter must be an angle or a weight"),
         (of_a_shape_by_value, "a parameter must be an angle or a weight"),
-        (of_a_scaled_gradient, "has the value of an angle or weight, but another gradient"),
+        (of_a_scaled_gradient, "a parameter must be an angle or a weight"),
     ],
 )
 def test_refusals_name_the_way_out(circuit, reason):
@@ -770,6 +770,24 @@ def without_effect_on_three(angles, weights):
     qml.GlobalPhase(weights[0, 0, 0], wires=[0, 1, 2])
 
 
+def test_a_global_phase_has_no_noise():
+    inputs = circuit_inputs(2, 3, 1)
+    noisy, plain = (
+        qd.circuit_expectations(*inputs, qd.with_noise(circuit, **NOISE))
+        for circuit in (without_effect_on_three, only_a_cnot)
+    )
+    assert torch.allclose(noisy, plain, atol=1e-12)
+
+
+def only_a_cnot(angles, weights):
+    qd.encode(angles)
+    qml.CNOT([0, 1])
+
+
+def test_a_zero_has_no_sign():
+    assert qd.shown_value(-1e-17) == qd.shown_value(1e-17) == "0.0"
+
+
 def without_inputs(angles, weights):
     for i in range(3):
         qml.RX(0.3, wires=i)
@@ -949,6 +967,68 @@ def test_the_check_takes_gates_that_pennylane_does_not_run_in_batches(monkeypatc
     monkeypatch.setitem(qd.ARMS, "own", qd.Arm("IsingXY of an angle", interacting))
     for simulator in ("exact", "lightning.qubit"):
         qd.check_circuit(qd.Settings("own", n_qubits=3, simulator=simulator))
+
+
+def test_the_check_takes_inputs_in_any_gate(monkeypatch):
+    """PennyLane does not divide a batch of the first three into samples."""
+
+    def circuit(angles, weights):
+        qd.encode(angles)
+        qml.MultiRZ(angles[..., 0], wires=[0, 1])
+        qml.evolve(0.5 * qml.X(0), angles[..., 1])
+        qml.prod(qml.RX(weights[0, 0, 0], wires=1), qml.RY(angles[..., 2], wires=2))
+        qml.CRot(angles[..., 1], 0.3, weights[0, 1, 0], wires=[1, 2])
+
+    monkeypatch.setitem(qd.ARMS, "own", qd.Arm("own", circuit, 1))
+    qd.check_circuit(qd.Settings("own", n_qubits=3))
+
+
+def scaled_gradient(scale):
+    def circuit(angles, weights):
+        qd.encode(angles.detach() + scale * (angles - angles.detach()))
+
+    return circuit
+
+
+def test_a_device_s_run_tells_circuits_that_are_not_exact(monkeypatch):
+    """What the exact simulation refuses is not refused there, and has a text of its own."""
+
+    def with_evolution(angles, weights):
+        qd.encode(angles)
+        qml.prod(qml.evolve(0.5 * qml.X(0), weights[0, 0, 0]), qml.RX(weights[0, 1, 0], wires=1))
+
+    texts = set()
+    for circuit in (scaled_gradient(1), scaled_gradient(0.1), scaled_gradient(0.2), with_evolution):
+        monkeypatch.setitem(qd.ARMS, "own", qd.Arm("own", circuit, 1))
+        settings = qd.Settings("own", n_qubits=2, n_layers=1, simulator="lightning.qubit")
+        texts.add(qd.circuit_text(settings))
+    assert len(texts) == 4
+    assert all(text.startswith("RY(") for text in texts)
+
+
+@pytest.mark.parametrize("channel", [qml.AmplitudeDamping, qml.PhaseDamping])
+def test_channels_whose_strength_is_trained_have_no_shots(channel, monkeypatch):
+    """PennyLane would take differences of measured values, over 1e-7."""
+
+    def damped(angles, weights):
+        qd.encode(angles)
+        channel(torch.sigmoid(weights[0, 0, 0]), wires=0)
+
+    monkeypatch.setitem(qd.ARMS, "own", qd.Arm("own", damped, 1))
+    own = {"arm": "own", "n_qubits": 2, "n_layers": 1, "simulator": "default.mixed"}
+    qd.check_circuit(qd.Settings(**own))
+    with pytest.raises(qd.UserError, match="does not run the circuit .*analytic gradient"):
+        qd.check_circuit(qd.Settings(**own, shots=1000))
+
+
+@pytest.mark.parametrize("simulator", ["exact", "default.qubit", "lightning.qubit"])
+def test_shots_can_be_switched_off(simulator):
+    gate = qd.QuantumGate(8, n_qubits=3, n_layers=1, simulator=simulator, shots=10)
+    angles = torch.randn(4, 3)
+    gate.shots = None
+    exact = qd.circuit_expectations(angles, gate.weights)
+    for _ in range(2):
+        assert torch.allclose(gate.expectations(angles), exact, atol=1e-6)
 
 
 @pytest.mark.parametrize("simulator", ["exact", "default.qubit"])
