@@ -1134,8 +1134,8 @@ def none_for_nan(values: dict[str, Any]) -> dict[str, Any]:
 BASELINES = ("matched", "classical")  # control arms, unless --against names others
 BUDGET = ["steps", "batch_size", "lr", "muon_lr", "ema_decay"]  # what all runs should have alike
 BUDGET += ["n_qubits", "n_layers", "timesteps", "sample_steps"]
-OF_A_GATE = ["n_qubits", "n_layers"]  # of a model without a gate they mean nothing
-ONE_RUN = ["data", "features", "reference", "n_train", "label", "variant", "seed"]  # tell a row
+OF_A_GATE = ["n_qubits", "n_layers"]  # mean nothing without a gate
+ONE_RUN = ["data", "features", "reference", "n_train", "label", "variant", "seed"]  # name a row
 
 
 def comparison_csv(results: list[dict[str, Any]]) -> str:
