@@ -2344,7 +2344,7 @@ def parse_options(argv: Sequence[str] | None, dataset: DataSet) -> argparse.Name
     add("--family", type=int, metavar="N",
         help="Holm's adjustment counts at least N tests, those that are not there as p = 1")
     add("--protocol", choices=["full", "paper"], default="full",
-        help=f"paper: 5 images against the first 5 training images, as published {default}")
+        help=f"paper: 5 images against the first 5 training images of any class {default}")
     add("--seed", type=int, default=0, help=f"of classifier, subsets and floors {default}")
     add("--device", default="auto", help=f"for the features: auto, cpu, cuda or cuda:N {default}")
     # fmt: on
