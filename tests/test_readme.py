@@ -45,7 +45,7 @@ def test_the_words_on_one_model_for_ten_digits_are_the_csvs():
 
     text = words_of(RESULTS)
     words = (
-        r"images ([\d.]+) % are read as their digit .* seed 0\) ([\d.]+) % \(`classical`\) and "
+        r"as ([\d.]+) % of their .* seed 0\) it is ([\d.]+) % \(`classical`\) and "
         r"([\d.]+) % \(`quantum`\), of real images ([\d.]+) %"
     )
     shown = re.search(words, text).groups()
@@ -360,7 +360,7 @@ def test_the_words_of_both_pages_are_the_answers():
     copies = 100 * measured("D").groupby("n_train")["near_copies"].mean()
     assert copies.min() > 98  # README: both copy
     for phrase in (
-        f"equivalent within ±4 %** ({paper}; the paper's",
+        f"equivalent within ±4 %** ({paper}; the paper's two arms)",
         f"({circuit}, p = {raw:.1g}, adjusted for six questions {answers[1]['p, different']}),",
         f"also on tissue ({tissue}) and with 100 images ({more}).",
         f"the two are equivalent ({few}), which says little: {copies[25]:.1f} % of what they",
@@ -386,7 +386,7 @@ def test_the_words_on_gates_are_recomputed():
     )
     assert f"to {off[0]} (`quantum`) and {off[1]} times (`matched`)" in text
     assert f"({mean[0]} and {mean[1]} times, ten models each)" in text
-    assert f"it gives {mean[0]} times the FID (ten models)" in words_of(README)
+    assert f"gives {mean[0]} times the FID (ten models)" in words_of(README)
     assert f"({other[0]} and {other[1]} times on average, 14 models each; single" in text
     others = rows["fid_other"] / rows["fid"]
     assert f"single models {others.min():.1f} to {others.max():.1f})" in text
@@ -396,7 +396,10 @@ def test_the_words_on_gates_are_recomputed():
     arms = ["quantum", "matched"]
     first, last = (factor.loc[arms].iloc[:, step].map("{:.2f}".format) for step in (0, -1))
     assert f"begins at {first['quantum']} (`quantum`) and {first['matched']} (`matched`)," in text
-    assert f"on average over channels, and ends at {' and '.join(last)}: late in" in text
+    assert f"on average over channels, and ends at {' and '.join(last)} (standard" in text
+    bands = rows["over_channels"].dropna().str.split().str[-1].astype(float)
+    bands = bands.groupby(rows["arm"]).mean()[arms].map("{:.2f}".format)
+    assert f"(standard deviation over channels {' and '.join(bands)}): late in" in text
 
     circuits = rows[rows["arm"] == "quantum"]
     for column, form in (("units_start", "{:.3f}"), ("units", "{:.2f}")):
