@@ -80,7 +80,15 @@ FEW = {
 }
 SIZES = dict(zip(FEW, (25, 100), strict=True))  # training images; of all others the whole class
 CONTROL = {"quantum 1150 steps − quantum": (("quantum", 1150), ("quantum", 1250))}
-DIFFERENCES = DIGITS | TISSUE | FEW | CONTROL
+OTHERS = ["se", "product", "frozen", "published", "cz", "ising", "brickwork", "reupload"]
+CIRCUITS = {
+    f"{arm} − {base}": ((arm, 1250), (base, 1250))
+    for base in ("matched", "classical")
+    for arm in OTHERS
+}
+BESIDE_QUANTUM = {f"{arm} − quantum": ((arm, 1250), ("quantum", 1250)) for arm in OTHERS}
+SEEDS_OF_CIRCUITS = 3  # whole ones
+DIFFERENCES = DIGITS | TISSUE | FEW | CONTROL | CIRCUITS | BESIDE_QUANTUM
 
 # The page's rows of answers.
 ANSWERS = ["quantum − classical", "quantum − matched", *TISSUE, *FEW, "classical − matched"]
@@ -163,6 +171,7 @@ def holm(p: dict[str, float], tests: int) -> dict[str, float]:
     [
         ("answers", ["A", "C", "D"], ANSWERS, 6),
         ("control", ["A", "repeated", "B"], [*DIGITS, *CONTROL], 4),
+        ("circuits", ["A", "circuits/E"], [*DIGITS, *CIRCUITS], 19),
     ],
 )
 def test_the_studys_tests_are_recomputed(name, tables, tested, tests):
@@ -172,9 +181,9 @@ def test_the_studys_tests_are_recomputed(name, tables, tested, tests):
     equivalent = holm({key: p_equivalent(values) for key, values in units.items()}, tests)
 
     page = table(RESULTS, name)
-    shown = {"answers": ANSWERS, "control": [*CONTROL]}
+    shown = {"answers": ANSWERS, "control": [*CONTROL], "circuits": [*CIRCUITS][: len(OTHERS)]}
     planned = dict.fromkeys(DIGITS, 50) | dict.fromkeys(TISSUE, 5) | dict.fromkeys(FEW, 10)
-    planned |= dict.fromkeys(CONTROL, 30)
+    planned |= dict.fromkeys(CONTROL, 30) | dict.fromkeys(CIRCUITS, 2 * SEEDS_OF_CIRCUITS)
     assert [row["difference"] for row in page] == shown[name]
     for row in page:
         values = units[row["difference"]]
@@ -191,6 +200,34 @@ def test_the_studys_tests_are_recomputed(name, tables, tested, tests):
             (False, False): "undecided",
         }
         assert row["verdict"] == words[p[0] < 0.05, p[1] < 0.05]
+
+
+def test_other_circuits_are_compared_with_quantum_too():
+    """On the same pairs, those of the whole seeds alone; each of them has all eight arms."""
+    rows = measured("A", "circuits/E")
+    others = rows[rows["arm"].isin(OTHERS)]
+    assert others["seed"].nunique() == SEEDS_OF_CIRCUITS
+    assert len(others) == 8 * 2 * SEEDS_OF_CIRCUITS
+    for row in table(RESULTS, "circuits"):
+        arm = row["difference"].removesuffix(" − matched")
+        values = percent(pairs_of(rows, f"{arm} − quantum"))
+        assert len(values) == int(row["n"])
+        mean, interval = row["minus quantum, %"].split(" ", 1)
+        assert_rounded(mean, values.mean())
+        assert_interval(interval, values)
+
+    nearest = min(table(RESULTS, "circuits"), key=lambda row: float(row["p, different"]))
+    assert nearest["difference"] == "se − matched"
+    for page in PAGES:
+        words = f"{float(nearest['mean, %']):+.1f} %, adjusted p = {nearest['p, different']}"
+        assert words in words_of(page)
+
+    for arm in ("product", "frozen", "published"):
+        values = percent(pairs_of(rows, f"{arm} − quantum"))
+        half = stats.t.ppf(0.975, len(values) - 1) * standard_error(values)
+        low, high = values.mean() - half, values.mean() + half
+        words = f": `{arm}` {values.mean():+.1f} % ({low:+.1f} to {high:+.1f} %)"
+        assert words in words_of(RESULTS), words
 
 
 @pytest.mark.parametrize(
