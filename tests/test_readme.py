@@ -171,7 +171,7 @@ def holm(p: dict[str, float], tests: int) -> dict[str, float]:
     [
         ("answers", ["A", "C", "D"], ANSWERS, 6),
         ("control", ["A", "repeated", "B"], [*DIGITS, *CONTROL], 4),
-        ("circuits", ["A", "circuits/E"], [*DIGITS, *CIRCUITS], 19),
+        ("circuits", ["A", "E"], [*DIGITS, *CIRCUITS], 19),
     ],
 )
 def test_the_studys_tests_are_recomputed(name, tables, tested, tests):
@@ -203,8 +203,8 @@ def test_the_studys_tests_are_recomputed(name, tables, tested, tests):
 
 
 def test_other_circuits_are_compared_with_quantum_too():
-    """On the same pairs, those of the whole seeds alone; each of them has all eight arms."""
-    rows = measured("A", "circuits/E")
+    """On the same pairs; the table has whole seeds alone, each with all eight arms."""
+    rows = measured("A", "E")
     others = rows[rows["arm"].isin(OTHERS)]
     assert others["seed"].nunique() == SEEDS_OF_CIRCUITS
     assert len(others) == 8 * 2 * SEEDS_OF_CIRCUITS
