@@ -1365,22 +1365,27 @@ def base_condition(
 
     there: the conditions that this arm has, of runs of as many training images.
     """
-    conditional, circuit, sampling = parts_of(run["condition"])
+    condition = run["condition"]
     is_own = run["arm"] == baseline
     if run["other_budget"]:  # matched 1150 steps -> matched
-        return run["condition"] if is_own else None
+        return condition if is_own else None
+
+    # In another arm.
+    plain = without_circuit(condition)
     if not is_own:
         if baseline not in against:
             return None
-        if run["condition"] in there:  # product shots10 -> quantum shots10
-            return run["condition"]
-        # quantum shots10_steps2 -> matched steps2; of an arm that has circuits of one kind alone,
-        # such as on a PennyLane device: matched -> strong lightning.qubit.
-        alike = [name for name in there if parts_of(name)[::2] == (conditional, sampling)]
-        plain = f"{conditional}_{sampling}".strip("_")
-        return alike[0] if plain not in alike and len(alike) == 1 else plain
-    if circuit:  # quantum shots10_steps2 -> quantum steps2
-        return f"{conditional}_{sampling}".strip("_")
+        if condition in there:  # product shots10 -> quantum shots10
+            return condition
+        alike = [other for other in there if without_circuit(other) == plain]
+        if plain not in alike and len(alike) == 1:  # matched -> strong lightning.qubit
+            return alike[0]
+        return plain  # quantum shots10_steps2 -> matched steps2
+
+    # In its own arm.
+    if plain != condition:  # quantum shots10_steps2 -> quantum steps2
+        return plain
+    conditional, _, sampling = parts_of(condition)
     if sampling:  # matched steps2 -> matched
         return conditional
     return "" if conditional else None  # matched conditional -> matched; matched has no base
@@ -1392,6 +1397,12 @@ def parts_of(condition: str) -> tuple[str, str, str]:
     "conditional_shots10_steps2" has "conditional", "shots10" and "steps2".
     """
     return re.fullmatch(r"(conditional[^_]*)?_?(.*?)_?(steps\d+)?", condition).groups(default="")
+
+
+def without_circuit(condition: str) -> str:
+    """The condition without the circuit's part: "conditional_steps2"."""
+    conditional, _, sampling = parts_of(condition)
+    return f"{conditional}_{sampling}".strip("_")
 
 
 def shared_classes(frame: pd.DataFrame, within: list[str], series: list[str]) -> pd.DataFrame:
@@ -2385,8 +2396,10 @@ def evaluate(options: argparse.Namespace, dataset: DataSet) -> None:
     runs = read_runs(options.runs, dataset)
 
     # A table that cannot be read, and an arm that is not there, are errors now, not later.
-    is_new = bool(runs) and bool(options.csv) and not options.csv[0].exists()
-    tables = read_tables(options.csv[1:] if is_new else options.csv)
+    earlier = options.csv
+    if runs and earlier and not earlier[0].exists():  # it will be made of these runs
+        earlier = earlier[1:]
+    tables = read_tables(earlier)
     check_against(options.against, runs, tables)
 
     if options.out is not None:
@@ -2498,14 +2511,16 @@ def joined(texts: Sequence[str]) -> str:
     rows = pd.concat(parts, ignore_index=True)
 
     # Equal numbers, however they are written.
-    told = rows[["run", "arm", "condition", "data", "label", "n_train", "seed"]].copy()
+    same = ["run", "arm", "condition", "data", "label", "n_train", "seed"]
+    told = rows[same].copy()
     told["label"] = whole_labels(told["label"])
     told[["n_train", "seed"]] = told[["n_train", "seed"]].apply(pd.to_numeric)  # NaN: the class
 
     # The later one of two stays; rows without features are the first.
     has_features = rows["features"].ne("none")
     told["place"] = has_features.sort_values(kind="stable").index.argsort()
-    both = told.reset_index().merge(told.reset_index(), on=list(told)[:-1], suffixes=("", "_later"))
+    told = told.reset_index()
+    both = told.merge(told, on=same, suffixes=("", "_later"))
     both = both[both["place"] < both["place_later"]]
 
     # They are one run, unless both have a setting, and another. Earlier versions' tables lack some.
